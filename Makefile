@@ -1,0 +1,76 @@
+# Everything starts here: `make` alone prints this help.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := protos libs/kit libs/sdk $(wildcard services/*)
+EXIT ?=
+AREA ?= gateway
+
+##@ Use it
+.PHONY: run
+run: setup ## Start everything on this machine and turn the loop on the flights (EXIT=1: end afterwards)
+	@$(BIN)/millrace demo $(if $(EXIT),--exit,)
+
+.PHONY: up
+up: setup ## Start every service on this machine and stay up
+	@$(BIN)/millrace up
+
+##@ Test it
+.PHONY: test
+test: setup ## Pass the tests (installs and starts what they need where it may)
+	@tools/test
+
+.PHONY: test-unit
+test-unit: setup ## Only the tests that need nothing but Python
+	@$(BIN)/pytest -q libs services -m "not kafka and not postgres and not redis and not browser and not slow"
+
+.PHONY: perf
+perf: setup ## Measure AREA=gateway|features|ingestion and print the table (build/perf/<area>.json)
+	@$(BIN)/python -m tests.perf.$(AREA)
+
+.PHONY: check
+check: setup ## Lint, types and import rules
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+##@ Build it
+.PHONY: setup
+setup: $(VENV)/.installed protos/src/.generated ## Virtual environment, generated code and the services
+
+$(BIN)/uv:
+	@echo "setup: virtual environment ($(PYTHON))"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
+
+$(VENV)/.installed: $(BIN)/uv requirements.lock requirements-triton.txt $(addsuffix /pyproject.toml,$(PACKAGES))
+	@echo "setup: installing $$(wc -l < requirements.lock) pinned packages (about 7 GB on disk, torch is most of it)"
+	@$(BIN)/uv pip install -q --python $(BIN)/python -r requirements.lock
+# xds-protos ships an older copy of opentelemetry-proto's files over the real ones; put the real ones back (docs/decisions/0002).
+	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --reinstall $$(grep '^opentelemetry-proto==' requirements.lock)
+# Triton's wheel asks for numpy < 2 for a client this project does not use; its server runs with numpy 2.
+	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r requirements-triton.txt
+	@$(BIN)/python protos/generate.py
+	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation $(addprefix -e ,$(PACKAGES))
+	@touch protos/src/.generated $@
+
+protos/src/.generated: $(shell find protos/millrace_api -name '*.proto') protos/generate.py | $(VENV)/.installed
+	@$(BIN)/python protos/generate.py
+	@touch $@
+
+.PHONY: generate
+generate: setup ## Make the generated code again
+	@$(BIN)/python protos/generate.py && touch protos/src/.generated
+
+.PHONY: lock
+lock: $(BIN)/uv ## Resolve requirements.in into requirements.lock
+	@$(BIN)/uv pip compile -q --no-header --no-annotate --no-emit-index-url --no-emit-find-links --python-version 3.11 requirements.in -o requirements.lock
+
+.PHONY: clean
+clean: ## Remove what was built and what the local run left (not the virtual environment)
+	@rm -rf build .millrace protos/src
+
+.PHONY: help
+help: ## Print this help
+	@awk 'BEGIN {FS = ":.*##"} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*##/ {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

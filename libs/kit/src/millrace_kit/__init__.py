@@ -1,0 +1,1 @@
+"""What every Millrace service shares; knows nothing of any one service."""

@@ -1,0 +1,116 @@
+"""The bus: ordered, durable facts. Two implementations under one contract test, Kafka and an embedded log.
+
+Delivery is at least once. A consumer either keeps its positions in the same transaction as its effects and subscribes `at` them,
+or names a group and commits after its effects; in both cases a message may come twice and must change nothing the second time.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from millrace_kit.bus.topics import DRIFT, MODELS, PREDICTIONS, TRAINING, records_topic
+from millrace_kit.clock import uuid7
+from millrace_kit.settings import BusSettings
+from millrace_kit.telemetry import trace_headers
+
+__all__ = [
+    "DRIFT", "MODELS", "PREDICTIONS", "TRAINING", "Bus", "Message", "Outgoing", "Subscription", "TopicPartition", "open_bus",
+    "records_topic",
+]  # fmt: skip
+
+PROTOBUF = b"application/x-protobuf"
+
+
+@dataclass(frozen=True, slots=True)
+class TopicPartition:
+    """One ordered log."""
+
+    topic: str
+    partition: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A message to publish; `event-id`, `content-type` and `traceparent` headers are added when absent."""
+
+    topic: str
+    key: str
+    value: bytes
+    headers: Mapping[str, bytes] = field(default_factory=dict)
+
+    def all_headers(self) -> dict[str, bytes]:
+        """The headers as they go out."""
+        return {"content-type": PROTOBUF, "event-id": uuid7().encode(), **trace_headers(), **self.headers}
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message as it was read."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: str
+    value: bytes
+    headers: dict[str, bytes]
+    timestamp_ms: int
+
+    @property
+    def place(self) -> TopicPartition:
+        """The log it was read from."""
+        return TopicPartition(self.topic, self.partition)
+
+
+class Subscription(Protocol):
+    """One consumer's reading position in some topics."""
+
+    async def fetch(self, *, max_messages: int = 500, timeout_s: float = 1.0) -> Sequence[Message]:
+        """The next messages in order per partition; empty when none came within `timeout_s`."""
+        ...
+
+    async def commit(self, positions: Mapping[TopicPartition, int]) -> None:
+        """Keep the next offset to read per partition for this group."""
+        ...
+
+    async def end_offsets(self) -> Mapping[TopicPartition, int]:
+        """Offset after the newest message, per partition of the subscribed topics."""
+        ...
+
+    async def close(self) -> None:
+        """Stop reading; the group's positions stay."""
+        ...
+
+
+class Bus(Protocol):
+    """Publishes and subscribes."""
+
+    async def publish(self, messages: Sequence[Outgoing]) -> Sequence[tuple[TopicPartition, int]]:
+        """Append `messages` in order; returns where each landed, once all are durable.
+
+        Raises:
+            UnavailableError: the bus did not answer in time; publish the same messages again.
+        """
+        ...
+
+    async def subscribe(
+        self, topics: Sequence[str], *, group: str, at: Mapping[TopicPartition, int] | None = None
+    ) -> Subscription:
+        """Read `topics` as `group`. With `at`, each partition starts at the given offset (0 where it is not named) and the
+        consumer keeps its positions itself; without, at the group's committed position or the beginning.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Flush and disconnect."""
+        ...
+
+
+async def open_bus(settings: BusSettings) -> Bus:
+    """The bus that `settings` name."""
+    if settings.kind == "kafka":
+        from millrace_kit.bus.kafka_bus import KafkaBus
+
+        return await KafkaBus.open(settings)
+    from millrace_kit.bus.embedded import EmbeddedBus
+
+    return await EmbeddedBus.open(settings)

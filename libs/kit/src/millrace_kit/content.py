@@ -1,0 +1,115 @@
+"""A content-addressed file store: the address is the SHA-256, and every read checks it.
+
+Readers and writers use any fsspec URL (`file:///…`, `s3://…`, `memory://…`). Two services own such a store (registry: model
+artifacts; feature: training sets) and publish its URL; everybody else reads through this module, so nothing is loaded unchecked.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import fsspec
+
+from millrace_kit.errors import DataLossError, NotFoundError
+
+CHUNK_BYTES = 1 << 20
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a local file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_tree(root: Path) -> str:
+    """Hex SHA-256 over the sorted "path sha256" lines of every file below `root`; byte code and hidden files do not count."""
+    lines = []
+    for path in sorted(root.rglob("*")):
+        relative = path.relative_to(root)
+        if path.is_file() and not any(p.startswith(".") or p == "__pycache__" for p in relative.parts):
+            lines.append(f"{relative.as_posix()} {sha256_file(path)}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+class ContentStore:
+    """Files under `<url>/sha256/<first two digits>/<digest>`."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._fs, self._root = fsspec.core.url_to_fs(self.url)
+
+    def _path(self, sha256: str) -> str:
+        return f"{self._root}/sha256/{sha256[:2]}/{sha256}"
+
+    def has(self, sha256: str) -> bool:
+        """Whether the content is there."""
+        return bool(self._fs.exists(self._path(sha256)))
+
+    def put_file(self, path: Path) -> str:
+        """Store a local file; returns its digest. Storing again is free."""
+        digest = sha256_file(path)
+        if not self.has(digest):
+            scratch = f"{self._root}/incoming/{uuid4().hex}"
+            self._fs.makedirs(f"{self._root}/incoming", exist_ok=True)
+            self._fs.put_file(str(path), scratch)
+            self._fs.makedirs(os.path.dirname(self._path(digest)), exist_ok=True)  # noqa: PTH120 - an fsspec path
+            # A rename, so that a reader never sees half a file.
+            self._fs.mv(scratch, self._path(digest))
+        return digest
+
+    def put_bytes(self, content: bytes) -> str:
+        """Store bytes; returns their digest."""
+        digest = hashlib.sha256(content).hexdigest()
+        if not self.has(digest):
+            scratch = f"{self._root}/incoming/{uuid4().hex}"
+            self._fs.makedirs(f"{self._root}/incoming", exist_ok=True)
+            self._fs.pipe_file(scratch, content)
+            self._fs.makedirs(os.path.dirname(self._path(digest)), exist_ok=True)  # noqa: PTH120 - an fsspec path
+            self._fs.mv(scratch, self._path(digest))
+        return digest
+
+    def chunks(self, sha256: str) -> Iterator[bytes]:
+        """The content in chunks of at most 1 MiB; the last one is held back until the digest is proved.
+
+        Raises:
+            NotFoundError: nothing has this digest.
+            DataLossError: the stored bytes do not have the digest they stand under.
+        """
+        digest = hashlib.sha256()
+        held = b""
+        try:
+            file = self._fs.open(self._path(sha256), "rb")
+        except FileNotFoundError:
+            raise NotFoundError("artifact", sha256) from None
+        with file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+                if held:
+                    yield held
+                held = chunk
+        if digest.hexdigest() != sha256:
+            message = (
+                f"artifact {sha256} holds other content ({digest.hexdigest()}); it was changed after it was stored"
+            )
+            raise DataLossError("DIGEST_MISMATCH", message, {"sha256": sha256, "found": digest.hexdigest()})
+        if held:
+            yield held
+
+    def read(self, sha256: str) -> bytes:
+        """The whole content, checked."""
+        return b"".join(self.chunks(sha256))
+
+    def fetch(self, sha256: str, target: Path) -> Path:
+        """Write the checked content to `target`, whole or not at all."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.with_name(f".{target.name}.{uuid4().hex}")
+        try:
+            with scratch.open("wb") as file:
+                for chunk in self.chunks(sha256):
+                    file.write(chunk)
+            scratch.replace(target)
+        finally:
+            scratch.unlink(missing_ok=True)
+        return target

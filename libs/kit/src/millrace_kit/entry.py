@@ -1,0 +1,44 @@
+"""The command line every service has: `millrace-<service> --config FILE [--check]`."""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from millrace_kit.server import Service, WorkerFailedError, serve
+from millrace_kit.settings import ServiceSettings, SettingsError, load_settings
+from millrace_kit.telemetry import start_telemetry, stop_telemetry
+
+S = TypeVar("S", bound=ServiceSettings)
+
+
+def run_service(name: str, kind: type[S], build: Callable[[S], Awaitable[Service]]) -> None:
+    """Parse the command line, then run the service until it is told to stop.
+
+    Exits with 0 after an orderly stop, 1 when a worker failed, 2 for a wrong settings file.
+    """
+    parser = argparse.ArgumentParser(prog=f"millrace-{name}")
+    parser.add_argument("--config", required=True, help="settings file (YAML)")
+    parser.add_argument("--check", action="store_true", help="validate the settings file and exit")
+    arguments = parser.parse_args()
+    try:
+        settings = load_settings(kind, arguments.config)
+    except SettingsError as error:
+        print(f"millrace-{name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if arguments.check:
+        print(f"{arguments.config}: ok")
+        return
+    start_telemetry(name, settings.telemetry)
+
+    async def run() -> None:
+        await serve(await build(settings), settings)
+
+    try:
+        asyncio.run(run())
+    except WorkerFailedError as error:
+        print(f"millrace-{name}: worker {error} failed", file=sys.stderr)
+        raise SystemExit(1) from None
+    finally:
+        stop_telemetry()

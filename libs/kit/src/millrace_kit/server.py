@@ -1,0 +1,147 @@
+"""Runs one service: gRPC server with health and reflection, background workers, orderly shutdown."""
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from opentelemetry.instrumentation.grpc import aio_server_interceptor
+
+from millrace_kit.client import channel_options
+from millrace_kit.interceptors import ServerEdge
+from millrace_kit.settings import ServiceSettings
+from millrace_kit.telemetry import WORKER_FAILURES
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A background task that runs until `stop` is set. If it raises, the process ends and its supervisor starts it anew."""
+
+    name: str
+    run: Callable[[asyncio.Event], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Service:
+    """A wired service, ready to run; `app.build` makes it."""
+
+    name: str
+    """For example "registry"."""
+    add_servicers: Sequence[Callable[[grpc.aio.Server], None]] = ()
+    """Each adds one servicer to the server."""
+    grpc_services: Sequence[str] = ()
+    """Full names of these services, for health and reflection."""
+    workers: Sequence[Worker] = ()
+    closers: Sequence[Callable[[], Awaitable[None]]] = field(default=())
+    """Called in reverse order at the end."""
+
+
+class WorkerFailedError(Exception):
+    """A background worker ended with an error."""
+
+
+@asynccontextmanager
+async def running(service: Service, settings: ServiceSettings) -> AsyncIterator[str]:
+    """Run `service` while the context is open; yields the bound `host:port`. A worker's failure is raised at the end."""
+    stop = asyncio.Event()
+    server = grpc.aio.server(
+        interceptors=[
+            aio_server_interceptor(),
+            ServerEdge(default_deadline_s=settings.default_deadline_s, max_concurrent=settings.max_concurrent_rpcs),
+        ],
+        options=[*channel_options(settings.max_message_mib), ("grpc.so_reuseport", 0)],
+    )
+    for add in service.add_servicers:
+        add(server)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection([*service.grpc_services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    address = _bind(server, settings)
+    await server.start()
+    tasks = [asyncio.create_task(_guard(worker, stop), name=worker.name) for worker in service.workers]
+    for name in ("", *service.grpc_services):
+        await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    log.info("%s listens on %s", service.name, address)
+    try:
+        yield address
+    finally:
+        await health_servicer.enter_graceful_shutdown()
+        stop.set()
+        await server.stop(settings.drain_s)
+        _done, pending = await asyncio.wait(tasks, timeout=settings.drain_s) if tasks else (set(), set())
+        for task in pending:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        for close in reversed(service.closers):
+            await close()
+        for result in results:
+            if isinstance(result, WorkerFailedError):
+                raise result
+
+
+async def _guard(worker: Worker, stop: asyncio.Event) -> None:
+    try:
+        await worker.run(stop)
+    except asyncio.CancelledError:
+        raise
+    except Exception as error:
+        WORKER_FAILURES.labels(worker.name).inc()
+        log.exception("worker %s failed", worker.name)
+        raise WorkerFailedError(worker.name) from error
+
+
+def _bind(server: grpc.aio.Server, settings: ServiceSettings) -> str:
+    host = settings.listen.rpartition(":")[0]
+    if settings.tls is None:
+        port = server.add_insecure_port(settings.listen)
+    else:
+        tls = settings.tls
+        credentials = grpc.ssl_server_credentials(
+            [(Path(tls.key_file).read_bytes(), Path(tls.cert_file).read_bytes())],
+            Path(tls.ca_file).read_bytes(),
+            require_client_auth=True,
+        )
+        port = server.add_secure_port(settings.listen, credentials)
+    return f"{host}:{port}"
+
+
+async def serve(service: Service, settings: ServiceSettings) -> None:
+    """Run `service` until SIGTERM, SIGINT or the failure of a worker.
+
+    Raises:
+        WorkerFailedError: a worker failed; the caller ends the process with a non-zero status.
+    """
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+
+    def watched(worker: Worker) -> Worker:
+        async def run(stop: asyncio.Event) -> None:
+            try:
+                await worker.run(stop)
+            except Exception:
+                ended.set()
+                raise
+
+        return Worker(worker.name, run)
+
+    guarded = Service(
+        service.name,
+        service.add_servicers,
+        service.grpc_services,
+        [watched(w) for w in service.workers],
+        service.closers,
+    )
+    async with running(guarded, settings):
+        await ended.wait()
+        log.info("%s stops", service.name)

@@ -1,0 +1,117 @@
+"""Strict, frozen settings from one YAML file: an unknown key is an error, and a file can be checked offline."""
+
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class SettingsError(Exception):
+    """A settings file that cannot be used; the message names the file and every wrong key."""
+
+
+class Settings(BaseModel):
+    """Base of every settings block."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class TlsSettings(Settings):
+    """Certificates of one process, PEM files; with them every connection is mutual TLS."""
+
+    cert_file: str
+    """Own certificate chain."""
+    key_file: str
+    """Own private key."""
+    ca_file: str
+    """Authority that signed the peers' certificates."""
+
+
+class BusSettings(Settings):
+    """Where facts go."""
+
+    kind: Literal["embedded", "kafka"] = "embedded"
+    """`embedded` is one SQLite log shared by the processes of one machine; `kafka` is a cluster."""
+    path: str = ".millrace/bus.sqlite"
+    """File of the embedded log."""
+    bootstrap_servers: tuple[str, ...] = ()
+    """Kafka brokers, `host:port`."""
+    partitions: int = Field(default=1, ge=1, le=1024)
+    """Partitions of a topic this process has to make (Kafka)."""
+    replication_factor: int = Field(default=1, ge=1, le=7)
+    """Replicas of a topic this process has to make (Kafka)."""
+    request_timeout_s: float = Field(default=10.0, gt=0, le=300)
+    """Longest wait for one answer of the bus."""
+
+
+class TelemetrySettings(Settings):
+    """Where signals go."""
+
+    metrics_listen: str = "127.0.0.1:0"
+    """Address of the Prometheus endpoint `/metrics`; port 0 takes a free one."""
+    otlp_endpoint: str = ""
+    """OTLP/gRPC collector (`http://host:4317`); empty sends no spans there."""
+    trace_file: str = ""
+    """File that finished spans are appended to, one JSON object a line; empty writes none."""
+    sample_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Share of new traces that are recorded; a caller's decision is kept."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least severe log line that is written."""
+
+
+class ServiceSettings(Settings):
+    """What every service has."""
+
+    listen: str = "127.0.0.1:0"
+    """Address of the gRPC server, `host:port`; port 0 takes a free one."""
+    state_dir: str = ".millrace"
+    """Folder for what this service keeps on one machine."""
+    tls: TlsSettings | None = None
+    """Certificates; without them connections are plain, which is for one machine only."""
+    bus: BusSettings = BusSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+    max_message_mib: int = Field(default=64, ge=4, le=1024)
+    """Largest gRPC message accepted or sent, in MiB."""
+    default_deadline_s: float = Field(default=30.0, gt=0, le=3600)
+    """Deadline of a call whose client set none."""
+    max_concurrent_rpcs: int = Field(default=512, ge=1, le=100_000)
+    """Calls served at once; the next one gets RESOURCE_EXHAUSTED."""
+    drain_s: float = Field(default=10.0, ge=0, le=600)
+    """Longest wait for running calls at shutdown."""
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def load_settings(kind: type[S], path: str | Path) -> S:
+    """Read `path` (YAML) as settings of `kind`.
+
+    Raises:
+        SettingsError: the file is missing, is no YAML mapping, or a key is unknown or wrong; the message names each.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path}: not YAML: {error}") from error
+    return parse_settings(kind, raw if raw is not None else {}, str(path))
+
+
+def parse_settings(kind: type[S], raw: object, origin: str) -> S:
+    """Validate plain data as settings of `kind`; `origin` is named in the error.
+
+    Raises:
+        SettingsError: a key is unknown or wrong; the message names each.
+    """
+    try:
+        # Through JSON mode, so that YAML's lists are accepted for tuples while types stay strict.
+        import json
+
+        return kind.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(str(p) for p in e['loc']) or '(top)'}: {e['msg']}" for e in error.errors())
+        raise SettingsError(f"{origin}: {problems}") from error
+    except TypeError as error:
+        raise SettingsError(f"{origin}: {error}") from error

@@ -1,0 +1,151 @@
+"""Logs, traces and metrics, set up once per process.
+
+Traces follow a request across gRPC (W3C `traceparent` metadata, by OpenTelemetry's own instrumentation) and across the bus
+(the same header on messages). Metrics are Prometheus metrics on an HTTP endpoint of the process.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+
+from opentelemetry import propagate, trace
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
+from prometheus_client import Counter, Histogram, start_http_server
+
+from millrace_kit.settings import TelemetrySettings
+
+RPC_SECONDS = Histogram(
+    "millrace_rpc_server_duration_seconds",
+    "Time to answer a call.",
+    ["method", "code"],
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30),
+)
+BUS_PUBLISHED = Counter("millrace_bus_messages_published_total", "Messages the bus acknowledged.", ["topic"])
+BUS_CONSUMED = Counter("millrace_bus_messages_consumed_total", "Messages handed to a consumer.", ["topic"])
+WORKER_FAILURES = Counter("millrace_worker_failures_total", "Times a background worker failed.", ["worker"])
+
+
+class JsonLinesExporter(SpanExporter):
+    """Appends finished spans to a file, one JSON object a line: the single machine's trace store."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+        self._lock = Lock()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Write `spans`; a full disk is reported, never raised into the service."""
+        lines = [json.dumps(_span_fields(span)) for span in spans]
+        try:
+            with self._lock:
+                self._file.write("\n".join(lines) + "\n")
+                self._file.flush()
+        except OSError:
+            return SpanExportResult.FAILURE
+        return SpanExportResult.SUCCESS
+
+    def shutdown(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _span_fields(span: ReadableSpan) -> dict[str, object]:
+    context = span.get_span_context()
+    return {
+        "service": span.resource.attributes.get("service.name"),
+        "name": span.name,
+        "kind": span.kind.name,
+        "trace_id": trace.format_trace_id(context.trace_id) if context else "",
+        "span_id": trace.format_span_id(context.span_id) if context else "",
+        "parent_id": trace.format_span_id(span.parent.span_id) if span.parent else "",
+        "start_ns": span.start_time,
+        "end_ns": span.end_time,
+        "status": span.status.status_code.name,
+        "attributes": {k: str(v) for k, v in (span.attributes or {}).items()},
+    }
+
+
+class _JsonLog(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, trace id, error."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self._service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, object] = {
+            "at": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
+            "level": record.levelname,
+            "service": self._service,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        context = trace.get_current_span().get_span_context()
+        if context.is_valid:
+            fields["trace_id"] = trace.format_trace_id(context.trace_id)
+        if record.exc_info:
+            fields["error"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
+
+
+def start_telemetry(service: str, settings: TelemetrySettings) -> str:
+    """Set up logging to stderr, tracing and the metrics endpoint for this process.
+
+    Returns:
+        The `host:port` metrics are served on.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLog(service))
+    logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
+    logging.getLogger("kafka").setLevel(logging.WARNING)
+    provider = TracerProvider(
+        resource=Resource.create({"service.name": service}), sampler=ParentBasedTraceIdRatio(settings.sample_ratio)
+    )
+    if settings.otlp_endpoint:
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=settings.otlp_endpoint, timeout=5)))
+    if settings.trace_file:
+        exporter = JsonLinesExporter(Path(settings.trace_file))
+        provider.add_span_processor(BatchSpanProcessor(exporter, max_queue_size=8192, schedule_delay_millis=500))
+    trace.set_tracer_provider(provider)
+    host, _, port = settings.metrics_listen.rpartition(":")
+    server, _thread = start_http_server(int(port), addr=host)
+    return f"{host}:{server.server_port}"
+
+
+def stop_telemetry() -> None:
+    """Send what is still buffered."""
+    provider = trace.get_tracer_provider()
+    if isinstance(provider, TracerProvider):
+        provider.shutdown()
+
+
+def trace_headers() -> dict[str, bytes]:
+    """W3C trace context of the running span as message headers."""
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    return {key: value.encode("ascii") for key, value in carrier.items()}
+
+
+@contextmanager
+def consumer_span(name: str, headers: dict[str, bytes]) -> Iterator[None]:
+    """A span that continues the trace a message's headers carry."""
+    carrier = {
+        key: value.decode("ascii", "replace") for key, value in headers.items() if key in {"traceparent", "tracestate"}
+    }
+    tracer = trace.get_tracer("millrace.bus")
+    with tracer.start_as_current_span(name, context=propagate.extract(carrier), kind=trace.SpanKind.CONSUMER):
+        yield
+
+
+def current_trace_id() -> str:
+    """Hex trace id of the running span; empty outside one."""
+    context = trace.get_current_span().get_span_context()
+    return trace.format_trace_id(context.trace_id) if context.is_valid else ""

@@ -1,0 +1,1 @@
+"""Drift, performance and data-quality findings."""

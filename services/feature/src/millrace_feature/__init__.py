@@ -1,0 +1,1 @@
+"""Feature definitions, online values and training sets."""

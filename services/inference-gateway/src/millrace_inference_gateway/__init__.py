@@ -1,0 +1,1 @@
+"""The data path: routing, canary weights, Predict and the prediction log."""

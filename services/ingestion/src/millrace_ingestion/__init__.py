@@ -1,0 +1,1 @@
+"""Accepts, checks and lands records."""

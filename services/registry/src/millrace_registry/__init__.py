@@ -1,0 +1,1 @@
+"""Models, versions, lifecycle, approvals, lineage and artifacts."""

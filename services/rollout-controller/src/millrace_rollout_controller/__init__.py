@@ -1,0 +1,1 @@
+"""ModelDeployments: rollouts by gates."""

@@ -1,0 +1,1 @@
+"""Pipelines, runs and reproducibility."""
