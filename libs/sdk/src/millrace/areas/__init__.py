@@ -1,0 +1,1 @@
+"""The areas of the client, two or more to a module."""

@@ -1,0 +1,134 @@
+"""Gateway, rollout and drift."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+
+import grpc
+from millrace_api.drift.v1 import drift_pb2 as drift
+from millrace_api.drift.v1.drift_pb2_grpc import DriftServiceStub
+from millrace_api.prediction.v1 import prediction_pb2 as prediction
+from millrace_api.prediction.v1.prediction_pb2_grpc import GatewayServiceStub, PredictionServiceStub
+from millrace_api.rollout.v1 import rollout_pb2 as rollout
+from millrace_api.rollout.v1.rollout_pb2_grpc import RolloutServiceStub
+
+from millrace.transport import LONG_TIMEOUT_S, call, stream
+from millrace.values import Scalar, to_timestamp, to_values
+
+PREDICT_TIMEOUT_S = 5.0
+
+
+class PredictionArea:
+    """Predictions with feature look-up, through the gateway's public address."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.stub = PredictionServiceStub(channel)
+
+    def predict(
+        self,
+        model: str,
+        inputs: Mapping[str, Scalar | None],
+        *,
+        subject: str = "",
+        event_time: datetime | None = None,
+        sticky_key: str = "",
+        timeout_s: float = PREDICT_TIMEOUT_S,
+    ) -> prediction.PredictResponse:
+        """One prediction; `inputs` are the join keys and request-time fields of the model's feature service."""
+        request = prediction.PredictRequest(
+            model=model,
+            inputs=to_values(inputs),
+            subject=subject,
+            event_time=to_timestamp(event_time) if event_time else None,
+            sticky_key=sticky_key,
+        )
+        answer: prediction.PredictResponse = call(self.stub.Predict, request, timeout_s)
+        return answer
+
+
+class GatewayArea:
+    """Figures of the gateway."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.stub = GatewayServiceStub(channel)
+
+    def figures(self, model: str = "") -> prediction.GetFiguresResponse:
+        """Requests, errors and latency per version since the gateway's start."""
+        answer: prediction.GetFiguresResponse = call(self.stub.GetFigures, prediction.GetFiguresRequest(model=model))
+        return answer
+
+
+class RolloutArea:
+    """ModelDeployments."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.stub = RolloutServiceStub(channel)
+
+    def apply(self, manifest_yaml: str) -> rollout.ApplyResponse:
+        """Create or change a ModelDeployment."""
+        answer: rollout.ApplyResponse = call(self.stub.Apply, rollout.ApplyRequest(manifest_yaml=manifest_yaml))
+        return answer
+
+    def get(self, name: str) -> rollout.Deployment:
+        """A ModelDeployment with its status."""
+        answer: rollout.GetDeploymentResponse = call(self.stub.GetDeployment, rollout.GetDeploymentRequest(name=name))
+        return answer.deployment
+
+    def list(self) -> Sequence[rollout.Deployment]:
+        """Every ModelDeployment."""
+        answer: rollout.ListDeploymentsResponse = call(self.stub.ListDeployments, rollout.ListDeploymentsRequest())
+        return answer.deployments
+
+    def watch(self, name: str) -> Iterator[rollout.Deployment]:
+        """The ModelDeployment now and after every change."""
+        for answer in stream(self.stub.WatchDeployment, rollout.WatchDeploymentRequest(name=name), LONG_TIMEOUT_S):
+            yield answer.deployment
+
+    def delete(self, name: str) -> None:
+        """Delete a ModelDeployment and stop its servers."""
+        call(self.stub.DeleteDeployment, rollout.DeleteDeploymentRequest(name=name))
+
+    def act(self, name: str, verb: rollout.Verb.ValueType) -> rollout.Deployment:
+        """Promote, pause, resume or abort."""
+        answer: rollout.ActResponse = call(self.stub.Act, rollout.ActRequest(name=name, verb=verb))
+        return answer.deployment
+
+
+class DriftArea:
+    """References, findings, outcomes and single predictions."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.stub = DriftServiceStub(channel)
+
+    def set_reference(self, request: drift.SetReferenceRequest) -> drift.SetReferenceResponse:
+        """Set what live data of a version is compared with."""
+        answer: drift.SetReferenceResponse = call(self.stub.SetReference, request, LONG_TIMEOUT_S)
+        return answer
+
+    def findings(self, model: str = "", page_size: int = 0) -> Sequence[drift.Finding]:
+        """Findings, newest first."""
+        answer: drift.ListFindingsResponse = call(
+            self.stub.ListFindings, drift.ListFindingsRequest(model=model, page_size=page_size)
+        )
+        return answer.findings
+
+    def windows(self, model: str, page_size: int = 0) -> Sequence[drift.WindowReport]:
+        """Closed windows, newest first."""
+        answer: drift.ListWindowsResponse = call(
+            self.stub.ListWindows, drift.ListWindowsRequest(model=model, page_size=page_size)
+        )
+        return answer.windows
+
+    def outcomes(self, model: str, predicted_since: datetime | None = None) -> Sequence[drift.OutcomeFigures]:
+        """Outcome sums per version."""
+        request = drift.GetOutcomesRequest(
+            model=model, predicted_since=to_timestamp(predicted_since) if predicted_since else None
+        )
+        answer: drift.GetOutcomesResponse = call(self.stub.GetOutcomes, request)
+        return answer.versions
+
+    def prediction(self, prediction_id: str) -> drift.GetPredictionResponse:
+        """One prediction with what it was made from."""
+        answer: drift.GetPredictionResponse = call(
+            self.stub.GetPrediction, drift.GetPredictionRequest(prediction_id=prediction_id)
+        )
+        return answer

@@ -1,0 +1,53 @@
+"""`Client`: every service of one Millrace installation, by area, with the same typed messages the services speak."""
+
+from types import TracebackType
+
+from millrace_kit.settings import TlsSettings
+
+from millrace.areas.data import FeatureArea, IngestionArea
+from millrace.areas.lifecycle import RegistryArea, TrainingArea
+from millrace.areas.serving import DriftArea, GatewayArea, PredictionArea, RolloutArea
+from millrace.endpoints import Endpoints
+from millrace.transport import open_sync_channel
+
+
+class Client:
+    """A blocking client; close it or use it as a context manager. Channels connect on first use.
+
+    Args:
+        endpoints: where the services are.
+        tls: certificates for mutual TLS; None connects in plain text (one machine).
+    """
+
+    def __init__(self, endpoints: Endpoints | None = None, tls: TlsSettings | None = None) -> None:
+        self.endpoints = endpoints or Endpoints.from_environment()
+        self._channels = {
+            name: open_sync_channel(getattr(self.endpoints, name), tls)
+            for name in ("ingestion", "feature", "registry", "training", "drift", "rollout", "gateway", "gateway_admin")
+        }
+        self.ingestion = IngestionArea(self._channels["ingestion"])
+        self.features = FeatureArea(self._channels["feature"])
+        self.registry = RegistryArea(self._channels["registry"])
+        self.training = TrainingArea(self._channels["training"])
+        self.drift = DriftArea(self._channels["drift"])
+        self.rollout = RolloutArea(self._channels["rollout"])
+        self.predictions = PredictionArea(self._channels["gateway"])
+        self.gateway = GatewayArea(self._channels["gateway_admin"])
+
+    @classmethod
+    def from_environment(cls) -> "Client":
+        """A client of the addresses in `MILLRACE_*_ADDRESS`, else of a local run."""
+        return cls()
+
+    def close(self) -> None:
+        """Close every channel."""
+        for channel in self._channels.values():
+            channel.close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,56 @@
+"""One synchronous channel to a service: deadline on every call, trace context, errors as `MillraceError`."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+from millrace_kit.client import channel_options
+from millrace_kit.errors import MillraceError
+from millrace_kit.settings import TlsSettings
+from opentelemetry.instrumentation.grpc import client_interceptor
+
+T = TypeVar("T")
+
+DEFAULT_TIMEOUT_S = 30.0
+# Training sets and reproductions are long work behind one call.
+LONG_TIMEOUT_S = 1800.0
+
+
+def open_sync_channel(target: str, tls: TlsSettings | None = None) -> grpc.Channel:
+    """A blocking channel to `target` (`host:port`)."""
+    if tls is None:
+        channel = grpc.insecure_channel(target, options=channel_options())
+    else:
+        credentials = grpc.ssl_channel_credentials(
+            Path(tls.ca_file).read_bytes(), Path(tls.key_file).read_bytes(), Path(tls.cert_file).read_bytes()
+        )
+        channel = grpc.secure_channel(target, credentials, options=channel_options())
+    return grpc.intercept_channel(channel, client_interceptor())
+
+
+def call(method: Callable[..., Any], request: Any, timeout_s: float = DEFAULT_TIMEOUT_S) -> Any:
+    """Call a unary (or client-streaming) method.
+
+    Raises:
+        MillraceError: the service refused or did not answer within `timeout_s`.
+    """
+    try:
+        return method(request, timeout=timeout_s)
+    except grpc.RpcError as error:
+        raise MillraceError.from_rpc(error) from None
+
+
+def stream(method: Callable[..., Any], request: Any, timeout_s: float | None = None) -> Iterator[Any]:
+    """Call a server-streaming method; the stream ends with the iterator.
+
+    Raises:
+        MillraceError: the service refused or broke off.
+    """
+    answers = method(request, timeout=timeout_s)
+    try:
+        yield from answers
+    except grpc.RpcError as error:
+        raise MillraceError.from_rpc(error) from None
+    finally:
+        answers.cancel()
