@@ -1,6 +1,7 @@
 """`Client`: every service of one Millrace installation, by area, with the same typed messages the services speak."""
 
 from types import TracebackType
+from typing import Self
 
 from millrace_kit.settings import TlsSettings
 
@@ -44,7 +45,7 @@ class Client:
         for channel in self._channels.values():
             channel.close()
 
-    def __enter__(self) -> "Client":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -26,7 +26,7 @@ def open_sync_channel(target: str, tls: TlsSettings | None = None) -> grpc.Chann
             Path(tls.ca_file).read_bytes(), Path(tls.key_file).read_bytes(), Path(tls.cert_file).read_bytes()
         )
         channel = grpc.secure_channel(target, credentials, options=channel_options())
-    return grpc.intercept_channel(channel, client_interceptor())
+    return grpc.intercept_channel(channel, client_interceptor())  # type: ignore[no-untyped-call]
 
 
 def call(method: Callable[..., Any], request: Any, timeout_s: float = DEFAULT_TIMEOUT_S) -> Any:

@@ -1,0 +1,132 @@
+"""`apply`, `get`, `describe`, `promote`, `pause`, `resume`, `abort`, `delete`: ModelDeployments."""
+
+import json
+import sys
+from datetime import UTC, datetime
+from typing import TextIO
+
+import click
+import yaml
+from google.protobuf.json_format import MessageToDict
+from millrace_api.rollout.v1.rollout_pb2 import (
+    VERB_ABORT,
+    VERB_PAUSE,
+    VERB_PROMOTE,
+    VERB_RESUME,
+    Deployment,
+    Verb,
+)
+
+from millrace.cli.local import Context
+from millrace.view import COLUMNS, WIDE_COLUMNS, deployment_row, table, verdict_word
+
+OUTPUT = click.Choice(["table", "wide", "json", "yaml", "name"])
+
+
+@click.command()
+@click.option("-f", "--filename", type=click.File("r"), required=True, help="Manifest (YAML); - reads standard input.")
+@click.pass_obj
+def apply(context: Context, filename: TextIO) -> None:
+    """Create or change the ModelDeployments of a manifest."""
+    with context.client() as client:
+        for document in yaml.safe_load_all(filename):
+            if document is None:
+                continue
+            answer = client.rollout.apply(yaml.safe_dump(document, sort_keys=False))
+            click.echo(f"modeldeployment/{answer.deployment.name} {answer.result}")
+            click.echo(f"next: millrace get {answer.deployment.name} -w", err=True)
+
+
+def _print(deployments: list[Deployment], output: str) -> None:
+    match output:
+        case "json" | "yaml":
+            data = [MessageToDict(deployment, always_print_fields_with_no_presence=True) for deployment in deployments]
+            click.echo(
+                json.dumps(data, indent=2) if output == "json" else yaml.safe_dump(data, sort_keys=False),
+                nl=output == "json",
+            )
+        case "name":
+            for deployment in deployments:
+                click.echo(f"modeldeployment/{deployment.name}")
+        case _:
+            wide = output == "wide"
+            rows = [deployment_row(deployment, datetime.now(tz=UTC), wide=wide) for deployment in deployments]
+            click.echo(table(WIDE_COLUMNS if wide else COLUMNS, rows))
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("-w", "--watch", is_flag=True, help="Print a line for every change until the rollout rests.")
+@click.option("-o", "--output", type=OUTPUT, default="table", show_default=True)
+@click.pass_obj
+def get(context: Context, name: str | None, watch: bool, output: str) -> None:
+    """List ModelDeployments, or show one."""
+    with context.client() as client:
+        if watch:
+            if name is None:
+                raise click.UsageError("-w needs a NAME")
+            last = ""
+            for deployment in client.rollout.watch(name):
+                line = table(COLUMNS, [deployment_row(deployment, datetime.now(tz=UTC))])
+                body = line.splitlines()[1].rsplit(None, 1)[0]
+                if not last:
+                    click.echo(line.splitlines()[0])
+                if body != last:
+                    click.echo(line.splitlines()[1])
+                last = body
+            return
+        _print([client.rollout.get(name)] if name else list(client.rollout.list()), output)
+
+
+@click.command()
+@click.argument("name")
+@click.pass_obj
+def describe(context: Context, name: str) -> None:
+    """Show conditions, gate evidence and events of a ModelDeployment; exits with 1 when it is Degraded."""
+    with context.client() as client:
+        deployment = client.rollout.get(name)
+    _print([deployment], "wide")
+    for arm in deployment.arms:
+        click.echo(f"arm        {arm.version:<12} {arm.weight:g} %  {', '.join(arm.endpoints)}")
+    for condition in deployment.conditions:
+        click.echo(f"condition  {condition.type:<12} {condition.status:<8} {condition.reason}: {condition.message}")
+    for gate in deployment.gates:
+        click.echo(f"gate       {verdict_word(gate.verdict):<12} {gate.gate}: {gate.evidence}")
+    for event in deployment.events:
+        click.echo(f"event      {event.at}  {event.type:<8} {event.reason}: {event.message}")
+    if deployment.phase == "Degraded":
+        sys.exit(1)
+
+
+def _verb(word: str, verb: Verb.ValueType, text: str) -> click.Command:
+    @click.command(word, help=text)
+    @click.argument("name")
+    @click.pass_obj
+    def command(context: Context, name: str) -> None:
+        with context.client() as client:
+            deployment = client.rollout.act(name, verb)
+        click.echo(f"modeldeployment/{name} {word}: {deployment.phase}")
+
+    return command
+
+
+@click.command()
+@click.argument("name")
+@click.pass_obj
+def delete(context: Context, name: str) -> None:
+    """Delete a ModelDeployment and stop its model servers."""
+    with context.client() as client:
+        client.rollout.delete(name)
+    click.echo(f"modeldeployment/{name} deleted")
+
+
+COMMANDS = (
+    apply,
+    get,
+    describe,
+    _verb("promote", VERB_PROMOTE, "Make the candidate stable now, without the remaining steps."),
+    _verb("pause", VERB_PAUSE, "Hold the rollout at its present weight."),
+    _verb("resume", VERB_RESUME, "Go on with a paused rollout."),
+    _verb("abort", VERB_ABORT, "Send all traffic back to the stable version."),
+    delete,
+)

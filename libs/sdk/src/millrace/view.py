@@ -1,0 +1,50 @@
+"""View models of ModelDeployments: the same rows for the table, the watch and the tests."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from millrace_api.rollout.v1.rollout_pb2 import Deployment, Verdict
+
+COLUMNS = ("NAME", "READY", "STABLE", "CANDIDATE", "WEIGHT", "STEP", "AGE")
+WIDE_COLUMNS = (*COLUMNS, "PHASE", "GENERATION", "GATES")
+
+
+def age(created_at: str, now: datetime) -> str:
+    """Age as kubectl writes it: 42s, 3m, 5h, 2d."""
+    if not created_at:
+        return "-"
+    seconds = max(0, int((now - datetime.fromisoformat(created_at)).total_seconds()))
+    for limit, unit, letter in ((120, 1, "s"), (7200, 60, "m"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds // unit}{letter}"
+    return f"{seconds // 86_400}d"
+
+
+def verdict_word(verdict: int) -> str:
+    """The verdict as people write it: pass, fail or undecided."""
+    return Verdict.Name(verdict).removeprefix("VERDICT_").lower()  # type: ignore[arg-type]
+
+
+def deployment_row(deployment: Deployment, now: datetime, *, wide: bool = False) -> tuple[str, ...]:
+    """One row in the order of `COLUMNS` (or `WIDE_COLUMNS`)."""
+    moving = bool(deployment.candidate_version)
+    row = (
+        deployment.name,
+        str(deployment.ready),
+        deployment.stable_version or "-",
+        deployment.candidate_version or "-",
+        f"{deployment.candidate_weight:g}%" if moving else "-",
+        f"{min(deployment.step + 1, deployment.steps)}/{deployment.steps}" if moving and deployment.steps else "-",
+        age(deployment.created_at, now),
+    )
+    if not wide:
+        return row
+    gates = ", ".join(f"{gate.gate}: {verdict_word(gate.verdict)}" for gate in deployment.gates) or "-"
+    return (*row, deployment.phase, str(deployment.generation), gates)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligned columns, three spaces apart, as kubectl prints them."""
+    widths = [max(len(row[index]) for row in (columns, *rows)) for index in range(len(columns))]
+    lines = ("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows))
+    return "\n".join(line.rstrip() for line in lines)

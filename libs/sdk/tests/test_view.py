@@ -1,0 +1,45 @@
+"""The rows that people see of a ModelDeployment."""
+
+from datetime import UTC, datetime
+
+import pytest
+from millrace.view import COLUMNS, WIDE_COLUMNS, age, deployment_row, table
+from millrace_api.rollout.v1 import rollout_pb2 as rollout
+
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("created", "shown"),
+    [
+        ("2026-01-01T23:59:18Z", "42s"),
+        ("2026-01-01T23:57:00Z", "3m"),
+        ("2026-01-01T19:00:00Z", "5h"),
+        ("2025-12-30T00:00:00Z", "3d"),
+        ("2026-01-02T00:00:09Z", "0s"),
+        ("", "-"),
+    ],
+)
+def test_age(created: str, shown: str) -> None:
+    assert age(created, NOW) == shown
+
+
+def test_row_of_a_moving_rollout() -> None:
+    gate = rollout.GateResult(gate="errorRate <= 0.05", verdict=rollout.VERDICT_UNDECIDED)
+    deployment = rollout.Deployment(
+        name="m", ready=True, stable_version="1.0.0", candidate_version="1.1.0", candidate_weight=20, step=1, steps=4,
+        created_at="2026-01-01T23:59:18Z", phase="Progressing", generation=2, gates=[gate],
+    )  # fmt: skip
+    assert deployment_row(deployment, NOW) == ("m", "True", "1.0.0", "1.1.0", "20%", "2/4", "42s")
+    assert deployment_row(deployment, NOW, wide=True)[-3:] == ("Progressing", "2", "errorRate <= 0.05: undecided")
+
+
+def test_row_at_rest_has_no_weight_and_step() -> None:
+    deployment = rollout.Deployment(name="m", stable_version="1.0.0", steps=4, step=3)
+    assert deployment_row(deployment, NOW) == ("m", "False", "1.0.0", "-", "-", "-", "-")
+
+
+def test_columns_line_up() -> None:
+    text = table(("A", "LONG"), [("xxx", "1"), ("y", "")])
+    assert text.splitlines() == ["A     LONG", "xxx   1", "y"]
+    assert len(WIDE_COLUMNS) == len(COLUMNS) + 3
