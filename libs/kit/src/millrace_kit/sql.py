@@ -1,10 +1,12 @@
 """SQL by SQLAlchemy, schema by Alembic: SQLite (WAL) on one machine, PostgreSQL in a cluster."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.pool import ConnectionPoolEntry
 
 BUSY_TIMEOUT_MS = 10_000
@@ -16,14 +18,15 @@ def open_engine(url: str) -> Engine:
     """An engine for `url` (`sqlite:////path` or `postgresql+psycopg://…`).
 
     SQLite runs in WAL mode with `synchronous=FULL`, so that what is committed survives kill -9 and power loss alike, and every
-    transaction is `BEGIN IMMEDIATE`, so that two writers queue instead of failing half way.
+    transaction is `BEGIN IMMEDIATE`, so that two writers queue instead of failing half way; `reading` gives one that only reads.
     """
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
         return create_engine(parsed, pool_size=POOL_SIZE, pool_timeout=POOL_TIMEOUT_S, pool_pre_ping=True)
     if parsed.database and parsed.database != ":memory:":
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000, "autocommit": True})
+    # isolation_level None keeps Python's sqlite3 from starting transactions by itself; the listener below starts them.
+    engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000, "isolation_level": None})
 
     @event.listens_for(engine, "connect")
     def _pragmas(connection: object, _entry: ConnectionPoolEntry) -> None:
@@ -33,7 +36,21 @@ def open_engine(url: str) -> Engine:
         cursor.execute("PRAGMA foreign_keys=ON")
         cursor.close()
 
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        only_reads = connection.get_execution_options().get("millrace_reading", False)
+        connection.exec_driver_sql("BEGIN" if only_reads else "BEGIN IMMEDIATE")
+
     return engine
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """A transaction that only reads: one consistent snapshot that waits for no writer."""
+    with engine.connect() as connection:
+        snapshot = connection.execution_options(millrace_reading=True)
+        with snapshot.begin():
+            yield snapshot
 
 
 def migrate(engine: Engine, scripts: Path) -> None:

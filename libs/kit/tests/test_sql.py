@@ -1,0 +1,55 @@
+"""SQLite as the kit opens it: writers queue, readers see a snapshot and wait for nobody."""
+
+import threading
+from pathlib import Path
+
+import pytest
+from millrace_kit.sql import open_engine, reading
+from sqlalchemy import Engine, text
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Engine:
+    engine = open_engine(f"sqlite:///{tmp_path / 'state' / 't.sqlite'}")
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE counter (id INTEGER PRIMARY KEY, value INTEGER NOT NULL)"))
+        connection.execute(text("INSERT INTO counter VALUES (1, 0)"))
+    return engine
+
+
+def value(engine: Engine) -> int:
+    with reading(engine) as connection:
+        return int(connection.execute(text("SELECT value FROM counter")).scalar_one())
+
+
+def test_an_error_rolls_back(engine: Engine) -> None:
+    def change() -> None:
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE counter SET value = 7"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        change()
+    assert value(engine) == 0
+
+
+def test_read_modify_write_of_many_threads_loses_nothing(engine: Engine) -> None:
+    def add() -> None:
+        for _ in range(20):
+            with engine.begin() as connection:
+                now = connection.execute(text("SELECT value FROM counter")).scalar_one()
+                connection.execute(text("UPDATE counter SET value = :v"), {"v": now + 1})
+
+    threads = [threading.Thread(target=add) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert value(engine) == 80
+
+
+def test_a_reader_does_not_wait_for_a_writer(engine: Engine) -> None:
+    with engine.begin() as writer:
+        writer.execute(text("UPDATE counter SET value = 1"))
+        assert value(engine) == 0
+    assert value(engine) == 1
