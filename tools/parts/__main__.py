@@ -1,0 +1,43 @@
+"""`python -m parts kafka|postgres|redis`: start one by hand; `python -m parts missing`: what tests lack here, one a line."""
+
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from parts import chromium, kafka, postgres, redis
+from parts.server import PartError
+
+CHECKS = {"kafka": kafka.missing, "postgres": postgres.missing, "redis": redis.missing, "browser": chromium.missing}
+STARTS = {"kafka": kafka.start_kafka, "postgres": postgres.start_postgres, "redis": redis.start_redis}
+
+
+def main() -> int:
+    """Run the command."""
+    wanted = sys.argv[1] if len(sys.argv) == 2 else ""
+    if wanted == "missing":
+        for name, check in CHECKS.items():
+            if reason := check():
+                print(f"{name}: {reason}")
+        return 0
+    if wanted not in STARTS:
+        print(__doc__, file=sys.stderr)
+        return 2
+    folder = Path(tempfile.mkdtemp(prefix=f"millrace-{wanted}-"))
+    folder.chmod(0o711)
+    try:
+        server = STARTS[wanted](folder / wanted)
+    except PartError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(server.address, flush=True)
+    try:
+        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    finally:
+        server.stop()
+        folder.rmdir()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
