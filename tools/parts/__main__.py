@@ -3,6 +3,7 @@
 import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from parts import chromium, kafka, postgres, redis
@@ -23,6 +24,9 @@ def main() -> int:
     if wanted not in STARTS:
         print(__doc__, file=sys.stderr)
         return 2
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda _number, _frame: stop.set())
     folder = Path(tempfile.mkdtemp(prefix=f"millrace-{wanted}-"))
     folder.chmod(0o711)
     try:
@@ -31,11 +35,9 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     print(server.address, flush=True)
-    try:
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
-    finally:
-        server.stop()
-        folder.rmdir()
+    stop.wait()
+    server.stop()
+    folder.rmdir()
     return 0
 
 

@@ -82,7 +82,7 @@ def pytest_testnodedown(node: object, error: object) -> None:  # noqa: ARG001 - 
     """Every worker collects the same tests: the account of one is the account of all."""
     left_out = getattr(node, "workeroutput", {}).get("left_out", {})
     config: pytest.Config = node.config  # type: ignore[attr-defined]
-    config.stash[LEFT_OUT] |= Counter(left_out)
+    config.stash[LEFT_OUT].update(Counter(left_out) - config.stash[LEFT_OUT])
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -51,15 +51,23 @@ class Server:
         """Whether the process is there."""
         return _alive(self.server_pid)
 
+    def kill(self) -> None:
+        """End it without a goodbye; its folder stays, so that it can be started again on what it kept."""
+        os.kill(self.server_pid, signal.SIGKILL)
+        self._wait_for_guard()
+
     def stop(self) -> None:
         """End it and remove its folder."""
         if _alive(self.guard_pid):
             os.kill(self.guard_pid, signal.SIGTERM)
-            deadline = time.monotonic() + STOP_TIMEOUT_S
-            while _alive(self.guard_pid) and time.monotonic() < deadline:
-                _reap(self.guard_pid)
-                time.sleep(0.02)
+            self._wait_for_guard()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _wait_for_guard(self) -> None:
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while _alive(self.guard_pid) and time.monotonic() < deadline:
+            _reap(self.guard_pid)
+            time.sleep(0.02)
 
 
 def start(

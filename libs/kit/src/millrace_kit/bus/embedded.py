@@ -192,8 +192,12 @@ class EmbeddedSubscription:
 
         def write(connection: sqlite3.Connection) -> None:
             connection.execute("BEGIN IMMEDIATE")
-            connection.executemany("INSERT OR REPLACE INTO position VALUES (?, ?, ?)", rows)
-            connection.execute("COMMIT")
+            try:
+                connection.executemany("INSERT OR REPLACE INTO position VALUES (?, ?, ?)", rows)
+                connection.execute("COMMIT")
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
 
         await self._database.call(write)
 
