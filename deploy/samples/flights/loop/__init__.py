@@ -1,0 +1,1 @@
+"""The steps of the flights demo, each through the services' own APIs."""

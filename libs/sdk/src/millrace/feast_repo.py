@@ -1,0 +1,87 @@
+"""A Feast repository as one message: what `millrace features apply` sends to the feature service.
+
+Needs Feast on the client's side (`pip install feast==0.67.0`); nothing else of the SDK does. Parsing a repository runs its Python
+files, as `feast apply` does.
+"""
+
+import importlib.util
+import sys
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIG_FILE = "feature_store.yaml"
+_GENERATED = ("entities", "data_sources", "feature_views", "stream_feature_views", "on_demand_feature_views", "feature_services")
+
+
+def registry_from_repo(path: Path) -> tuple[str, bytes]:
+    """Parse the Feast repository at `path` with Feast's own parser.
+
+    Returns:
+        The project's name and a serialized `feast.core.Registry`, the same bytes for the same files: objects are sorted, and hold
+        neither times nor paths of this machine.
+
+    Raises:
+        FileNotFoundError: `path` holds no `feature_store.yaml`.
+        ValueError: the file names no project, or an object is of a kind the feature service does not take.
+    """
+    root = path.resolve()
+    config = yaml.safe_load((root / CONFIG_FILE).read_text(encoding="utf-8"))
+    project = config.get("project") if isinstance(config, dict) else None
+    if not isinstance(project, str) or not project:
+        raise ValueError(f"{root / CONFIG_FILE} names no project")
+    contents = _parse(root)
+    if contents.label_views or contents.permissions:
+        raise ValueError("label views and permissions are not supported")
+    from feast.protos.feast.core.Registry_pb2 import Registry
+
+    registry = Registry(registry_schema_version="1")
+    for kind in _GENERATED:
+        protos = []
+        for item in getattr(contents, kind):
+            if item.name == "__dummy":
+                continue
+            if kind == "on_demand_feature_views" and getattr(item.feature_transformation, "udf", None) is not None:
+                _forget_place(item.feature_transformation.udf, root)
+            proto = item.to_proto()
+            proto.ClearField("meta")
+            protos.append(proto)
+        protos.sort(key=lambda p: p.name if kind == "data_sources" else p.spec.name)
+        getattr(registry, kind).extend(protos)
+    return project, registry.SerializeToString(deterministic=True)
+
+
+def _parse(root: Path) -> Any:
+    """Run Feast's parser with `root` importable, and forget the repository's modules afterwards so that it can be read again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from feast.repo_operations import get_repo_files, parse_repo, py_path_to_module
+
+        import os
+
+        before = Path.cwd()
+        sys.path.insert(0, str(root))
+        os.chdir(root)  # Feast derives module names from paths relative to the working directory
+        try:
+            for file in get_repo_files(root):
+                sys.modules.pop(py_path_to_module(file), None)
+            importlib.invalidate_caches()
+            return parse_repo(root)
+        finally:
+            os.chdir(before)
+            sys.path.remove(str(root))
+
+
+def _forget_place(function: types.FunctionType, root: Path) -> None:
+    """Replace the absolute path inside the function's code by the path in the repository."""
+
+    def moved(code: types.CodeType) -> types.CodeType:
+        place = Path(code.co_filename)
+        name = place.relative_to(root).as_posix() if place.is_relative_to(root) else place.name
+        constants = tuple(moved(c) if isinstance(c, types.CodeType) else c for c in code.co_consts)
+        return code.replace(co_filename=name, co_consts=constants)
+
+    function.__code__ = moved(function.__code__)

@@ -1,0 +1,1 @@
+"""Tests of the whole: contracts, integration, end to end, chaos, performance."""
