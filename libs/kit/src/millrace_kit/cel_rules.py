@@ -1,16 +1,15 @@
 """CEL (cel.dev) expressions over request headers: parse and type-check the part of the language that routes may use.
 
-The same check runs where a manifest is accepted and where a route is put in force; the gateway hands the checked expression to
-Envoy's own CEL matcher, so evaluation has CEL's semantics: a header that is absent makes a comparison an error, an error does
-not match, and `||` still matches when its other side holds.
+The same check runs where a manifest is accepted and where a route is put in force. The meaning is CEL's own: a test of an absent
+header is an error, an error is not a match, `!` of an error is an error, and `||` holds when one side does whatever the other is.
 
-Accepted: `request.headers['name']`, string, integer and boolean literals, lists of strings, `==`, `!=`, `<`, `<=`, `>`, `>=`,
-`in`, `&&`, `||`, `!`, parentheses, `.startsWith(s)`, `.endsWith(s)`, `.contains(s)`, `.matches(regex)`, `size(s)`. The whole
-expression must be a boolean. Everything else is refused with the position of the problem.
+Accepted: `request.headers['name']` compared with string literals by `==` and `!=`, `in ['a', 'b']`, `'name' in request.headers`,
+`.startsWith('a')`, `.endsWith('a')`, `.contains('a')`, `.matches('regex')`, `true`, `false`, `&&`, `||`, `!` and parentheses.
+Everything else is refused with the position of the problem.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,57 +18,73 @@ from millrace_kit.errors import InvalidArgumentError
 MAX_LENGTH = 2048
 MAX_DEPTH = 32
 
-Type = Literal["bool", "string", "int", "list", "headers"]
+Operator = Literal["equals", "startsWith", "endsWith", "contains", "matches"]
 
 _TOKEN = re.compile(
-    r"(?P<space>\s+)|(?P<string>'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\")|(?P<int>\d+)(?![\w.])"
-    r"|(?P<name>[A-Za-z_]\w*)|(?P<mark>&&|\|\||==|!=|<=|>=|[<>!()\[\].,-])"
+    r"(?P<space>\s+)|(?P<string>'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\")|(?P<name>[A-Za-z_]\w*)"
+    r"|(?P<mark>&&|\|\||==|!=|[!()\[\].,])"
 )
 _ESCAPES = {"\\": "\\", "'": "'", '"': '"', "n": "\n", "r": "\r", "t": "\t", "`": "`", "?": "?"}
-_RELATIONS = {"==": "_==_", "!=": "_!=_", "<": "_<_", "<=": "_<=_", ">": "_>_", ">=": "_>=_", "in": "@in"}
-_METHODS = {"startsWith", "endsWith", "contains", "matches"}
-_INT64_MAX = 2**63 - 1
+_METHODS: dict[str, Operator] = {
+    "startsWith": "startsWith", "endsWith": "endsWith", "contains": "contains", "matches": "matches",
+}  # fmt: skip
 _HEADER = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A constant, or a list of constant strings."""
+    """`true` or `false`."""
 
-    value: str | int | bool | tuple[str, ...]
-    type: Type
-
-
-@dataclass(frozen=True, slots=True)
-class Headers:
-    """`request.headers`."""
-
-    type: Type = "headers"
+    value: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """A function by CEL's internal name (`_==_`, `_&&_`, `!_`, `@in`, `_[_]`, `startsWith`, `size`); a method has its target first."""
+class Present:
+    """`'header' in request.headers`; never an error."""
 
-    function: str
-    arguments: tuple["Node", ...]
-    type: Type
-    method: bool = False
+    header: str
 
 
-Node = Constant | Headers | Call
+@dataclass(frozen=True, slots=True)
+class Test:
+    """One header against literals: holds when `operator` holds for one of `values`; an error when the header is absent."""
+
+    header: str
+    operator: Operator
+    values: tuple[str, ...]
 
 
-class _ParseError(Exception):
-    def __init__(self, problem: str, position: int) -> None:
-        super().__init__(f"{problem} at character {position + 1}")
+@dataclass(frozen=True, slots=True)
+class Not:
+    """`!`."""
+
+    operand: "Node"
+
+
+@dataclass(frozen=True, slots=True)
+class And:
+    """`&&`."""
+
+    left: "Node"
+    right: "Node"
+
+
+@dataclass(frozen=True, slots=True)
+class Or:
+    """`||`."""
+
+    left: "Node"
+    right: "Node"
+
+
+Node = Constant | Present | Test | Not | And | Or
 
 
 def check_rule(expression: str, field: str) -> Node:
-    """The syntax tree of `expression`.
+    """The meaning of `expression`; header names are in lower case.
 
     Raises:
-        InvalidArgumentError: it is too long, is no CEL, uses something outside the accepted part, or is no boolean; names `field`.
+        InvalidArgumentError: it is too long, is no CEL, or uses something outside the accepted part; names `field`.
     """
     if not expression.strip():
         raise InvalidArgumentError(field, "must not be empty", "INVALID_RULE")
@@ -81,11 +96,74 @@ def check_rule(expression: str, field: str) -> Node:
         raise InvalidArgumentError(field, str(error), "INVALID_RULE") from None
 
 
+def evaluate(node: Node, headers: Mapping[str, str]) -> bool | None:
+    """What the rule says about `headers` (names in lower case); None is CEL's error."""
+    match node:
+        case Constant(value=value):
+            return value
+        case Present(header=header):
+            return header in headers
+        case Test(header=header, operator=operator, values=values):
+            found = headers.get(header)
+            return None if found is None else any(_holds(operator, found, value) for value in values)
+        case Not(operand=operand):
+            inner = evaluate(operand, headers)
+            return None if inner is None else not inner
+        case And(left=left, right=right):
+            sides = (evaluate(left, headers), evaluate(right, headers))
+            return False if False in sides else (None if None in sides else True)
+        case Or(left=left, right=right):
+            sides = (evaluate(left, headers), evaluate(right, headers))
+            return True if True in sides else (None if None in sides else False)
+
+
+def _holds(operator: Operator, text: str, value: str) -> bool:
+    match operator:
+        case "equals":
+            return text == value
+        case "startsWith":
+            return text.startswith(value)
+        case "endsWith":
+            return text.endswith(value)
+        case "contains":
+            return value in text
+        case "matches":
+            return re.search(value, text) is not None
+
+
+class _ParseError(Exception):
+    def __init__(self, problem: str, position: int) -> None:
+        super().__init__(f"{problem} at character {position + 1}")
+
+
 @dataclass(frozen=True, slots=True)
 class _Token:
     kind: str
     text: str
     position: int
+
+    @property
+    def shown(self) -> str:
+        return repr(self.text) if self.text else "the end"
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Headers:
+    pass
+
+
+# What a relation's side may be, before it is known whether it is a test by itself.
+_Operand = Constant | Present | Test | Not | And | Or | _Header | _Texts | _Headers | str
 
 
 def _tokens(expression: str) -> list[_Token]:
@@ -112,7 +190,7 @@ def _unquote(token: _Token) -> str:
 
 
 class _Parser:
-    """Recursive descent over CEL's precedence: `||`, `&&`, relations, unary, member, primary."""
+    """Recursive descent over CEL's precedence: `||`, `&&`, relations, `!`, member, primary."""
 
     def __init__(self, expression: str) -> None:
         self._tokens = _tokens(expression)
@@ -123,163 +201,164 @@ class _Parser:
     def _now(self) -> _Token:
         return self._tokens[self._index]
 
+    def _is(self, text: str) -> bool:
+        return self._now.text == text and self._now.kind != "string"
+
     def _take(self, text: str = "") -> _Token:
         token = self._now
-        if text and token.text != text:
-            raise _ParseError(f"expected {text!r}, found {token.text or 'the end'!r}", token.position)
+        if text and not self._is(text):
+            raise _ParseError(f"expected {text!r}, found {token.shown}", token.position)
         self._index += 1
         return token
 
     def parse(self) -> Node:
-        node = self._or()
+        node = self._rule(self._or)
         if self._now.kind != "end":
-            raise _ParseError(f"unexpected {self._now.text!r}", self._now.position)
-        self._need(node, "bool", 0)
+            raise _ParseError(f"unexpected {self._now.shown}", self._now.position)
         return node
 
-    def _need(self, node: Node, kind: Type, position: int) -> Node:
-        if node.type != kind:
-            raise _ParseError(f"needs a {kind}, found a {node.type}", position)
-        return node
+    def _rule(self, part: Callable[[], _Operand]) -> Node:
+        """A part that must be true or false by itself."""
+        position = self._now.position
+        found = part()
+        if isinstance(found, (Constant, Present, Test, Not, And, Or)):
+            return found
+        raise _ParseError("is neither true nor false", position)
 
-    def _or(self) -> Node:
+    def _text(self) -> str:
+        token = self._take()
+        if token.kind != "string":
+            raise _ParseError(f"expected a string in quotes, found {token.shown}", token.position)
+        return _unquote(token)
+
+    def _deeper(self) -> None:
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise _ParseError(f"nested deeper than {MAX_DEPTH}", self._now.position)
-        node = self._binary("||", "_||_", self._and)
-        self._depth -= 1
-        return node
 
-    def _and(self) -> Node:
-        return self._binary("&&", "_&&_", self._relation)
-
-    def _binary(self, mark: str, function: str, operand: Callable[[], Node]) -> Node:
+    def _or(self) -> _Operand:
+        self._deeper()
         position = self._now.position
-        node: Node = operand()
-        while self._now.text == mark and self._now.kind == "mark":
-            self._need(node, "bool", position)
+        found = self._and()
+        while self._is("||"):
+            left = self._as_rule(found, position)
             self._take()
-            position = self._now.position
-            right = self._need(operand(), "bool", position)
-            node = Call(function, (node, right), "bool")
-        return node
+            found = Or(left, self._rule(self._and))
+        self._depth -= 1
+        return found
 
-    def _relation(self) -> Node:
+    def _and(self) -> _Operand:
+        position = self._now.position
+        found = self._relation()
+        while self._is("&&"):
+            left = self._as_rule(found, position)
+            self._take()
+            found = And(left, self._rule(self._relation))
+        return found
+
+    def _as_rule(self, found: _Operand, position: int) -> Node:
+        if isinstance(found, (Constant, Present, Test, Not, And, Or)):
+            return found
+        raise _ParseError("is neither true nor false", position)
+
+    def _relation(self) -> _Operand:
         position = self._now.position
         left = self._unary()
-        mark = self._now.text
-        if mark not in _RELATIONS or self._now.kind == "string":
+        if not any(self._is(mark) for mark in ("==", "!=", "in")):
             return left
-        self._take()
-        right = self._unary()
-        if self._now.text in _RELATIONS and self._now.kind != "string":
+        mark = self._take().text
+        found = _relate(mark, left, self._unary(), position)
+        if any(self._is(mark) for mark in ("==", "!=", "in")):
             raise _ParseError("relations do not chain; use &&", self._now.position)
-        if mark == "in":
-            self._need(left, "string", position)
-            if right.type not in {"list", "headers"}:
-                raise _ParseError(f"'in' needs a list or request.headers, found a {right.type}", position)
-        elif left.type != right.type or left.type not in {"string", "int", "bool"}:
-            raise _ParseError(f"cannot compare a {left.type} with a {right.type}", position)
-        return Call(_RELATIONS[mark], (left, right), "bool")
+        return found
 
-    def _unary(self) -> Node:
-        if self._now.kind == "mark" and self._now.text == "!":
-            self._depth += 1
-            if self._depth > MAX_DEPTH:
-                raise _ParseError(f"nested deeper than {MAX_DEPTH}", self._now.position)
-            self._take()
+    def _unary(self) -> _Operand:
+        if not self._is("!"):
+            return self._member()
+        self._deeper()
+        self._take()
+        found = Not(self._rule(self._unary))
+        self._depth -= 1
+        return found
+
+    def _member(self) -> _Operand:
+        found = self._primary()
+        while self._is(".") or self._is("["):
             position = self._now.position
-            node = Call("!_", (self._need(self._unary(), "bool", position),), "bool")
-            self._depth -= 1
-            return node
-        if self._now.kind == "mark" and self._now.text == "-":
-            self._take()
-            token = self._take()
-            if token.kind != "int":
-                raise _ParseError("'-' needs a number", token.position)
-            return Constant(-self._integer(token), "int")
-        return self._member()
-
-    def _member(self) -> Node:
-        node = self._primary()
-        while self._now.kind == "mark" and self._now.text in {".", "["}:
             if self._take().text == "[":
-                position = self._now.position
-                key = self._or()
+                name = self._text()
                 self._take("]")
-                if node.type != "headers" or not isinstance(key, Constant) or not isinstance(key.value, str):
-                    raise _ParseError("only request.headers['name'] can be indexed, by a literal name", position)
-                if not _HEADER.fullmatch(key.value):
-                    raise _ParseError("is no header name", position)
-                # Envoy keeps header names in lower case.
-                node = Call("_[_]", (node, Constant(key.value.lower(), "string")), "string")
+                if not isinstance(found, _Headers):
+                    raise _ParseError("only request.headers can be indexed", position)
+                if not _HEADER.fullmatch(name):
+                    raise _ParseError(f"{name!r} is no header name", position)
+                found = _Header(name.lower())
                 continue
             method = self._take()
-            if method.text not in _METHODS:
-                raise _ParseError(f"unknown method {method.text!r}; there are {sorted(_METHODS)}", method.position)
+            operator = _METHODS.get(method.text) if method.kind == "name" else None
+            if operator is None or not isinstance(found, _Header):
+                known = ", ".join(sorted(_METHODS))
+                raise _ParseError(f"unexpected .{method.text}; a header has {known}", method.position)
             self._take("(")
             position = self._now.position
-            argument = self._need(self._or(), "string", position)
+            value = self._text()
             self._take(")")
-            self._need(node, "string", method.position)
-            if method.text == "matches":
-                _check_regex(argument, position)
-            node = Call(method.text, (node, argument), "bool", method=True)
-        return node
+            if operator == "matches":
+                _check_regex(value, position)
+            found = Test(found.name, operator, (value,))
+        return found
 
-    def _primary(self) -> Node:
+    def _primary(self) -> _Operand:
         token = self._take()
         if token.kind == "string":
-            return Constant(_unquote(token), "string")
-        if token.kind == "int":
-            return Constant(self._integer(token), "int")
-        if token.text == "(" and token.kind == "mark":
-            node = self._or()
-            self._take(")")
-            return node
-        if token.text == "[" and token.kind == "mark":
-            return self._list()
-        if token.text in {"true", "false"}:
-            return Constant(token.text == "true", "bool")
-        if token.text == "size":
-            self._take("(")
-            position = self._now.position
-            node = self._need(self._or(), "string", position)
-            self._take(")")
-            return Call("size", (node,), "int")
-        if token.text == "request":
-            self._take(".")
-            self._take("headers")
-            return Headers()
-        found = token.text or "the end"
-        raise _ParseError(f"unexpected {found!r}; only request.headers and literals are known here", token.position)
+            return _unquote(token)
+        match token.text:
+            case "(":
+                found = self._or()
+                self._take(")")
+                return found
+            case "[":
+                return self._list()
+            case "true" | "false":
+                return Constant(token.text == "true")
+            case "request":
+                self._take(".")
+                self._take("headers")
+                return _Headers()
+        raise _ParseError(f"unexpected {token.shown}; only request.headers is known here", token.position)
 
-    def _list(self) -> Node:
+    def _list(self) -> _Texts:
         items: list[str] = []
-        while self._now.text != "]" or self._now.kind == "string":
-            token = self._take()
-            if token.kind != "string":
-                raise _ParseError("a list holds string literals", token.position)
-            items.append(_unquote(token))
-            if self._now.text != "]" or self._now.kind == "string":
+        while not self._is("]"):
+            items.append(self._text())
+            if not self._is("]"):
                 self._take(",")
         self._take("]")
-        return Constant(tuple(items), "list")
-
-    def _integer(self, token: _Token) -> int:
-        value = int(token.text) if len(token.text) <= 19 else _INT64_MAX + 1
-        if value > _INT64_MAX:
-            raise _ParseError("is larger than a 64-bit integer", token.position)
-        return value
+        return _Texts(tuple(items))
 
 
-def _check_regex(argument: Node, position: int) -> None:
-    if not isinstance(argument, Constant) or not isinstance(argument.value, str):
-        raise _ParseError("matches() needs a literal expression", position)
+def _relate(mark: str, left: _Operand, right: _Operand, position: int) -> Node:
+    match mark, left, right:
+        case "==" | "!=", _Header(name=name), str(value):
+            test: Node = Test(name, "equals", (value,))
+        case "==" | "!=", str(value), _Header(name=name):
+            test = Test(name, "equals", (value,))
+        case "in", _Header(name=name), _Texts(values=values):
+            test = Test(name, "equals", values)
+        case "in", str(value), _Headers():
+            if not _HEADER.fullmatch(value):
+                raise _ParseError(f"{value!r} is no header name", position)
+            test = Present(value.lower())
+        case _:
+            raise _ParseError(f"{mark!r} compares a header with a string, or looks into a list of strings", position)
+    return Not(test) if mark == "!=" else test
+
+
+def _check_regex(value: str, position: int) -> None:
     try:
-        re.compile(argument.value)
+        re.compile(value)
     except re.error as error:
         raise _ParseError(f"bad regular expression: {error}", position) from None
     # RE2 has neither look-around nor back-references.
-    if re.search(r"\(\?[=!<]|\\[1-9]", argument.value):
+    if re.search(r"\(\?[=!<(#]|\\[1-9]|\(\?P=", value):
         raise _ParseError("regular expressions are RE2: no look-around, no back-references", position)
