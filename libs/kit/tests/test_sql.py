@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from millrace_kit.sql import open_engine, reading
 from sqlalchemy import Engine, text
+from sqlalchemy.exc import SQLAlchemyError
 
 
 @pytest.fixture
@@ -53,3 +54,20 @@ def test_a_reader_does_not_wait_for_a_writer(engine: Engine) -> None:
         writer.execute(text("UPDATE counter SET value = 1"))
         assert value(engine) == 0
     assert value(engine) == 1
+
+
+@pytest.mark.postgres
+def test_a_reader_of_postgres_sees_one_snapshot_and_may_not_write(postgres_url: str) -> None:
+    engine = open_engine(postgres_url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE counter (value INTEGER NOT NULL)"))
+        connection.execute(text("INSERT INTO counter VALUES (1)"))
+    with reading(engine) as reader:
+        assert reader.execute(text("SELECT value FROM counter")).scalar_one() == 1
+        with engine.begin() as writer:
+            writer.execute(text("UPDATE counter SET value = 2"))
+        assert reader.execute(text("SELECT value FROM counter")).scalar_one() == 1
+    assert value(engine) == 2
+    with pytest.raises(SQLAlchemyError, match="read-only"), reading(engine) as reader:
+        reader.execute(text("UPDATE counter SET value = 3"))
+    engine.dispose()

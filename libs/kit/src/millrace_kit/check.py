@@ -38,11 +38,18 @@ def table(value: str, field: str) -> str:
 
 
 def text(value: str, field: str, *, limit: int = MAX_TEXT) -> str:
-    """A text of 1 to `limit` characters."""
+    """A text of 1 to `limit` characters without U+0000, which PostgreSQL cannot keep."""
     if not value:
         raise InvalidArgumentError(field, "must not be empty")
+    return optional_text(value, field, limit=limit)
+
+
+def optional_text(value: str, field: str, *, limit: int = MAX_TEXT) -> str:
+    """A text of at most `limit` characters without U+0000; it may be empty."""
     if len(value) > limit:
         raise InvalidArgumentError(field, f"is longer than {limit} characters")
+    if "\0" in value:
+        raise InvalidArgumentError(field, "must not contain the character U+0000")
     return value
 
 

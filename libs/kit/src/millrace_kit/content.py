@@ -4,10 +4,13 @@ Readers and writers use any fsspec URL (`file:///…`, `s3://…`, `memory://…
 artifacts; feature: training sets) and publish its URL; everybody else reads through this module, so nothing is loaded unchecked.
 """
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Self
 from uuid import uuid4
 
 import fsspec
@@ -51,24 +54,60 @@ class ContentStore:
         """Store a local file; returns its digest. Storing again is free."""
         digest = sha256_file(path)
         if not self.has(digest):
-            scratch = f"{self._root}/incoming/{uuid4().hex}"
-            self._fs.makedirs(f"{self._root}/incoming", exist_ok=True)
-            self._fs.put_file(str(path), scratch)
-            self._fs.makedirs(os.path.dirname(self._path(digest)), exist_ok=True)  # noqa: PTH120 - an fsspec path
-            # A rename, so that a reader never sees half a file.
-            self._fs.mv(scratch, self._path(digest))
+            with path.open("rb") as source, self.write() as writer:
+                while chunk := source.read(CHUNK_BYTES):
+                    writer.add(chunk)
+                writer.keep(digest)
         return digest
 
     def put_bytes(self, content: bytes) -> str:
         """Store bytes; returns their digest."""
         digest = hashlib.sha256(content).hexdigest()
         if not self.has(digest):
-            scratch = f"{self._root}/incoming/{uuid4().hex}"
-            self._fs.makedirs(f"{self._root}/incoming", exist_ok=True)
-            self._fs.pipe_file(scratch, content)
-            self._fs.makedirs(os.path.dirname(self._path(digest)), exist_ok=True)  # noqa: PTH120 - an fsspec path
-            self._fs.mv(scratch, self._path(digest))
+            with self.write() as writer:
+                writer.add(content)
+                writer.keep(digest)
         return digest
+
+    def write(self) -> "ContentWriter":
+        """A writer for content that comes in pieces; what is not kept at the end of its `with` block is gone."""
+        return ContentWriter(self._fs, f"{self._root}/incoming/{uuid4().hex}", self._path)
+
+    def size(self, sha256: str) -> int:
+        """Length of the content in bytes, as stored.
+
+        Raises:
+            NotFoundError: nothing has this digest.
+        """
+        try:
+            return int(self._fs.size(self._path(sha256)))
+        except FileNotFoundError:
+            raise NotFoundError("artifact", sha256) from None
+
+    def verify(self, sha256: str) -> None:
+        """Read everything and compare.
+
+        Raises:
+            NotFoundError: nothing has this digest.
+            DataLossError: the stored bytes do not have the digest they stand under.
+        """
+        for _chunk in self.chunks(sha256):
+            pass
+
+    def sweep(self, *, older_than: datetime) -> int:
+        """Remove what writers that were killed left before `older_than`; returns how many."""
+        removed = 0
+        try:
+            names = self._fs.ls(f"{self._root}/incoming", detail=False)
+        except FileNotFoundError:
+            return 0
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # its writer was still there and has finished
+                changed: datetime = self._fs.modified(name)
+                if changed.replace(tzinfo=changed.tzinfo or UTC) < older_than:
+                    self._fs.rm_file(name)
+                    removed += 1
+        return removed
 
     def chunks(self, sha256: str) -> Iterator[bytes]:
         """The content in chunks of at most 1 MiB; the last one is held back until the digest is proved.
@@ -113,3 +152,58 @@ class ContentStore:
         finally:
             scratch.unlink(missing_ok=True)
         return target
+
+
+class ContentWriter:
+    """Writes to a scratch file beside the content and moves it to its address once its digest is proved."""
+
+    def __init__(self, fs: Any, scratch: str, address: Callable[[str], str]) -> None:
+        self._fs = fs
+        self._scratch = scratch
+        self._address = address
+        self._digest = hashlib.sha256()
+        self._kept = False
+        self.size_bytes = 0
+        """Bytes added so far."""
+        self._fs.makedirs(os.path.dirname(scratch), exist_ok=True)  # noqa: PTH120 - an fsspec path
+        self._file = self._fs.open(scratch, "wb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._file.close()
+        if not self._kept:
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(self._scratch)
+
+    def add(self, chunk: bytes) -> None:
+        """Append `chunk`."""
+        self._file.write(chunk)
+        self._digest.update(chunk)
+        self.size_bytes += len(chunk)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of what was added so far."""
+        return self._digest.hexdigest()
+
+    def keep(self, sha256: str) -> None:
+        """Put the content under its address, replacing what is there.
+
+        Raises:
+            DataLossError: what was added does not have this digest; nothing is stored.
+        """
+        found = self.sha256
+        if found != sha256:
+            message = f"the content has digest {found}, not {sha256}"
+            raise DataLossError("DIGEST_MISMATCH", message, {"sha256": sha256, "found": found})
+        self._file.flush()
+        with contextlib.suppress(AttributeError, OSError):  # only local files can be synced
+            os.fsync(self._file.fileno())
+        self._file.close()
+        target = self._address(sha256)
+        self._fs.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH120 - an fsspec path
+        # A rename, so that a reader never sees half a file.
+        self._fs.mv(self._scratch, target)
+        self._kept = True

@@ -7,16 +7,17 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from millrace_kit.server import Service, WorkerFailedError, serve
-from millrace_kit.settings import ServiceSettings, SettingsError, load_settings
+from millrace_kit.settings import ServiceSettings, Settings, SettingsError, load_settings
 from millrace_kit.telemetry import start_telemetry, stop_telemetry
 
-S = TypeVar("S", bound=ServiceSettings)
+S = TypeVar("S", bound=Settings)
+T = TypeVar("T", bound=ServiceSettings)
 
 
-def run_service(name: str, kind: type[S], build: Callable[[S], Awaitable[Service]]) -> None:
-    """Parse the command line, then run the service until it is told to stop.
+def read_arguments(name: str, kind: type[S]) -> S:
+    """Parse `--config FILE [--check]` and load the settings; `--check` ends the program with 0.
 
-    Exits with 0 after an orderly stop, 1 when a worker failed, 2 for a wrong settings file.
+    Exits with 2 for a wrong settings file.
     """
     parser = argparse.ArgumentParser(prog=f"millrace-{name}")
     parser.add_argument("--config", required=True, help="settings file (YAML)")
@@ -29,7 +30,16 @@ def run_service(name: str, kind: type[S], build: Callable[[S], Awaitable[Service
         raise SystemExit(2) from None
     if arguments.check:
         print(f"{arguments.config}: ok")
-        return
+        raise SystemExit(0)
+    return settings
+
+
+def run_service(name: str, kind: type[T], build: Callable[[T], Awaitable[Service]]) -> None:
+    """Read the command line, then run the service until it is told to stop.
+
+    Exits with 0 after an orderly stop, 1 when a worker failed, 2 for a wrong settings file.
+    """
+    settings = read_arguments(name, kind)
     start_telemetry(name, settings.telemetry)
 
     async def run() -> None:

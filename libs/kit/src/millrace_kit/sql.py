@@ -6,12 +6,13 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.pool import ConnectionPoolEntry
 
 BUSY_TIMEOUT_MS = 10_000
 POOL_SIZE = 10
 POOL_TIMEOUT_S = 10
+MIGRATION_LOCK = 0x6D696C6C
 
 
 def open_engine(url: str) -> Engine:
@@ -48,7 +49,10 @@ def open_engine(url: str) -> Engine:
 def reading(engine: Engine) -> Iterator[Connection]:
     """A transaction that only reads: one consistent snapshot that waits for no writer."""
     with engine.connect() as connection:
-        snapshot = connection.execution_options(millrace_reading=True)
+        if connection.dialect.name == "sqlite":
+            snapshot = connection.execution_options(millrace_reading=True)
+        else:  # the default level would give each statement a snapshot of its own
+            snapshot = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         with snapshot.begin():
             yield snapshot
 
@@ -58,5 +62,9 @@ def migrate(engine: Engine, scripts: Path) -> None:
     config = Config()
     config.set_main_option("script_location", str(scripts))
     with engine.begin() as connection:
+        if (
+            connection.dialect.name == "postgresql"
+        ):  # replicas that start together take turns; SQLite's writers do so anyway
+            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
