@@ -105,12 +105,12 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
 def triton_pids(stack: Stack) -> list[int]:
     controller = stack.supervisor.pid("rollout-controller")
     marker = str(stack.state)
-    found = []
-    for process in psutil.process_iter(["pid", "name", "cmdline"]):
-        if "tritonserver" in (process.info["name"] or "") and any(
-            marker in part for part in process.info["cmdline"] or ()
-        ):
-            found.append(process.info["pid"])
+    found = [
+        process.info["pid"]
+        for process in psutil.process_iter(["pid", "name", "cmdline"])
+        if "tritonserver" in (process.info["name"] or "")
+        and any(marker in part for part in process.info["cmdline"] or ())
+    ]
     assert controller not in found
     return found
 

@@ -1,0 +1,129 @@
+// Follows /api/loop and draws it. Every value goes in as text, so nothing from a service can become markup.
+"use strict";
+
+const PERIOD_MS = 1000;
+const SVG = "http://www.w3.org/2000/svg";
+// name, title, x, y of the node's left upper corner; nodes are 168 by 84
+const NODES = [
+  ["producers", "applications", 16, 34], ["ingestion", "ingestion", 246, 34], ["feature", "feature", 476, 34],
+  ["training", "training", 706, 34], ["registry", "registry", 936, 34], ["rollout", "rollout controller", 936, 250],
+  ["gateway", "inference gateway", 476, 250], ["drift", "drift monitor", 706, 142],
+];
+// from, to, label, path, label position, fact that shows the edge is alive
+const EDGES = [
+  ["records, outcomes", "M184 76H240", 190, 66, ["ingestion", "records"]],
+  ["records", "M414 76H470", 420, 66, ["ingestion", "records"]],
+  ["training set", "M644 76H700", 646, 66, ["training", "runs"]],
+  ["version", "M874 76H930", 882, 66, ["registry", "versions"]],
+  ["approved", "M1020 118V244", 1028, 186, ["rollout", "deployments"]],
+  ["routes, weights", "M936 306H650", 780, 326, ["rollout", "deployments"]],
+  ["features", "M545 118V244", 552, 186, ["feature", "entities"]],
+  ["predictions", "M644 270C690 262 690 220 735 230", 652, 246, ["gateway", "predictions"]],
+  ["retrain", "M790 142V124", 798, 136, ["drift", "findings"]],
+  ["answers", "M476 292H100V124", 200, 282, ["gateway", "predictions"]],
+];
+let before = {};
+
+function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children.map((child) => (child instanceof Node ? child : document.createTextNode(String(child)))));
+  return made;
+}
+function shape(tag, attributes = {}, text = "") {
+  const made = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.textContent = text;
+  return made;
+}
+const number = (value) => value.toLocaleString("en");
+const short = (digest) => digest.slice(0, 12);
+
+function drawLoop(page) {
+  const edges = document.getElementById("edges"), nodes = document.getElementById("nodes");
+  if (!edges.childElementCount) {
+    for (const [label, path, x, y] of EDGES) {
+      edges.append(shape("path", { d: path, class: "edge" }), shape("text", { x, y, class: "label" }, label));
+    }
+  }
+  EDGES.forEach(([, , , , [node, fact]], index) => {
+    const now = page.facts[node]?.[fact], was = before[node]?.[fact];
+    edges.children[2 * index].classList.toggle("live", was !== undefined && now !== was);
+  });
+  nodes.replaceChildren(...NODES.map(([name, title, x, y]) => {
+    const service = page.services[name];
+    const group = shape("g", { class: !service ? "" : service.up ? "up" : "down", id: `node-${name}` });
+    group.append(shape("rect", { x, y, width: 168, height: 84, rx: 10 }));
+    group.append(shape("text", { x: x + 12, y: y + 25, class: "name" }, title));
+    const facts = !service ? ["your producers", "and callers"] : !service.up ? ["down"] :
+      Object.entries(page.facts[name]).map(([fact, value]) => `${number(value)} ${fact}`);
+    facts.forEach((fact, row) => group.append(shape("text", { x: x + 12, y: y + 44 + 16 * row, class: "fact" }, fact)));
+    if (service && !service.up) group.append(shape("title", {}, service.problem));
+    return group;
+  }));
+  before = page.facts;
+}
+
+function table(columns, rows, empty) {
+  if (!rows.length) return element("p", { class: "empty" }, empty);
+  const head = element("tr", {}, ...columns.map(([name, kind]) => element("th", { scope: "col", class: kind || "" }, name)));
+  const body = rows.map((row) => element("tr", {}, ...row.map((cell, index) => element("td", { class: columns[index][1] || "" }, cell))));
+  return element("table", {}, element("thead", {}, head), element("tbody", {}, ...body));
+}
+const word = (text, kind = text) => element("span", { class: kind }, text);
+
+function rollout(deployment, figures) {
+  const box = element("div", { class: "rollout" });
+  const step = deployment.candidate ? ` step ${deployment.step} of ${deployment.steps}` : "";
+  box.append(element("div", { class: "head" }, element("h3", {}, deployment.name), word(deployment.phase, deployment.ready ? "good" : "wait"), word(step, "soft")));
+  const bar = element("div", { class: "bar", role: "img", "aria-label": deployment.arms.map((a) => `${a.version} ${a.weight} percent`).join(", ") });
+  for (const arm of deployment.arms) {
+    if (!arm.weight) continue;
+    const part = element("span", { class: arm.role }, `${arm.version}  ${arm.weight} %  (${arm.servers} servers)`);
+    part.style.flex = `${arm.weight} 1 0`;
+    bar.append(part);
+  }
+  box.append(bar);
+  const rows = figures.map((f) => [f.version, number(f.requests), number(f.errors), f.p99_ms === null ? "–" : f.p99_ms.toFixed(1), number(f.outcomes), f.accuracy === null ? "–" : f.accuracy.toFixed(3)]);
+  const gates = deployment.gates.map((g) => [g.gate, word(g.verdict), g.evidence]);
+  const events = deployment.events.slice(0, 8).map((e) => [e.at.slice(11, 19), word(e.reason, e.type), e.message]);
+  const left = element("div", {}, table([["gate"], ["verdict"], ["evidence"]], gates, "no gate is being weighed"), element("p", {}),
+    table([["version"], ["requests", "number"], ["errors", "number"], ["p99 ms", "number"], ["outcomes", "number"], ["accuracy", "number"]], rows, "no requests yet"));
+  box.append(element("div", { class: "split" }, left, element("div", { class: "scroll" }, table([["time"], ["event"], ["what"]], events, "no events"))));
+  return box;
+}
+
+function draw(page) {
+  drawLoop(page);
+  const place = (id, ...made) => document.getElementById(id).replaceChildren(...made);
+  const none = element("p", { class: "empty" }, "nothing is deployed; millrace apply -f manifest.yaml");
+  place("rollouts", ...(page.deployments.length ? page.deployments.map((d) => rollout(d, page.figures.filter((f) => f.model === d.name || page.deployments.length === 1))) : [none]));
+  place("versions", table([["model"], ["version"], ["stage"], ["weight", "number"], ["metrics"], ["digest"]], page.versions.map((v) => [
+    v.model, v.version, v.stage, v.weight ? `${v.weight} %` : "–",
+    Object.entries(v.metrics).slice(0, 4).map(([name, value]) => `${name} ${value.toFixed(3)}`).join(", "), element("code", {}, short(v.digest)),
+  ]), "no versions yet"));
+  place("findings", table([["kind"], ["feature"], ["effect", "number"], ["p", "number"], ["what"]], page.findings.map((f) => [
+    word(f.kind, "bad"), f.feature || "–", f.effect.toFixed(3), f.p.toExponential(1), f.summary,
+  ]), "no drift found"));
+  place("runs", table([["run"], ["state"], ["version"], ["stages"], ["cause"]], page.runs.map((r) => [
+    element("code", {}, r.id.slice(-8)), word(r.state), r.version || "–",
+    element("span", {}, ...r.stages.flatMap((s) => [word(s.attempts > 1 ? `${s.name} ×${s.attempts}` : s.name, s.state), " "])), r.cause || "–",
+  ]), "no runs yet"));
+  place("letters", table([["contract"], ["reason"], ["records", "number"], ["replayed", "number"]], page.dead_letters.map((l) => [
+    l.contract, l.reason, number(l.count), number(l.replayed),
+  ]), "no record was refused"));
+  const down = Object.entries(page.services).filter(([, service]) => !service.up).map(([name]) => name);
+  document.getElementById("state").textContent = down.length ? `down: ${down.join(", ")}` : "every service answers";
+}
+
+async function follow() {
+  try {
+    const answer = await fetch("/api/loop", { signal: AbortSignal.timeout(10_000) });
+    if (!answer.ok) throw new Error(`status ${answer.status}`);
+    draw(await answer.json());
+  } catch (error) {
+    document.getElementById("state").textContent = `the console does not answer (${error.message})`;
+  }
+  setTimeout(follow, PERIOD_MS);
+}
+follow();

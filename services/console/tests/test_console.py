@@ -1,0 +1,131 @@
+"""The view model on made answers, the web server with every service down, and the page in a real browser."""
+
+import asyncio
+import json
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import uvicorn
+from millrace_api.drift.v1 import drift_pb2
+from millrace_api.prediction.v1 import prediction_pb2
+from millrace_api.registry.v1 import registry_pb2
+from millrace_api.rollout.v1 import rollout_pb2
+from millrace_console.app import build
+from millrace_console.settings import ConsoleSettings
+from millrace_console.sources import SERVICES, Answers, Sources
+from millrace_console.view import latency_quantile, page
+
+EVIL = "<img src=x onerror=document.title='owned'>"
+
+
+def answers() -> Answers:
+    arms = [
+        rollout_pb2.Arm(version="1.0.0", role=rollout_pb2.ARM_ROLE_STABLE, weight=80, endpoints=["a:1", "b:1"]),
+        rollout_pb2.Arm(version="1.1.0", role=rollout_pb2.ARM_ROLE_CANDIDATE, weight=20, endpoints=["c:1"]),
+    ]
+    gate = rollout_pb2.GateResult(gate="errorRate <= 0.05", verdict=rollout_pb2.VERDICT_UNDECIDED, evidence=EVIL)
+    deployment = rollout_pb2.Deployment(
+        name="flight-delay", model="flight-delay", stable_version="1.0.0", candidate_version="1.1.0", candidate_weight=20, step=1, steps=4,
+        phase="Progressing", ready=True, arms=arms, gates=[gate],
+    )  # fmt: skip
+    buckets = [
+        prediction_pb2.LatencyBucket(le_ms=le, count=count) for le, count in ((5, 90), (10, 9), (float("inf"), 1))
+    ]
+    return Answers(
+        problems={"drift": "down for a test"},
+        versions=[
+            registry_pb2.ModelVersion(
+                model="flight-delay", version="1.1.0", stage=registry_pb2.STAGE_PRODUCTION, digest="d" * 64
+            )
+        ],
+        deployments=rollout_pb2.ListDeploymentsResponse(deployments=[deployment]),
+        figures=prediction_pb2.GetFiguresResponse(
+            versions=[
+                prediction_pb2.VersionFigures(
+                    model="flight-delay", version="1.1.0", requests=100, errors=1, latency=buckets
+                )
+            ]
+        ),
+        outcomes=[drift_pb2.OutcomeFigures(model="flight-delay", version="1.1.0", outcomes=10, correct=8)],
+    )
+
+
+def test_view_model() -> None:
+    shown = page(answers())
+    assert shown["services"]["drift"] == {"up": False, "problem": "down for a test"}
+    assert shown["services"]["gateway"]["up"]
+    assert shown["deployments"][0]["step"] == 2
+    assert shown["deployments"][0]["gates"][0]["verdict"] == "undecided"
+    assert shown["versions"][0]["weight"] == 20
+    assert shown["figures"][0]["accuracy"] == 0.8
+    assert shown["facts"]["gateway"] == {"predictions": 100, "errors": 1}
+    json.dumps(shown, allow_nan=False)
+
+
+def test_latency_quantile() -> None:
+    figures = answers().figures
+    assert figures is not None
+    assert latency_quantile(figures.versions[0], 0.5) == 5
+    assert latency_quantile(figures.versions[0], 0.99) == 10
+    assert latency_quantile(figures.versions[0], 1.0) is None
+    assert latency_quantile(prediction_pb2.VersionFigures(), 0.5) is None
+
+
+async def test_services_that_are_down_are_shown_as_down() -> None:
+    nobody = "127.0.0.1:1"
+    settings = ConsoleSettings(call_timeout_s=0.5, **{f"{name}_address": nobody for name in SERVICES})
+    sources = Sources(settings)
+    found = await asyncio.wait_for(sources.latest(), 5)
+    assert set(found.problems) == set(SERVICES)
+    assert not any(service["up"] for service in page(found)["services"].values())
+    await sources.close()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    async def latest(self: Sources) -> Answers:
+        return answers()
+
+    monkeypatch.setattr(Sources, "latest", latest)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    web = uvicorn.Server(uvicorn.Config(build(ConsoleSettings()), host="127.0.0.1", port=port, log_config=None))
+    thread = threading.Thread(target=web.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 10
+    while not web.started:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    web.should_exit = True
+    thread.join(10)
+
+
+@pytest.mark.browser
+def test_page_in_a_browser(server: str) -> None:
+    from playwright.sync_api import sync_playwright
+
+    arguments = [
+        "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync",
+    ]  # fmt: skip
+    with sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=shutil.which("chromium"), args=arguments)
+        tab = browser.new_page()
+        problems: list[str] = []
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        tab.goto(server)
+        tab.wait_for_selector("#rollouts .bar .candidate")
+        assert "1.1.0" in tab.inner_text("#rollouts .bar .candidate")
+        assert "down: drift" in tab.inner_text("#state")
+        assert tab.locator("#node-drift.down").count() == 1
+        assert EVIL in tab.inner_text("#rollouts"), "a service's text is shown as text"
+        assert tab.title() == "Millrace"
+        assert not problems
+        browser.close()
