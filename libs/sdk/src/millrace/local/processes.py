@@ -135,7 +135,7 @@ def process_table(state_dir: Path, port_base: int, lock_file: Path) -> list[Proc
             "console",
             [str(scripts / "millrace-console"), "--config", "{config}"],
             {
-                **{k: v for k, v in common("console", "127.0.0.1:0", console_metrics).items() if k != "bus"},
+                "telemetry": common("console", "", console_metrics)["telemetry"],
                 "http_listen": console_address,
                 "gateway_address": at.gateway_admin,
                 **peers,
