@@ -11,14 +11,14 @@ const NODES = [
 ];
 // from, to, label, path, label position, fact that shows the edge is alive
 const EDGES = [
-  ["records, outcomes", "M184 76H240", 190, 66, ["ingestion", "records"]],
+  ["records", "M184 76H240", 188, 66, ["ingestion", "records"]],
   ["records", "M414 76H470", 420, 66, ["ingestion", "records"]],
-  ["training set", "M644 76H700", 646, 66, ["training", "runs"]],
+  ["sets", "M644 76H700", 656, 66, ["training", "runs"]],
   ["version", "M874 76H930", 882, 66, ["registry", "versions"]],
   ["approved", "M1020 118V244", 1028, 186, ["rollout", "deployments"]],
   ["routes, weights", "M936 306H650", 780, 326, ["rollout", "deployments"]],
   ["features", "M545 118V244", 552, 186, ["feature", "entities"]],
-  ["predictions", "M644 270C690 262 690 220 735 230", 652, 246, ["gateway", "predictions"]],
+  ["predictions", "M644 270C690 262 690 220 735 230", 596, 236, ["gateway", "predictions"]],
   ["retrain", "M790 142V124", 798, 136, ["drift", "findings"]],
   ["answers", "M476 292H100V124", 200, 282, ["gateway", "predictions"]],
 ];
