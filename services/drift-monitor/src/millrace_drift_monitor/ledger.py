@@ -1,0 +1,270 @@
+"""Predictions and outcomes in SQL, joined in either order, and the sums over them.
+
+Every function works inside the caller's transaction and is idempotent: what is known already changes nothing. One process writes
+(the store holds a lock), so looking before inserting is exact.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Table, bindparam, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from millrace_drift_monitor.records import MICROS, Figures, OutcomeBatch, OutcomeSpec, Prediction, PredictionBatch
+from millrace_drift_monitor.tables import FIGURE_SPAN, FIGURE_TOTAL, OUTCOME, PREDICTION, SEEN_BATCH
+
+# Values in one IN list.
+CHUNK = 1000
+# Length of the spans `figure_span` sums over.
+SPAN_US = 10 * MICROS
+NO_OUTCOMES = OutcomeSpec("", "", "", 0.5)
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Joined:
+    """A prediction whose outcome just became known."""
+
+    model: str
+    version: str
+    event_us: int
+    predicted_us: int
+    score: float | None
+    label: bool
+    is_correct: bool
+
+
+@dataclass(slots=True)
+class Taken:
+    """What a transaction took in."""
+
+    predictions: list[Prediction] = field(default_factory=list)
+    joined: list[Joined] = field(default_factory=list)
+    duplicate_predictions: int = 0
+    duplicate_batches: int = 0
+    outcomes: int = 0
+
+
+def chunks(values: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
+    """`values` in lists of at most `size`."""
+    iterator = iter(values)
+    while part := list(islice(iterator, size)):
+        yield part
+
+
+def mark_seen(connection: Connection, topic: str, origin: str, place: int, mark: str) -> bool:
+    """Remember a batch; False when it was seen before."""
+    row = {"topic": topic, "origin": origin, "place": place, "mark": mark}
+    query = select(SEEN_BATCH.c.seq).where(*(SEEN_BATCH.c[name] == value for name, value in row.items()))
+    if connection.execute(query).first() is not None:
+        return False
+    connection.execute(insert(SEEN_BATCH), row)
+    return True
+
+
+def take_predictions(
+    connection: Connection,
+    batches: Sequence[PredictionBatch],
+    specs: Mapping[str, OutcomeSpec],
+    now_us: int,
+    taken: Taken,
+) -> None:
+    """Store new predictions with the outcome where it is known, and add them to the sums."""
+    fresh: dict[str, Prediction] = {}
+    offered = 0
+    for batch in batches:
+        first = batch.predictions[0].prediction_id if batch.predictions else ""
+        if not mark_seen(connection, batch.topic, batch.origin, batch.place, first):
+            taken.duplicate_batches += 1
+            continue
+        offered += len(batch.predictions)
+        fresh.update((prediction.prediction_id, prediction) for prediction in batch.predictions)
+    for ids in chunks(list(fresh)):
+        known = select(PREDICTION.c.prediction_id).where(PREDICTION.c.prediction_id.in_(ids))
+        for row in connection.execute(known):
+            del fresh[row.prediction_id]
+    taken.duplicate_predictions += offered - len(fresh)
+    if not fresh:
+        return
+    predictions = list(fresh.values())
+    labels = _known_labels(connection, predictions, specs)
+    rows = [_prediction_row(p, labels.get((p.model, p.subject)), now_us) for p in predictions]
+    connection.execute(insert(PREDICTION), rows)
+    joined = [_join(p, labels[p.model, p.subject], specs) for p in predictions if (p.model, p.subject) in labels]
+    taken.predictions += predictions
+    taken.joined += joined
+    add_figures(connection, predictions, joined)
+
+
+def _join(row: Any, label: bool, specs: Mapping[str, OutcomeSpec]) -> Joined:
+    """`row` is a `Prediction` or has its attributes."""
+    threshold = specs.get(row.model, NO_OUTCOMES).threshold
+    is_correct = row.score is not None and (row.score >= threshold) == label
+    return Joined(row.model, row.version, row.event_us, row.predicted_us, row.score, label, is_correct)
+
+
+def _prediction_row(p: Prediction, outcome: bool | None, now_us: int) -> dict[str, object]:
+    return {
+        "prediction_id": p.prediction_id,
+        "model": p.model,
+        "version": p.version,
+        "digest": p.digest,
+        "subject": p.subject,
+        "event_us": p.event_us,
+        "predicted_us": p.predicted_us,
+        "features": p.features,
+        "outputs": p.outputs,
+        "score": p.score,
+        "definitions_hash": p.definitions_hash,
+        "trace_id": p.trace_id,
+        "outcome": outcome,
+        "stored_us": now_us,
+    }
+
+
+def _known_labels(
+    connection: Connection, predictions: Sequence[Prediction], specs: Mapping[str, OutcomeSpec]
+) -> dict[tuple[str, str], bool]:
+    """Outcomes that came before their predictions, by (model, subject)."""
+    models_of: dict[str, set[str]] = defaultdict(set)
+    subjects_of: dict[str, set[str]] = defaultdict(set)
+    for p in predictions:
+        source = specs.get(p.model, NO_OUTCOMES).source
+        if source and p.subject:
+            models_of[source].add(p.model)
+            subjects_of[source].add(p.subject)
+    labels: dict[tuple[str, str], bool] = {}
+    for source, subjects in subjects_of.items():
+        for part in chunks(subjects):
+            query = select(OUTCOME.c.subject, OUTCOME.c.label).where(
+                OUTCOME.c.contract == source, OUTCOME.c.subject.in_(part)
+            )
+            for row in connection.execute(query):
+                labels.update(((model, row.subject), row.label) for model in models_of[source])
+    return labels
+
+
+def take_outcomes(
+    connection: Connection, batch: OutcomeBatch, specs: Mapping[str, OutcomeSpec], now_us: int, taken: Taken
+) -> None:
+    """Store new outcomes, label the predictions that waited for them, and add these to the sums."""
+    if not mark_seen(connection, batch.topic, batch.origin, batch.place, batch.source):
+        taken.duplicate_batches += 1
+        return
+    # The first outcome of a subject stands; ingestion drops later ones of the same event id anyway.
+    labels: dict[str, bool] = {}
+    for subject, label in zip(batch.subjects, batch.labels, strict=True):
+        labels.setdefault(subject, label)
+    for part in chunks(list(labels)):
+        known = select(OUTCOME.c.subject).where(OUTCOME.c.contract == batch.source, OUTCOME.c.subject.in_(part))
+        for row in connection.execute(known):
+            del labels[row.subject]
+    if not labels:
+        return
+    connection.execute(
+        insert(OUTCOME),
+        [
+            {"contract": batch.source, "subject": subject, "label": label, "stored_us": now_us}
+            for subject, label in labels.items()
+        ],
+    )
+    taken.outcomes += len(labels)
+    models = [model for model, spec in specs.items() if spec.source == batch.source]
+    join_waiting(connection, models, labels, specs, taken)
+
+
+def join_waiting(
+    connection: Connection,
+    models: Sequence[str],
+    labels: Mapping[str, bool],
+    specs: Mapping[str, OutcomeSpec],
+    taken: Taken,
+) -> None:
+    """Give stored predictions of `models` their outcome from `labels` (by subject)."""
+    if not models:
+        return
+    joined: list[Joined] = []
+    updates: list[dict[str, object]] = []
+    names = ("seq", "model", "version", "subject", "event_us", "predicted_us", "score")
+    for part in chunks(list(labels)):
+        waiting = select(*(PREDICTION.c[name] for name in names)).where(
+            PREDICTION.c.subject.in_(part), PREDICTION.c.model.in_(models), PREDICTION.c.outcome.is_(None)
+        )
+        for row in connection.execute(waiting):
+            label = labels[row.subject]
+            updates.append({"row": row.seq, "label": label})
+            joined.append(_join(row, label, specs))
+    if updates:
+        statement = update(PREDICTION).where(PREDICTION.c.seq == bindparam("row")).values(outcome=bindparam("label"))
+        connection.execute(statement, updates)
+        taken.joined += joined
+        add_figures(connection, [], joined)
+
+
+def adopt(connection: Connection, model: str, specs: Mapping[str, OutcomeSpec], taken: Taken) -> None:
+    """Join what came before the model's outcome specification was known."""
+    source = specs[model].source
+    if not source:
+        return
+    last = 0
+    while True:
+        query = (
+            select(PREDICTION.c.seq, OUTCOME.c.subject, OUTCOME.c.label)
+            .join(OUTCOME, (OUTCOME.c.subject == PREDICTION.c.subject) & (OUTCOME.c.contract == source))
+            .where(PREDICTION.c.model == model, PREDICTION.c.outcome.is_(None), PREDICTION.c.seq > last)
+            .order_by(PREDICTION.c.seq)
+            .limit(CHUNK)
+        )
+        found = connection.execute(query).all()
+        if not found:
+            return
+        last = found[-1].seq
+        join_waiting(connection, [model], {row.subject: row.label for row in found}, specs, taken)
+
+
+def add_figures(connection: Connection, predictions: Sequence[Prediction], joined: Sequence[Joined]) -> None:
+    """Add to the sums per version, over all time and per span of the time of prediction."""
+    totals: dict[tuple[str, str], Figures] = defaultdict(Figures)
+    spans: dict[tuple[str, str, int], Figures] = defaultdict(Figures)
+    for p in predictions:
+        totals[p.model, p.version].predictions += 1
+        spans[p.model, p.version, p.predicted_us // SPAN_US * SPAN_US].predictions += 1
+    for j in joined:
+        if j.score is None:
+            continue
+        totals[j.model, j.version].add_outcome(j.score, j.label, j.is_correct)
+        spans[j.model, j.version, j.predicted_us // SPAN_US * SPAN_US].add_outcome(j.score, j.label, j.is_correct)
+    _add_sums(
+        connection, FIGURE_TOTAL, [(dict(zip(("model", "version"), k, strict=True)), f) for k, f in totals.items()]
+    )
+    names = ("model", "version", "span_us")
+    _add_sums(connection, FIGURE_SPAN, [(dict(zip(names, k, strict=True)), f) for k, f in spans.items()])
+
+
+_SUMS = ("predictions", "outcomes", "correct", "brier_sum", "brier_square_sum")
+
+
+def _add_sums(connection: Connection, table: Table, sums: Sequence[tuple[Mapping[str, object], Figures]]) -> None:
+    """Add to existing rows, and make a row for predictions; outcomes alone never bring back a row that retention removed."""
+    made = [{**key, **{name: getattr(f, name) for name in _SUMS}} for key, f in sums if f.predictions]
+    if made:
+        dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+        upsert = dialect.insert(table)
+        upsert = upsert.on_conflict_do_update(
+            index_elements=[column.name for column in table.primary_key],
+            set_={name: table.c[name] + upsert.excluded[name] for name in _SUMS},
+        )
+        connection.execute(upsert, made)
+    added = [
+        {**{f"at_{name}": value for name, value in key.items()}, **{f"add_{name}": getattr(f, name) for name in _SUMS}}
+        for key, f in sums
+        if not f.predictions
+    ]
+    if added:
+        here = [column == bindparam(f"at_{column.name}") for column in table.primary_key]
+        values = {name: table.c[name] + bindparam(f"add_{name}") for name in _SUMS}
+        connection.execute(update(table).where(*here).values(values), added)

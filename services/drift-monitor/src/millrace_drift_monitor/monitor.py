@@ -1,0 +1,168 @@
+"""The stream worker: bus messages in, windows closed, in a loop that loses nothing however it ends."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from millrace_kit.bus import PREDICTIONS, Bus, Message, Subscription, TopicPartition, records_topic
+from millrace_kit.clock import Clock
+from millrace_kit.errors import MillraceError
+from sqlalchemy.exc import OperationalError
+
+from millrace_drift_monitor import metrics
+from millrace_drift_monitor.closing import Closed, Closer
+from millrace_drift_monitor.convert import MalformedError, decode_outcomes, decode_predictions, now_micros
+from millrace_drift_monitor.records import MICROS, OutcomeBatch, OutcomeSpec, PredictionBatch
+from millrace_drift_monitor.store import Applied, Store
+
+log = logging.getLogger(__name__)
+
+GROUP = "drift-monitor"
+FETCH_TIMEOUT_S = 0.2
+RETRY_MIN_S = 0.1
+RETRY_MAX_S = 5.0
+LAG_INTERVAL_S = 5.0
+
+
+def count_applied(applied: Applied) -> None:
+    """Add what a committed transaction did to the metrics."""
+    taken = applied.taken
+    metrics.PREDICTIONS.inc(len(taken.predictions))
+    metrics.OUTCOMES.inc(taken.outcomes)
+    metrics.JOINED.inc(len(taken.joined))
+    metrics.LATE.inc(applied.late)
+    metrics.DUPLICATES.labels("prediction").inc(taken.duplicate_predictions)
+    metrics.DUPLICATES.labels("batch").inc(taken.duplicate_batches)
+
+
+def count_closed(closed: Sequence[Closed]) -> None:
+    """Add closed windows to the metrics and the log."""
+    for window in closed:
+        metrics.WINDOWS.inc()
+        for verdict in window.findings:
+            metrics.FINDINGS.labels(verdict.kind.value).inc()
+        log.info(
+            "window of %s %s closed: %d tests, %d findings",
+            window.model,
+            window.version,
+            window.tests,
+            len(window.findings),
+        )
+
+
+class Monitor:
+    """Follows predictions and outcomes.
+
+    Args:
+        bus: where both come from.
+        store: where they go; it keeps the positions too.
+        closer: closes windows.
+        clock: wall clock.
+        fetch_messages: messages in one transaction.
+        max_ahead_s: how far in the future an event time may lie.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        store: Store,
+        closer: Closer,
+        clock: Clock,
+        *,
+        fetch_messages: int,
+        max_ahead_s: float,
+    ) -> None:
+        self._bus = bus
+        self._store = store
+        self._closer = closer
+        self._clock = clock
+        self._fetch_messages = fetch_messages
+        self._max_ahead_us = int(max_ahead_s * MICROS)
+        self._specs: dict[str, OutcomeSpec] = {}
+        self._next_lag = 0.0
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Follow until `stop` is set; what fails for a while is tried again, from the positions last committed."""
+        retry_s = RETRY_MIN_S
+        while not stop.is_set():
+            try:
+                await self._follow(stop)
+                retry_s = RETRY_MIN_S
+            except (MillraceError, OperationalError) as error:
+                metrics.RETRIES.labels("stream").inc()
+                log.warning("stream interrupted, again in %.1f s: %s", retry_s, error)
+                try:
+                    await asyncio.wait_for(stop.wait(), retry_s)
+                except TimeoutError:
+                    retry_s = min(RETRY_MAX_S, retry_s * 2)
+
+    async def _follow(self, stop: asyncio.Event) -> None:
+        """Read with one set of topics until it has to change."""
+        self._specs = await asyncio.to_thread(self._store.specs)
+        topics = self._topics()
+        positions = await asyncio.to_thread(self._store.positions)
+        subscription = await self._bus.subscribe(topics, group=GROUP, at=positions)
+        try:
+            while not stop.is_set():
+                messages = await subscription.fetch(max_messages=self._fetch_messages, timeout_s=FETCH_TIMEOUT_S)
+                if messages:
+                    applied = await asyncio.to_thread(self._apply, messages)
+                    if applied is None:
+                        return
+                    count_applied(applied)
+                if len(messages) < self._fetch_messages:
+                    await self._close_due()
+                await self._measure_lag(subscription, positions, messages)
+                specs = await asyncio.to_thread(self._store.specs)
+                if specs.keys() != self._specs.keys():
+                    return
+        finally:
+            await subscription.close()
+
+    def _topics(self) -> list[str]:
+        contracts = {spec.contract for spec in self._specs.values() if spec.contract}
+        return [PREDICTIONS, *(records_topic(contract) for contract in sorted(contracts))]
+
+    def _apply(self, messages: Sequence[Message]) -> Applied | None:
+        now_us = now_micros(self._clock.now())
+        predictions: list[PredictionBatch] = []
+        outcomes: list[OutcomeBatch] = []
+        positions: dict[TopicPartition, int] = {}
+        for message in messages:
+            positions[message.place] = message.offset + 1
+            try:
+                if message.topic == PREDICTIONS:
+                    batch, bad = decode_predictions(message.topic, message.value, now_us, self._max_ahead_us)
+                    predictions.append(batch)
+                    metrics.MALFORMED.labels("prediction").inc(bad)
+                else:
+                    specs = [
+                        s for s in self._specs.values() if s.contract and records_topic(s.contract) == message.topic
+                    ]
+                    batches, bad = decode_outcomes(message.topic, message.value, specs)
+                    outcomes += batches
+                    metrics.MALFORMED.labels("outcomes").inc(bad)
+            except MalformedError as error:
+                metrics.MALFORMED.labels("message").inc()
+                log.warning("message %s/%d/%d left out: %s", message.topic, message.partition, message.offset, error)
+        return self._store.apply(predictions, outcomes, positions, self._specs.keys(), now_us)
+
+    async def _close_due(self) -> None:
+        now_us = now_micros(self._clock.now())
+        closed = await asyncio.to_thread(self._closer.close_due, now_us, self._specs.__contains__)
+        count_closed(closed)
+
+    async def _measure_lag(
+        self, subscription: Subscription, positions: dict[TopicPartition, int], messages: Sequence[Message]
+    ) -> None:
+        for message in messages:
+            positions[message.place] = message.offset + 1
+        now = self._clock.monotonic()
+        if now < self._next_lag:
+            return
+        self._next_lag = now + LAG_INTERVAL_S
+        lags: dict[str, int] = {}
+        for place, end in (await subscription.end_offsets()).items():
+            lags[place.topic] = lags.get(place.topic, 0) + max(0, end - positions.get(place, 0))
+        for topic, lag in lags.items():
+            metrics.LAG.labels(topic).set(lag)
