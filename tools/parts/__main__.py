@@ -1,4 +1,4 @@
-"""`python -m parts kafka|postgres|redis`: start one by hand; `python -m parts missing`: what tests lack here, one a line."""
+"""`python -m parts kafka|postgres|redis`: start one by hand; `missing`: what tests lack here, one a line; `fetch`: get Kafka's jars."""
 
 import signal
 import sys
@@ -21,6 +21,8 @@ def main() -> int:
             if reason := check():
                 print(f"{name}: {reason}")
         return 0
+    if wanted == "fetch":
+        return _fetch()
     if wanted not in STARTS:
         print(__doc__, file=sys.stderr)
         return 2
@@ -38,6 +40,18 @@ def main() -> int:
     stop.wait()
     server.stop()
     folder.rmdir()
+    return 0
+
+
+def _fetch() -> int:
+    """Resolve what is resolved at the first use, so that no test waits for it."""
+    if kafka.missing():
+        return 0
+    try:
+        kafka.fetch()
+    except PartError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

@@ -65,7 +65,8 @@ def test_precedence_of_semantic_versions() -> None:
         "0.9.0", "1.0.0-alpha", "1.0.0-alpha.1", "1.0.0-alpha.beta", "1.0.0-beta", "1.0.0-beta.2", "1.0.0-beta.11", "1.0.0-rc.1",
         "1.0.0", "1.0.1", "1.2.0", "1.10.0", "2.0.0",
     ]  # fmt: skip
-    assert sorted(ordered[::-1], key=check.semver_key) == ordered
+    ordered_by_key = sorted(sorted(ordered), key=check.semver_key)
+    assert ordered_by_key == ordered
     assert check.semver_key("1.0.0+a") == check.semver_key("1.0.0+b")
     with pytest.raises(ValueError, match="not a semantic version"):
         check.semver_key("v1")
