@@ -57,6 +57,14 @@ async def test_bad_input_names_the_field() -> None:
     assert caught.value.metadata == {"field": "name"}
 
 
+async def test_bytes_that_are_no_message_are_bad_input() -> None:
+    async with running(service(), ServiceSettings(drain_s=0)) as address, open_channel(address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary("/millrace_api.registry.v1.RegistryService/GetModel")(b"\xff\xff")
+    error = MillraceError.from_rpc(caught.value)
+    assert (error.code, error.metadata) == (grpc.StatusCode.INVALID_ARGUMENT, {"field": "request"})
+
+
 async def test_reason_crosses_the_wire() -> None:
     with pytest.raises(MillraceError) as caught:
         await call("gone")

@@ -4,14 +4,15 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from millrace_kit.errors import MillraceError, ResourceExhaustedError
+from millrace_kit.errors import InvalidArgumentError, MillraceError, ResourceExhaustedError
 from millrace_kit.telemetry import RPC_SECONDS
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class ServerEdge(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         method: str = handler_call_details.method
         if handler is None or method.startswith("/grpc."):
             return handler
+        handler = _tolerant(handler)
         if handler.unary_unary:
             return handler._replace(unary_unary=self._unary(handler.unary_unary, method))
         if handler.stream_unary:
@@ -62,6 +64,7 @@ class ServerEdge(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             try:
                 self._enter()
                 entered = True
+                request = _decoded(request)
                 remaining = context.time_remaining()
                 async with asyncio.timeout(self._default_deadline_s if remaining is None else None):
                     return await call(request, context)
@@ -83,7 +86,7 @@ class ServerEdge(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             try:
                 self._enter()
                 entered = True
-                async for response in call(request, context):
+                async for response in call(_decoded(request), context):
                     yield response
             except GeneratorExit:
                 code = grpc.StatusCode.CANCELLED
@@ -96,6 +99,41 @@ class ServerEdge(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 RPC_SECONDS.labels(method, code.name).observe(time.perf_counter() - started)
 
         return wrapped
+
+
+class _Undecodable:
+    """Stands for a request whose bytes are no message of the method's type."""
+
+
+def _tolerant(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+    """The handler, with bytes that cannot be decoded handed on as `_Undecodable`; by itself gRPC answers UNKNOWN to them."""
+    decode = handler.request_deserializer
+    if decode is None:
+        return handler
+
+    def attempt(raw: bytes) -> Any:
+        try:
+            return decode(raw)
+        except DecodeError:
+            return _Undecodable()
+
+    return handler._replace(request_deserializer=attempt)
+
+
+def _decoded(request: Any) -> Any:
+    """The request, or a stream of requests, each checked for being one.
+
+    Raises:
+        InvalidArgumentError: it is none.
+    """
+    if isinstance(request, _Undecodable):
+        raise InvalidArgumentError("request", "is not a message of this method's type")
+    return _decoded_stream(request) if isinstance(request, AsyncIterable) else request
+
+
+async def _decoded_stream(requests: AsyncIterable[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _decoded(request)
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: BaseException, method: str) -> grpc.StatusCode:
