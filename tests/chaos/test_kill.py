@@ -119,7 +119,7 @@ def test_kill_each_in_turn(stack: Stack) -> None:
     data = flights_module()
     window = datetime(2013, 1, 1, tzinfo=UTC), datetime(2013, 1, 20, tzinfo=UTC)
     stack.load_definitions()
-    for contract in ("weather", "outcomes"):
+    for contract in ("weather", "departures", "outcomes"):
         stack.ingest(contract, getattr(data, contract)(*window), "chaos-history")
     stack.wait_features()
     stack.register("1.0.0")

@@ -32,7 +32,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     with running_stack(tmp_path_factory.mktemp("run")) as running:
         running.load_definitions()
         data = flights_module()
-        for contract in ("flights", "weather", "outcomes"):
+        for contract in data.EVENT_TIMES:  # type: ignore[attr-defined]
             table = getattr(data, contract)(*WINDOW)
             assert running.ingest(contract, table, "history") == table.num_rows
         running.wait_features()

@@ -41,7 +41,7 @@ CALL_TIMEOUT_S = 10.0
 # One in this many flights is asked for by the plain Triton client.
 TRITON_EVERY = 10
 
-CONTRACTS = {"flights": "sched_dep_at", "weather": "observed_at", "outcomes": "landed_at"}
+CONTRACTS = data.EVENT_TIMES
 
 
 @dataclass

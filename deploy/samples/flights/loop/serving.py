@@ -194,8 +194,8 @@ def drift(loop: Loop) -> None:
 
 def write_gap(loop: Loop, start: datetime, end: datetime) -> None:
     """Write what happened between two replays in bulk, so that history has no hole."""
-    for contract, column in (("flights", "sched_dep_at"), ("weather", "observed_at"), ("outcomes", "landed_at")):
-        table = getattr(data, contract)(start, end).sort_by(column)
+    for contract in data.EVENT_TIMES:
+        table = getattr(data, contract)(start, end)
         for _ in loop.client.ingestion.write_table(contract, table, source=f"gap-{start:%Y%m%d%H%M}"):
             pass
 

@@ -31,7 +31,7 @@ def open_channel(
     target: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, tls: TlsSettings | None = None, max_message_mib: int = 64
 ) -> grpc.aio.Channel:
     """A channel to `target` (`host:port`) whose calls carry the trace and have a deadline of `timeout_s` unless they set one."""
-    interceptors = [UnaryDeadline(timeout_s), StreamUnaryDeadline(timeout_s), *aio_client_interceptors()]
+    interceptors = [UnaryDeadline(timeout_s), StreamUnaryDeadline(timeout_s), *aio_client_interceptors()]  # type: ignore[no-untyped-call]
     options = channel_options(max_message_mib)
     if tls is None:
         return grpc.aio.insecure_channel(target, options=options, interceptors=interceptors)

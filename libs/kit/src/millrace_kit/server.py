@@ -55,7 +55,7 @@ async def running(service: Service, settings: ServiceSettings) -> AsyncIterator[
     stop = asyncio.Event()
     server = grpc.aio.server(
         interceptors=[
-            aio_server_interceptor(),
+            aio_server_interceptor(),  # type: ignore[no-untyped-call]
             ServerEdge(default_deadline_s=settings.default_deadline_s, max_concurrent=settings.max_concurrent_rpcs),
         ],
         options=[*channel_options(settings.max_message_mib), ("grpc.so_reuseport", 0)],

@@ -96,7 +96,6 @@ def process_table(state_dir: Path, port_base: int, lock_file: Path) -> list[Proc
             "feature",
             lake_url=lake_url,
             training_sets_url=(state_dir / "training-sets").as_uri(),
-            ingestion_address=at.ingestion,
         ),
         service(
             "registry", "registry", database_url=database("registry"), artifacts_url=(state_dir / "artifacts").as_uri()
