@@ -60,6 +60,7 @@ class Client:
     """The calls of the tests."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
         self.stub = training_pb2_grpc.TrainingServiceStub(channel)
 
     async def register(self, text: str, files: Mapping[str, str] | None = None) -> pb.RegisterPipelineResponse:

@@ -69,7 +69,8 @@ async def test_stages_get_their_contract(client: Client, tmp_path: Path) -> None
     assert [(t.table, t.version) for t in run.record.table_versions] == [("flights", 7)]
     assert [o.path for o in run.record.outputs] == ["use/deep/model.bin"]
     assert (run.model, run.model_version, run.cause, run.seed) == ("m", "1.0.0", "a test", 7)
-    assert run.record.hardware["cpu_count"] and run.record.hardware["numpy"]
+    assert run.record.hardware["cpu_count"]
+    assert run.record.hardware["numpy"]
     content = tmp_path / "work/content/sha256" / run.record.outputs[0].sha256[:2] / run.record.outputs[0].sha256
     assert content.read_bytes() == b"model"
 
@@ -113,8 +114,10 @@ async def test_reasons_of_failure(client: Client, code: str, retries: int, attem
         ("import os; open(os.environ['MILLRACE_OUTPUT_DIR'] + '/result.json', 'w').write('[1')", "is not JSON"),
         ("import os; open(os.environ['MILLRACE_OUTPUT_DIR'] + '/result.json', 'w').write(' ' * 70000)", "64 KiB"),
         (
-            "import os; open(os.environ['MILLRACE_OUTPUT_DIR'] + '/result.json', 'w').write("
-            '\'{"gate": {"passed": false, "reason": "auc 0.6 < 0.8"}}\')',
+            (
+                "import os; open(os.environ['MILLRACE_OUTPUT_DIR'] + '/result.json', 'w').write("
+                '\'{"gate": {"passed": false, "reason": "auc 0.6 < 0.8"}}\')'
+            ),
             "the gate refused: auc 0.6 < 0.8",
         ),
     ],
