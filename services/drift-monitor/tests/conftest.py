@@ -173,13 +173,22 @@ def predictions(
 async def until(question: Callable, deadline_s: float = 20.0):
     """The first true answer of the async `question`."""
     async with asyncio.timeout(deadline_s):
-        while not (answer := await question()):
+        while True:
+            if answer := await question():
+                return answer
             await asyncio.sleep(0.02)
-    return answer
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """SQLite, or PostgreSQL where a test asks for it by `on_both`."""
+    if getattr(request, "param", "sqlite") == "postgres":
+        return request.getfixturevalue("postgres_url")
+    return f"sqlite:///{tmp_path / 'drift.sqlite'}"
+
+
+@pytest.fixture
+async def world(tmp_path: Path, database: str) -> AsyncIterator[World]:
     registry = Registry()
     service = Service(
         "registry", [lambda server: registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, server)], []
@@ -189,7 +198,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         bus_settings = BusSettings(path=str(tmp_path / "bus.sqlite"))
         settings = DriftSettings(
             bus=bus_settings,
-            database_url=f"sqlite:///{tmp_path / 'drift.sqlite'}",
+            database_url=database,
             registry_address=address,
             registry_retry_s=0.05,
             lateness_s=3600,

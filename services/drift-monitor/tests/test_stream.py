@@ -1,9 +1,17 @@
 """Predictions and outcomes through a real bus and a real gRPC server: joined in either order, counted once, lost never."""
 
+import grpc
+import grpc.aio
 import numpy as np
+import pyarrow as pa
 import pytest
 from millrace_api.drift.v1 import drift_pb2
+from millrace_api.events.v1 import events_pb2
 from millrace_kit.bus import DRIFT, PREDICTIONS, Outgoing
+
+on_both = pytest.mark.parametrize(
+    "database", ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)], indirect=True
+)
 
 
 async def figures(stub, model="flight-delay", since=None) -> dict[str, tuple[int, int, int]]:
@@ -24,6 +32,7 @@ async def reaches(helpers, stub, expected, **kwargs) -> None:
         pytest.fail(f"{await figures(stub, **kwargs)} is not {expected}")
 
 
+@on_both
 async def test_outcomes_join_in_either_order_and_count_once(world, stub, helpers) -> None:
     x = helpers.draw(np.random.default_rng(0), 40)
     made = helpers.predictions(x, helpers.july, scores=np.linspace(0, 1, 40))
@@ -45,6 +54,7 @@ async def test_outcomes_join_in_either_order_and_count_once(world, stub, helpers
     assert answer.versions[0].brier_square_sum == pytest.approx(sum(e * e for e in errors))
 
 
+@on_both
 async def test_predicted_since_is_exact_inside_a_span(world, stub, helpers) -> None:
     # Predictions are 7 ms apart from a round minute, so 3000 of them cross two borders of ten seconds.
     x = helpers.draw(np.random.default_rng(0), 3000)
@@ -60,6 +70,7 @@ async def test_predicted_since_is_exact_inside_a_span(world, stub, helpers) -> N
     assert await figures(stub, since=start + 60_000_000) == {}
 
 
+@on_both
 async def test_outcomes_are_found_although_the_registry_was_down(world, helpers) -> None:
     world.registry.is_down = True
     async with world.monitor() as stub:
@@ -94,6 +105,7 @@ async def test_a_restart_takes_up_where_it_stopped(world, helpers) -> None:
         await reaches(helpers, stub, {"1.0.0": (200, 50, 50)})
 
 
+@on_both
 async def test_rubbish_on_the_bus_stops_nothing(world, stub, helpers) -> None:
     x = helpers.draw(np.random.default_rng(0), 5)
     made = helpers.predictions(x, helpers.july)
@@ -101,15 +113,14 @@ async def test_rubbish_on_the_bus_stops_nothing(world, stub, helpers) -> None:
     made[1].model = "Not A Name"
     made[2].event_time.seconds = 1 << 60
     made[3].outputs[:] = [float("nan")]
+    made.append(events_pb2.Prediction(prediction_id="nul", model="flight-delay", version="1.0.0", subject="a\0b"))
     rubbish = [Outgoing(PREDICTIONS, "k", value) for value in (b"", b"\xff" * 50, b"\x0a\xff")]
     await world.bus.publish(rubbish)
     await world.predict(made)
     await world.bus.publish([Outgoing("millrace.records.outcomes", "k", b"\x01rubbish")])
-    import pyarrow as pa
-
     await world.land_table(pa.table({"other": [1]}))
     await world.land_table(pa.table({"flight_id": ["p-4"], "late": ["perhaps"]}))
-    await world.land_table(pa.table({"flight_id": ["p-4", None, "p-3"], "late": [0.0, 1.0, None]}))
+    await world.land_table(pa.table({"flight_id": ["p-4", None, "p-3", "p\0"], "late": [0.0, 1.0, None, 1.0]}))
     await world.land({"p-3": True})
     await reaches(helpers, stub, {"1.0.0": (2, 1, 1)})
 
@@ -154,6 +165,7 @@ async def closed(helpers, stub, count: int) -> list[drift_pb2.WindowReport]:
     return await helpers.until(question)
 
 
+@on_both
 async def test_a_quiet_window_has_no_findings_and_a_shifted_one_is_found_and_published(world, stub, helpers) -> None:
     rng = np.random.default_rng(5)
     assert (await stub.SetReference(world.training_set())).rows == 20_000
@@ -196,8 +208,6 @@ async def test_a_quiet_window_has_no_findings_and_a_shifted_one_is_found_and_pub
         return await subscription.fetch(timeout_s=0.1)
 
     [message] = await helpers.until(published)
-    from millrace_api.events.v1 import events_pb2
-
     event = events_pb2.DriftFound.FromString(message.value)
     assert [f.id for f in event.findings] == [f.id for f in reports[0].findings]
     await subscription.close()
@@ -245,6 +255,7 @@ async def test_a_small_window_is_reported_without_tests(world, stub, helpers) ->
     assert (report.predictions, report.tests, len(report.findings)) == (50, 0, 0)
 
 
+@on_both
 async def test_retention_keeps_the_sums(world, helpers) -> None:
     retention = {"max_predictions": 1000, "interval_s": 0.05}
     async with world.monitor(retention=retention) as stub:
@@ -253,12 +264,10 @@ async def test_retention_keeps_the_sums(world, helpers) -> None:
         await reaches(helpers, stub, {"1.0.0": (3000, 0, 0)})
 
         async def is_gone():
-            import grpc.aio
-
             try:
                 await stub.GetPrediction(drift_pb2.GetPredictionRequest(prediction_id="p-1.0.0-0"))
             except grpc.aio.AioRpcError as error:
-                return error.code().name == "NOT_FOUND"
+                return error.code() is grpc.StatusCode.NOT_FOUND
             return False
 
         await helpers.until(is_gone)

@@ -99,7 +99,7 @@ def _pooled(table: Counts) -> Counts:
     """`table` (2, k) with the rarest values merged until the smaller side expects `MIN_EXPECTED` of each."""
     order = np.argsort(table.sum(axis=0), kind="stable")
     ordered: Counts = table[:, order]
-    expected = ordered.sum(axis=0) * float(ordered.sum(axis=1).min() / ordered.sum())
+    expected: Floats = ordered.sum(axis=0) * float(ordered.sum(axis=1).min() / ordered.sum())
     rare = int(np.count_nonzero(expected < MIN_EXPECTED))
     while 0 < rare < len(expected) and expected[:rare].sum() < MIN_EXPECTED:
         rare += 1
@@ -115,7 +115,8 @@ def psi_groups(reference: Counts) -> Counts:
     if n == 0:
         return np.zeros(len(reference), dtype=np.int64)
     middle = (np.cumsum(reference) - reference / 2) / n
-    return np.minimum((middle * PSI_GROUPS).astype(np.int64), PSI_GROUPS - 1)
+    groups: Counts = np.minimum((middle * PSI_GROUPS).astype(np.int64), PSI_GROUPS - 1)
+    return groups
 
 
 def psi_value(reference: Counts, window: Counts, groups: Counts) -> tuple[float, int]:

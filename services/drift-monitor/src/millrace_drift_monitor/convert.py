@@ -80,19 +80,19 @@ def decode_predictions(topic: str, value: bytes, now_us: int, max_ahead_us: int)
             predictions.append(_prediction(prediction, now_us, max_ahead_us))
         except MalformedError:
             malformed += 1
-    return PredictionBatch(topic, message.gateway_id, message.journal_offset, predictions), malformed
+    return PredictionBatch(topic, _origin(message.gateway_id), message.journal_offset, predictions), malformed
+
+
+def _origin(name: str) -> str:
+    return name.replace("\0", "\\0")
 
 
 def _prediction(p: events_pb2.Prediction, now_us: int, max_ahead_us: int) -> Prediction:
-    if not 0 < len(p.prediction_id) <= MAX_ID or not _MODEL.fullmatch(p.model) or not 0 < len(p.version) <= MAX_ID:
+    if not p.prediction_id or not p.version or not _MODEL.fullmatch(p.model):
         raise MalformedError("no prediction id, model or version")
-    if (
-        len(p.subject) > MAX_ID
-        or len(p.digest) > MAX_ID
-        or len(p.definitions_hash) > MAX_ID
-        or len(p.trace_id) > MAX_ID
-    ):
-        raise MalformedError("an identifier that is too long")
+    for text in (p.prediction_id, p.version, p.subject, p.digest, p.definitions_hash, p.trace_id):
+        if len(text) > MAX_ID or "\0" in text:  # PostgreSQL keeps no NUL in a text
+            raise MalformedError("an identifier that is too long or holds NUL")
     predicted_us = micros(p.predicted_at) if p.HasField("predicted_at") else now_us
     event_us = micros(p.event_time) if p.HasField("event_time") else predicted_us
     if max(event_us, predicted_us) > now_us + max_ahead_us:
@@ -138,14 +138,19 @@ def decode_outcomes(topic: str, value: bytes, specs: Sequence[OutcomeSpec]) -> t
         except (pa.ArrowException, KeyError, ValueError):
             malformed += 1
             continue
-        batches.append(OutcomeBatch(topic, message.source, message.source_offset, spec.source, subjects, labels))
+        batches.append(
+            OutcomeBatch(topic, _origin(message.source), message.source_offset, spec.source, subjects, labels)
+        )
     return batches, malformed
 
 
 def _labels(table: Any, spec: OutcomeSpec) -> tuple[list[str], list[bool]]:
     columns = table.select([spec.subject_column, spec.label_column])
-    columns = columns.filter(pc.and_(pc.is_valid(columns.column(0)), pc.is_valid(columns.column(1))))
-    subjects = pc.cast(columns.column(0), pa.string()).to_pylist()
+    texts = pc.cast(columns.column(0), pa.string())
+    columns = columns.set_column(0, spec.subject_column, texts)
+    usable = pc.and_(pc.is_valid(texts), pc.invert(pc.match_substring(texts, "\0")))
+    columns = columns.filter(pc.and_(usable, pc.is_valid(columns.column(1))))
+    subjects = columns.column(0).to_pylist()
     label = columns.column(1)
     if not pa.types.is_boolean(label.type):
         label = pc.cast(label, pa.float64())

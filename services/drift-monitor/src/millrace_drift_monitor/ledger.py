@@ -6,7 +6,7 @@ Every function works inside the caller's transaction and is idempotent: what is 
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -56,14 +56,41 @@ def chunks(values: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
         yield part
 
 
-def mark_seen(connection: Connection, topic: str, origin: str, place: int, mark: str) -> bool:
-    """Remember a batch; False when it was seen before."""
-    row = {"topic": topic, "origin": origin, "place": place, "mark": mark}
-    query = select(SEEN_BATCH.c.seq).where(*(SEEN_BATCH.c[name] == value for name, value in row.items()))
-    if connection.execute(query).first() is not None:
-        return False
-    connection.execute(insert(SEEN_BATCH), row)
-    return True
+@dataclass(frozen=True, slots=True)
+class BatchKey:
+    """What identifies a batch of the bus. `mark` tells a repeated batch from one of a producer that started counting anew."""
+
+    topic: str
+    origin: str
+    place: int
+    mark: str
+
+
+def unseen(connection: Connection, keys: Sequence[BatchKey]) -> set[int]:
+    """Remember the batches of `keys`; returns the indices of those that were never seen before, the first of equal ones."""
+    by_origin: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for key in keys:
+        by_origin[key.topic, key.origin].add(key.place)
+    seen: set[BatchKey] = set()
+    table = SEEN_BATCH.c
+    for (topic, origin), places in by_origin.items():
+        for part in chunks(places):
+            query = select(table.place, table.mark).where(
+                table.topic == topic, table.origin == origin, table.place.in_(part)
+            )
+            seen.update(BatchKey(topic, origin, row.place, row.mark) for row in connection.execute(query))
+    fresh: dict[BatchKey, int] = {}
+    for index, key in enumerate(keys):
+        if key not in seen:
+            fresh.setdefault(key, index)
+    if fresh:
+        connection.execute(insert(SEEN_BATCH), [asdict(key) for key in fresh])
+    return set(fresh.values())
+
+
+def _batch_key(batch: PredictionBatch) -> BatchKey:
+    first = batch.predictions[0].prediction_id if batch.predictions else ""
+    return BatchKey(batch.topic, batch.origin, batch.place, first)
 
 
 def take_predictions(
@@ -76,13 +103,11 @@ def take_predictions(
     """Store new predictions with the outcome where it is known, and add them to the sums."""
     fresh: dict[str, Prediction] = {}
     offered = 0
-    for batch in batches:
-        first = batch.predictions[0].prediction_id if batch.predictions else ""
-        if not mark_seen(connection, batch.topic, batch.origin, batch.place, first):
-            taken.duplicate_batches += 1
-            continue
-        offered += len(batch.predictions)
-        fresh.update((prediction.prediction_id, prediction) for prediction in batch.predictions)
+    new = unseen(connection, [_batch_key(batch) for batch in batches])
+    taken.duplicate_batches += len(batches) - len(new)
+    for index in sorted(new):
+        offered += len(batches[index].predictions)
+        fresh.update((prediction.prediction_id, prediction) for prediction in batches[index].predictions)
     for ids in chunks(list(fresh)):
         known = select(PREDICTION.c.prediction_id).where(PREDICTION.c.prediction_id.in_(ids))
         for row in connection.execute(known):
@@ -152,7 +177,7 @@ def take_outcomes(
     connection: Connection, batch: OutcomeBatch, specs: Mapping[str, OutcomeSpec], now_us: int, taken: Taken
 ) -> None:
     """Store new outcomes, label the predictions that waited for them, and add these to the sums."""
-    if not mark_seen(connection, batch.topic, batch.origin, batch.place, batch.source):
+    if not unseen(connection, [BatchKey(batch.topic, batch.origin, batch.place, batch.source)]):
         taken.duplicate_batches += 1
         return
     # The first outcome of a subject stands; ingestion drops later ones of the same event id anyway.

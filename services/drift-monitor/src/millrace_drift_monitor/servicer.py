@@ -55,7 +55,8 @@ class DriftServicer(drift_pb2_grpc.DriftServiceServicer):
         self, request: drift_pb2.SetReferenceRequest, _context: grpc.aio.ServicerContext
     ) -> drift_pb2.SetReferenceResponse:
         model, version = check.name(request.model, "model"), check.semver(request.version, "version")
-        spec = self._reference_spec(request)
+        # In a thread: millions of predictions take a moment to look at.
+        spec = await asyncio.to_thread(self._reference_spec, request)
         digest = hashlib.sha256(request.SerializeToString(deterministic=True)).hexdigest()
         known = await asyncio.to_thread(self._store.find_reference, model, version, digest)
         if known is None:
