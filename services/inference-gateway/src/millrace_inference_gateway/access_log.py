@@ -1,0 +1,106 @@
+"""Envoy's access log as values: what happened to each inference call, for the figures and the prediction log."""
+
+import base64
+import binascii
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from envoy.data.accesslog.v3 import accesslog_pb2
+from google.protobuf.duration_pb2 import Duration
+
+from millrace_inference_gateway.routes import cluster_arm
+
+UNKNOWN, UNAVAILABLE, OK = 2, 14, 0
+CANCELLED = 1
+NAMESPACE = "millrace"
+# A batch names one subject a row.
+MAX_SUBJECT = 16_384
+_TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceCall:
+    """One finished call to a model."""
+
+    prediction_id: str
+    model: str
+    version: str
+    digest: str
+    status: int
+    """gRPC status."""
+    latency_ms: float
+    """From the first byte sent to the model server to the last byte it answered; without an answer, the whole call."""
+    finished_at: datetime
+    subject: str
+    event_time: datetime | None
+    trace_id: str
+    request: bytes
+    """gRPC body, when it was sampled."""
+    response: bytes
+
+
+def read_entry(entry: accesslog_pb2.HTTPAccessLogEntry) -> InferenceCall | None:
+    """The call behind an entry; None when it reached no version."""
+    common = entry.common_properties
+    arm = cluster_arm(common.upstream_cluster)
+    if arm is None:
+        return None
+    headers = entry.request.request_headers
+    event_time = _time(headers.get("x-millrace-event-time", ""))
+    trace = _TRACE.fullmatch(headers.get("traceparent", ""))
+    started = common.start_time.ToDatetime(tzinfo=UTC)
+    return InferenceCall(
+        prediction_id=entry.request.request_id,
+        model=arm[0],
+        version=arm[1],
+        digest=entry.response.response_headers.get("x-millrace-digest", ""),
+        status=_status(entry),
+        latency_ms=_latency_ms(common),
+        finished_at=started + common.duration.ToTimedelta(),
+        subject=headers.get("x-millrace-subject", "")[:MAX_SUBJECT],
+        event_time=event_time,
+        trace_id=trace[1] if trace else "",
+        request=_payload(common, "request"),
+        response=_payload(common, "response"),
+    )
+
+
+def _status(entry: accesslog_pb2.HTTPAccessLogEntry) -> int:
+    text = entry.response.response_trailers.get("grpc-status") or entry.response.response_headers.get("grpc-status", "")
+    if text.isascii() and text.isdigit() and len(text) <= 2:
+        return int(text)
+    flags = entry.common_properties.response_flags
+    if flags.downstream_connection_termination or flags.downstream_remote_reset:
+        return CANCELLED
+    return UNAVAILABLE if entry.response.response_code.value in {0, 502, 503, 504} else UNKNOWN
+
+
+def _latency_ms(common: accesslog_pb2.AccessLogCommon) -> float:
+    if common.HasField("time_to_last_upstream_rx_byte") and common.HasField("time_to_first_upstream_tx_byte"):
+        return _ms(common.time_to_last_upstream_rx_byte) - _ms(common.time_to_first_upstream_tx_byte)
+    return _ms(common.duration)
+
+
+def _ms(value: Duration) -> float:
+    return value.seconds * 1e3 + value.nanos / 1e6
+
+
+def _time(text: str) -> datetime | None:
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def _payload(common: accesslog_pb2.AccessLogCommon, key: str) -> bytes:
+    if NAMESPACE not in common.metadata.filter_metadata:
+        return b""
+    fields = common.metadata.filter_metadata[NAMESPACE].fields
+    if key not in fields:
+        return b""
+    try:
+        return base64.b64decode(fields[key].string_value, validate=True)
+    except (binascii.Error, ValueError):
+        return b""

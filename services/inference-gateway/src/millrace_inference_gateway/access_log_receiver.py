@@ -1,0 +1,100 @@
+"""Takes Envoy's access log (ALS) and feeds the figures and the prediction log."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+from envoy.service.accesslog.v3 import als_pb2
+from prometheus_client import Counter, Histogram
+
+from millrace_inference_gateway.access_log import OK, InferenceCall, read_entry
+from millrace_inference_gateway.envoy_bootstrap import PUBLIC
+from millrace_inference_gateway.figures import Figures
+from millrace_inference_gateway.journal import Received
+from millrace_inference_gateway.ledger import instance_key
+from millrace_inference_gateway.prediction_log import PredictionLog
+
+log = logging.getLogger(__name__)
+
+SERVICE = "envoy.service.accesslog.v3.AccessLogService"
+REQUESTS = Counter(
+    "millrace_gateway_requests_total", "Inference calls finished.", ["model", "version", "path", "grpc_status"]
+)
+SECONDS = Histogram(
+    "millrace_gateway_model_seconds",
+    "Time a model server took for a call.",
+    ["model", "version"],
+    buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60),
+)
+
+
+class AccessLogReceiver:
+    """The `AccessLogService` Envoy calls."""
+
+    def __init__(self, figures: Figures, log_: PredictionLog) -> None:
+        self._figures = figures
+        self._log = log_
+        self._closing = asyncio.Event()
+
+    async def watch_stop(self, stop: asyncio.Event) -> None:
+        """End the streams at shutdown; Envoy never does by itself."""
+        await stop.wait()
+        self._closing.set()
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The method, as a stream both ways: on the wire the same, and without a deadline of its own."""
+        method = grpc.stream_stream_rpc_method_handler(
+            self.stream,
+            request_deserializer=als_pb2.StreamAccessLogsMessage.FromString,
+            response_serializer=als_pb2.StreamAccessLogsResponse.SerializeToString,
+        )
+        return grpc.method_handlers_generic_handler(SERVICE, {"StreamAccessLogs": method})
+
+    async def stream(
+        self, messages: AsyncIterator[als_pb2.StreamAccessLogsMessage], _context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[als_pb2.StreamAccessLogsResponse]:
+        """Take one stream until Envoy or this process ends."""
+        instance, path = 0, ""
+        closing = asyncio.ensure_future(self._closing.wait())
+        try:
+            while True:
+                message = asyncio.ensure_future(anext(messages, None))
+                await asyncio.wait({message, closing}, return_when=asyncio.FIRST_COMPLETED)
+                if not message.done():
+                    message.cancel()
+                    break
+                found = message.result()
+                if found is None:
+                    break
+                # Only the first message of a stream says whose it is.
+                if found.HasField("identifier"):
+                    instance, path = instance_key(found.identifier.node.id), found.identifier.log_name
+                self.take(found, instance, path)
+        finally:
+            closing.cancel()
+        yield als_pb2.StreamAccessLogsResponse()
+
+    def take(self, message: als_pb2.StreamAccessLogsMessage, instance: int, path: str) -> None:
+        """Count and log the calls of one message."""
+        answered: list[InferenceCall] = []
+        reported = 0
+        for entry in message.http_logs.log_entry:
+            try:
+                call = read_entry(entry)
+            except (ValueError, OverflowError) as error:
+                log.warning("an access-log entry cannot be read: %s", error)
+                call = None
+            if call is None:
+                continue
+            self._figures.record(call.model, call.version, call.status, call.latency_ms)
+            REQUESTS.labels(call.model, call.version, path, call.status).inc()
+            SECONDS.labels(call.model, call.version).observe(max(0.0, call.latency_ms / 1000))
+            if call.status == OK and path == PUBLIC:
+                reported += 1
+                answered.append(call)
+        if answered:
+            before = self._log.received
+            calls = (before.calls if before.instance == instance else 0) + reported
+            self._log.write_calls(answered, Received(instance, calls))

@@ -1,0 +1,165 @@
+"""What Envoy starts with: two listeners, the admin page, and where the changing parts are read from.
+
+The public listener takes clients; it gives every request a new id. The inner one, a Unix socket only this machine's user can
+reach, takes Predict's model calls and keeps the id that Predict chose. Both use the same routes.
+"""
+
+from importlib import resources
+
+from envoy.config.accesslog.v3 import accesslog_pb2
+from envoy.config.bootstrap.v3 import bootstrap_pb2
+from envoy.config.common.mutation_rules.v3 import mutation_rules_pb2
+from envoy.config.core.v3 import address_pb2, base_pb2, extension_pb2, protocol_pb2
+from envoy.config.core.v3.config_source_pb2 import ApiVersion
+from envoy.config.listener.v3 import listener_components_pb2, listener_pb2
+from envoy.config.route.v3 import route_components_pb2
+from envoy.extensions.access_loggers.grpc.v3 import als_pb2
+from envoy.extensions.access_loggers.stats.v3 import stats_pb2
+from envoy.extensions.filters.http.lua.v3 import lua_pb2
+from envoy.extensions.filters.http.router.v3 import router_pb2
+from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2 as hcm_pb2
+from envoy.extensions.http.early_header_mutation.header_mutation.v3 import header_mutation_pb2
+from envoy.extensions.request_id.uuid.v3 import uuid_pb2
+from envoy.type.matcher.v3 import regex_pb2
+from google.protobuf.message import Message
+from google.protobuf.wrappers_pb2 import BoolValue, UInt32Value, UInt64Value
+
+from millrace_inference_gateway.envoy_clusters import (
+    access_log_service,
+    address,
+    duration,
+    file_source,
+    own_clusters,
+    packed,
+)
+from millrace_inference_gateway.envoy_files import EnvoyFiles
+from millrace_inference_gateway.envoy_routes import LUA_FILTER, MODEL_HEADER, ROUTES_NAME
+from millrace_inference_gateway.settings import GatewaySettings, split_address
+
+PUBLIC, INNER = "v2", "predict"
+EVENT_TIME_HEADER = "x-millrace-event-time"
+SUBJECT_HEADER = "x-millrace-subject"
+# Counter of finished V2 inference calls that were answered OK, the ledger the prediction log is held against.
+LEDGER_STAT = "answered"
+CONNECTION_BUFFER_BYTES = 1 << 20
+
+
+def bootstrap(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> bootstrap_pb2.Bootstrap:
+    """Envoy's bootstrap; `instance` names this start of Envoy."""
+    admin_host, admin_port = split_address(settings.envoy_admin_listen, "envoy_admin_listen")
+    host, port = split_address(settings.listen, "listen")
+    message = bootstrap_pb2.Bootstrap()
+    message.node.id = instance
+    message.node.cluster = settings.gateway_id
+    message.admin.address.CopyFrom(address(admin_host, admin_port))
+    message.dynamic_resources.cds_config.CopyFrom(file_source(str(files.clusters)))
+    message.static_resources.clusters.extend(own_clusters(host, port, settings.envoy))
+    message.static_resources.listeners.extend([_public(settings, files), _inner(settings, files)])
+    return message
+
+
+def _public(settings: GatewaySettings, files: EnvoyFiles) -> listener_pb2.Listener:
+    host, port = split_address(settings.public_listen, "public_listen")
+    manager = _manager(PUBLIC, settings, files)
+    # A client's own request id is no prediction id: two calls may carry the same one.
+    manager.early_header_mutation_extensions.append(
+        _extension(
+            "envoy.http.early_header_mutation.header_mutation",
+            header_mutation_pb2.HeaderMutation(mutations=[mutation_rules_pb2.HeaderMutation(remove="x-request-id")]),
+        )
+    )
+    script = resources.files(__package__).joinpath("model_name.lua").read_text(encoding="utf-8")
+    log = settings.prediction_log
+    source = script.format(
+        sample_ratio=log.sample_ratio,
+        samples_per_s=log.samples_per_s,
+        sample_max_bytes=log.sample_max_bytes,
+        model_header=MODEL_HEADER,
+    )
+    lua = lua_pb2.Lua(default_source_code=base_pb2.DataSource(inline_string=source))
+    manager.http_filters.insert(0, hcm_pb2.HttpFilter(name=LUA_FILTER, typed_config=packed(lua)))
+    return _listener("public", address(host, port), manager)
+
+
+def _inner(settings: GatewaySettings, files: EnvoyFiles) -> listener_pb2.Listener:
+    manager = _manager(INNER, settings, files)
+    manager.preserve_external_request_id = True
+    place = address_pb2.Address(pipe=address_pb2.Pipe(path=str(settings.socket), mode=0o600))
+    return _listener("inner", place, manager)
+
+
+def _listener(name: str, place: address_pb2.Address, manager: hcm_pb2.HttpConnectionManager) -> listener_pb2.Listener:
+    network = listener_components_pb2.Filter(
+        name="envoy.filters.network.http_connection_manager", typed_config=packed(manager)
+    )
+    return listener_pb2.Listener(
+        name=name,
+        address=place,
+        per_connection_buffer_limit_bytes=UInt32Value(value=CONNECTION_BUFFER_BYTES),
+        filter_chains=[listener_components_pb2.FilterChain(filters=[network])],
+    )
+
+
+def _extension(name: str, message: Message) -> extension_pb2.TypedExtensionConfig:
+    return extension_pb2.TypedExtensionConfig(name=name, typed_config=packed(message))
+
+
+def _manager(name: str, settings: GatewaySettings, files: EnvoyFiles) -> hcm_pb2.HttpConnectionManager:
+    return hcm_pb2.HttpConnectionManager(
+        stat_prefix=name,
+        codec_type=hcm_pb2.HttpConnectionManager.HTTP2,
+        rds=hcm_pb2.Rds(route_config_name=ROUTES_NAME, config_source=file_source(str(files.routes))),
+        generate_request_id=BoolValue(value=True),
+        request_id_extension=hcm_pb2.RequestIDExtension(
+            typed_config=packed(uuid_pb2.UuidRequestIdConfig(pack_trace_reason=BoolValue(value=False)))
+        ),
+        stream_idle_timeout=duration(settings.envoy.stream_idle_s),
+        request_headers_timeout=duration(10),
+        http2_protocol_options=protocol_pb2.Http2ProtocolOptions(
+            max_concurrent_streams=UInt32Value(value=1024),
+            initial_stream_window_size=UInt32Value(value=4 << 20),
+            initial_connection_window_size=UInt32Value(value=16 << 20),
+        ),
+        http_filters=[
+            hcm_pb2.HttpFilter(
+                name="envoy.filters.http.router",
+                typed_config=packed(router_pb2.Router(suppress_envoy_headers=True)),
+            )
+        ],
+        access_log=_access_logs(name, settings),
+    )
+
+
+def _access_logs(name: str, settings: GatewaySettings) -> list[accesslog_pb2.AccessLog]:
+    """Every finished inference call to the receiver, and those answered OK into a counter."""
+    path = route_components_pb2.HeaderMatcher(name=":path")
+    path.string_match.safe_regex.CopyFrom(
+        regex_pb2.RegexMatcher(regex=r"/inference\.GRPCInferenceService/(ModelInfer|ModelStreamInfer)")
+    )
+    inference = accesslog_pb2.AccessLogFilter(header_filter=accesslog_pb2.HeaderFilter(header=path))
+    answered = accesslog_pb2.AccessLogFilter(
+        grpc_status_filter=accesslog_pb2.GrpcStatusFilter(statuses=[accesslog_pb2.GrpcStatusFilter.OK])
+    )
+    both = accesslog_pb2.AccessLogFilter(and_filter=accesslog_pb2.AndFilter(filters=[inference, answered]))
+    service = als_pb2.HttpGrpcAccessLogConfig(
+        common_config=als_pb2.CommonGrpcAccessLogConfig(
+            log_name=name,
+            grpc_service=access_log_service(),
+            transport_api_version=ApiVersion.V3,
+            buffer_flush_interval=duration(settings.prediction_log.flush_interval_s),
+            buffer_size_bytes=UInt32Value(value=65_536),
+        ),
+        additional_request_headers_to_log=[SUBJECT_HEADER, EVENT_TIME_HEADER, MODEL_HEADER, "traceparent"],
+        additional_response_headers_to_log=["grpc-status", "x-millrace-version", "x-millrace-digest"],
+        additional_response_trailers_to_log=["grpc-status"],
+    )
+    counter = stats_pb2.Config(
+        stat_prefix=name,
+        counters=[
+            stats_pb2.Config.Counter(stat=stats_pb2.Config.Stat(name=LEDGER_STAT), value_fixed=UInt64Value(value=1))
+        ],
+    )
+    return [
+        accesslog_pb2.AccessLog(name="envoy.access_loggers.http_grpc", filter=inference, typed_config=packed(service)),
+        accesslog_pb2.AccessLog(name="envoy.access_loggers.stats", filter=both, typed_config=packed(counter)),
+    ]

@@ -1,0 +1,188 @@
+"""Clusters and endpoints for Envoy, as typed messages: one cluster an arm, plus those every gateway has."""
+
+from collections.abc import Iterable, Sequence
+
+from envoy.config.cluster.v3 import circuit_breaker_pb2, cluster_pb2, outlier_detection_pb2
+from envoy.config.core.v3 import address_pb2, config_source_pb2, grpc_service_pb2, health_check_pb2, protocol_pb2
+from envoy.config.endpoint.v3 import endpoint_components_pb2, endpoint_pb2
+from envoy.extensions.clusters.aggregate.v3 import cluster_pb2 as aggregate_pb2
+from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2
+from envoy.type.v3 import percent_pb2
+from google.protobuf.any_pb2 import Any
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.protobuf.wrappers_pb2 import BoolValue, UInt32Value
+
+from millrace_inference_gateway.routes import Arm, Endpoint, Route, RouteTable
+from millrace_inference_gateway.settings import EnvoySettings
+
+PYTHON_CLUSTER = "gateway_python"
+CHECKED_PYTHON_CLUSTER = "gateway_python_checked"
+SERVER_CLUSTER = "v2_server"
+HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+CONNECT_TIMEOUT_S = 1.0
+MIN_RETRIES_AT_ONCE = 10
+
+
+def packed(message: Message) -> Any:
+    """`message` inside an `Any`."""
+    found = Any()
+    found.Pack(message)
+    return found
+
+
+def duration(seconds: float) -> Duration:
+    """`seconds` as a protobuf duration."""
+    found = Duration()
+    found.FromNanoseconds(round(seconds * 1e9))
+    return found
+
+
+def address(host: str, port: int) -> address_pb2.Address:
+    """A TCP address."""
+    return address_pb2.Address(socket_address=address_pb2.SocketAddress(address=host, port_value=port))
+
+
+def file_source(path: str) -> config_source_pb2.ConfigSource:
+    """Configuration that Envoy reads from `path` again whenever the file is replaced."""
+    return config_source_pb2.ConfigSource(
+        path_config_source=config_source_pb2.PathConfigSource(path=path),
+        resource_api_version=config_source_pb2.ApiVersion.V3,
+    )
+
+
+def load_assignment(cluster: str, endpoints: Iterable[Endpoint]) -> endpoint_pb2.ClusterLoadAssignment:
+    """The servers of `cluster`."""
+    locality = endpoint_components_pb2.LocalityLbEndpoints(
+        lb_endpoints=[
+            endpoint_components_pb2.LbEndpoint(
+                endpoint=endpoint_components_pb2.Endpoint(address=address(endpoint.host, endpoint.port))
+            )
+            for endpoint in endpoints
+        ]
+    )
+    return endpoint_pb2.ClusterLoadAssignment(cluster_name=cluster, endpoints=[locality])
+
+
+def _http2() -> dict[str, Any]:
+    options = http_protocol_options_pb2.HttpProtocolOptions(
+        explicit_http_config=http_protocol_options_pb2.HttpProtocolOptions.ExplicitHttpConfig(
+            http2_protocol_options=protocol_pb2.Http2ProtocolOptions(
+                # Large enough that a tensor of many MiB is not slowed by window updates.
+                initial_stream_window_size=UInt32Value(value=4 << 20),
+                initial_connection_window_size=UInt32Value(value=16 << 20),
+            )
+        )
+    )
+    return {HTTP_OPTIONS: packed(options)}
+
+
+def _health_check(settings: EnvoySettings) -> health_check_pb2.HealthCheck:
+    return health_check_pb2.HealthCheck(
+        timeout=duration(settings.health_timeout_s),
+        interval=duration(settings.health_interval_s),
+        no_traffic_interval=duration(settings.health_interval_s),
+        unhealthy_interval=duration(settings.health_interval_s),
+        unhealthy_threshold=UInt32Value(value=settings.unhealthy_after),
+        healthy_threshold=UInt32Value(value=1),
+        grpc_health_check=health_check_pb2.HealthCheck.GrpcHealthCheck(),
+    )
+
+
+def _common(name: str, settings: EnvoySettings) -> cluster_pb2.Cluster:
+    """What all clusters share: HTTP/2, limits, no panic routing to servers known to be dead."""
+    thresholds = circuit_breaker_pb2.CircuitBreakers.Thresholds(
+        max_connections=UInt32Value(value=settings.max_connections),
+        max_pending_requests=UInt32Value(value=settings.max_pending_requests),
+        max_requests=UInt32Value(value=settings.max_requests),
+        retry_budget=circuit_breaker_pb2.CircuitBreakers.Thresholds.RetryBudget(
+            budget_percent=percent_pb2.Percent(value=settings.retry_budget_percent),
+            min_retry_concurrency=UInt32Value(value=MIN_RETRIES_AT_ONCE),
+        ),
+    )
+    cluster = cluster_pb2.Cluster(
+        name=name,
+        connect_timeout=duration(CONNECT_TIMEOUT_S),
+        circuit_breakers=circuit_breaker_pb2.CircuitBreakers(thresholds=[thresholds]),
+        typed_extension_protocol_options=_http2(),
+        ignore_health_on_host_removal=True,
+    )
+    cluster.common_lb_config.healthy_panic_threshold.CopyFrom(percent_pb2.Percent(value=0))
+    return cluster
+
+
+def arm_cluster(arm: Arm, route: Route, settings: EnvoySettings, endpoints_file: str) -> cluster_pb2.Cluster:
+    """The servers of one version: balanced, health-checked, ejected when they lose calls."""
+    cluster = _common(arm.cluster, settings)
+    cluster.lb_policy = cluster_pb2.Cluster.ROUND_ROBIN if route.round_robin else cluster_pb2.Cluster.LEAST_REQUEST
+    cluster.health_checks.append(_health_check(settings))
+    # Errors that a model answers are its version's fault, the same on every server; only servers that lose or refuse calls go.
+    cluster.outlier_detection.CopyFrom(
+        outlier_detection_pb2.OutlierDetection(
+            split_external_local_origin_errors=True,
+            consecutive_local_origin_failure=UInt32Value(value=3),
+            enforcing_consecutive_local_origin_failure=UInt32Value(value=100),
+            enforcing_local_origin_success_rate=UInt32Value(value=0),
+            enforcing_consecutive_5xx=UInt32Value(value=0),
+            enforcing_consecutive_gateway_failure=UInt32Value(value=0),
+            enforcing_success_rate=UInt32Value(value=0),
+            base_ejection_time=duration(settings.ejection_s),
+            interval=duration(min(settings.ejection_s, 1.0)),
+            max_ejection_percent=UInt32Value(value=50),
+            successful_active_health_check_uneject_host=BoolValue(value=True),
+        )
+    )
+    if all(endpoint.is_ip for endpoint in arm.endpoints):
+        cluster.type = cluster_pb2.Cluster.EDS
+        cluster.eds_cluster_config.CopyFrom(
+            cluster_pb2.Cluster.EdsClusterConfig(eds_config=file_source(endpoints_file))
+        )
+    else:
+        cluster.type = cluster_pb2.Cluster.STRICT_DNS
+        cluster.load_assignment.CopyFrom(load_assignment(arm.cluster, arm.endpoints))
+    return cluster
+
+
+def server_cluster(table: RouteTable) -> cluster_pb2.Cluster:
+    """Who answers for the server as a whole (ServerLive, ServerMetadata, …): the Python process, and when it is down any model
+    server.
+    """
+    members = [CHECKED_PYTHON_CLUSTER, *sorted(table.arms)]
+    return cluster_pb2.Cluster(
+        name=SERVER_CLUSTER,
+        connect_timeout=duration(CONNECT_TIMEOUT_S),
+        lb_policy=cluster_pb2.Cluster.CLUSTER_PROVIDED,
+        cluster_type=cluster_pb2.Cluster.CustomClusterType(
+            name="envoy.clusters.aggregate", typed_config=packed(aggregate_pb2.ClusterConfig(clusters=members))
+        ),
+    )
+
+
+def table_clusters(
+    table: RouteTable, settings: EnvoySettings, endpoints_files: dict[str, str]
+) -> list[cluster_pb2.Cluster]:
+    """Every cluster that comes and goes with the routes; `endpoints_files` is by cluster name."""
+    found = [
+        arm_cluster(arm, route, settings, endpoints_files[arm.cluster])
+        for route in table.routes.values()
+        for arm in route.arms
+    ]
+    return [*found, server_cluster(table)]
+
+
+def own_clusters(host: str, port: int, settings: EnvoySettings) -> Sequence[cluster_pb2.Cluster]:
+    """The Python process twice: for calls that only it can take, never given up, so that it serves as soon as it listens; and
+    health-checked, for those somebody else can take over.
+    """
+    plain = _common(PYTHON_CLUSTER, settings)
+    checked = _common(CHECKED_PYTHON_CLUSTER, settings)
+    for cluster in (plain, checked):
+        cluster.type = cluster_pb2.Cluster.STRICT_DNS
+        cluster.load_assignment.CopyFrom(load_assignment(cluster.name, [Endpoint(host, port)]))
+    checked.health_checks.append(_health_check(settings))
+    return [plain, checked]
+
+
+def access_log_service() -> grpc_service_pb2.GrpcService:
+    """How Envoy reaches the access-log receiver."""
+    return grpc_service_pb2.GrpcService(envoy_grpc=grpc_service_pb2.GrpcService.EnvoyGrpc(cluster_name=PYTHON_CLUSTER))

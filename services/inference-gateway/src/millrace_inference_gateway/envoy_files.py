@@ -1,0 +1,112 @@
+"""The files through which Envoy is told what changes; each is replaced whole, by a rename.
+
+Every file holds one `DiscoveryResponse` as JSON, so that people can read it too. Its version is a digest of its content, which
+is how the gateway finds out from Envoy's own statistics which content is in force.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from envoy.service.discovery.v3 import discovery_pb2
+from google.protobuf.json_format import MessageToJson
+from google.protobuf.message import Message
+
+from millrace_inference_gateway.envoy_clusters import load_assignment, packed, table_clusters
+from millrace_inference_gateway.envoy_routes import ROUTES_NAME, route_configuration
+from millrace_inference_gateway.routes import RouteTable
+from millrace_inference_gateway.settings import GatewaySettings
+
+VERSION_DIGITS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class EnvoyFiles:
+    """Where the files are."""
+
+    folder: Path
+
+    @property
+    def bootstrap(self) -> Path:
+        """What Envoy starts with."""
+        return self.folder / "bootstrap.json"
+
+    @property
+    def clusters(self) -> Path:
+        """CDS."""
+        return self.folder / "clusters.json"
+
+    @property
+    def routes(self) -> Path:
+        """RDS."""
+        return self.folder / "routes.json"
+
+    def endpoints(self, cluster: str) -> Path:
+        """EDS of one cluster."""
+        return self.folder / "endpoints" / f"{quote(cluster, safe='')}.json"
+
+
+def envoy_files(settings: GatewaySettings) -> EnvoyFiles:
+    """The files of this gateway."""
+    return EnvoyFiles(settings.folder / "envoy")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` whole; readers see the old content or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with scratch.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def write_resources(path: Path, resources: Iterable[Message]) -> str:
+    """Write one discovery response, unless it is there already; returns its version."""
+    response = discovery_pb2.DiscoveryResponse(resources=[packed(resource) for resource in resources])
+    digest = hashlib.sha256()
+    for resource in response.resources:
+        digest.update(resource.type_url.encode() + b"\n" + resource.value)
+    response.version_info = digest.hexdigest()[:VERSION_DIGITS]
+    content = MessageToJson(response, preserving_proto_field_name=True, indent=1).encode()
+    if not path.exists() or path.read_bytes() != content:
+        write_atomically(path, content)
+    return str(response.version_info)
+
+
+def write_endpoints(files: EnvoyFiles, table: RouteTable) -> dict[str, str]:
+    """EDS of every arm; returns versions by cluster."""
+    versions = {}
+    for name, arm in table.arms.items():
+        if all(endpoint.is_ip for endpoint in arm.endpoints):
+            versions[name] = write_resources(files.endpoints(name), [load_assignment(name, arm.endpoints)])
+    return versions
+
+
+def write_clusters(files: EnvoyFiles, table: RouteTable, settings: GatewaySettings) -> str:
+    """CDS; returns its version. The endpoints have to be there before."""
+    places = {name: str(files.endpoints(name)) for name in table.arms}
+    return write_resources(files.clusters, table_clusters(table, settings.envoy, places))
+
+
+def write_routes(files: EnvoyFiles, table: RouteTable, settings: GatewaySettings) -> str:
+    """RDS; returns its version."""
+    return write_resources(files.routes, [route_configuration(table, settings.envoy, settings.max_message_mib)])
+
+
+def remove_endpoints(files: EnvoyFiles, keep: Sequence[str]) -> None:
+    """Remove the EDS files of clusters that no longer exist."""
+    wanted = {files.endpoints(name).name for name in keep}
+    for path in files.endpoints("x").parent.glob("*.json"):
+        if path.name not in wanted:
+            path.unlink(missing_ok=True)
+
+
+__all__ = [
+    "ROUTES_NAME", "EnvoyFiles", "envoy_files", "remove_endpoints", "write_atomically", "write_clusters", "write_endpoints",
+    "write_resources", "write_routes",
+]  # fmt: skip

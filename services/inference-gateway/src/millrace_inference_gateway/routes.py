@@ -1,0 +1,201 @@
+"""Routes as the gateway uses them: checked, and with the order that makes splits sticky and monotone.
+
+Knows neither Envoy nor gRPC's transport; `envoy_routes` turns these values into Envoy's messages.
+"""
+
+import re
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+
+from millrace_api.rollout.v1 import rollout_pb2
+from millrace_kit import check
+from millrace_kit.cel_rules import Node, check_rule
+from millrace_kit.errors import InvalidArgumentError
+
+MAX_MODELS = 1000
+MAX_ARMS = 8
+MAX_RULES = 64
+MAX_ENDPOINTS = 1000
+MAX_TIMEOUT_MS = 600_000
+DEFAULT_TIMEOUT_MS = 30_000
+# Weights are percents with two decimals.
+WEIGHT_UNITS = 10_000
+_HEADER = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One model server's gRPC address."""
+
+    host: str
+    port: int
+
+    @property
+    def is_ip(self) -> bool:
+        """Whether the host is an address rather than a name."""
+        try:
+            ip_address(self.host)
+        except ValueError:
+            return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One version behind a route; `weight` is in units of a hundredth of a percent."""
+
+    model: str
+    version: str
+    digest: str
+    candidate: bool
+    weight: int
+    endpoints: tuple[Endpoint, ...]
+
+    @property
+    def cluster(self) -> str:
+        """The name Envoy knows it by."""
+        return f"arm/{self.model}/{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Requests for which `when` holds go to the arm of that role."""
+
+    when: Node
+    candidate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How one model is served. `arms` has the candidate first: a growing weight then only ever adds callers to it."""
+
+    model: str
+    arms: tuple[Arm, ...]
+    sticky_header: str
+    rules: tuple[Rule, ...]
+    round_robin: bool
+    timeout_ms: int
+    feature_service: str
+    feature_names: tuple[str, ...]
+    input_tensor: str
+    output_tensor: str
+
+
+@dataclass(frozen=True, slots=True)
+class RouteTable:
+    """Every model's route."""
+
+    generation: int = 0
+    routes: dict[str, Route] = field(default_factory=dict)
+
+    @property
+    def arms(self) -> dict[str, Arm]:
+        """Arms by cluster name."""
+        return {arm.cluster: arm for route in self.routes.values() for arm in route.arms}
+
+
+def cluster_arm(cluster: str) -> tuple[str, str] | None:
+    """Model and version of a cluster name; None when the cluster is no arm."""
+    parts = cluster.split("/")
+    return (parts[1], parts[2]) if len(parts) == 3 and parts[0] == "arm" else None
+
+
+def check_routes(routes: rollout_pb2.Routes) -> RouteTable:
+    """The routes as values.
+
+    Raises:
+        InvalidArgumentError: names the field that is wrong; nothing of such routes is used.
+    """
+    if routes.generation < 0:
+        raise InvalidArgumentError("routes.generation", "must not be negative")
+    if len(routes.models) > MAX_MODELS:
+        raise InvalidArgumentError("routes.models", f"has more than {MAX_MODELS} models")
+    table: dict[str, Route] = {}
+    for index, message in enumerate(routes.models):
+        where = f"routes.models[{index}]"
+        route = _check_route(message, where)
+        if route.model in table:
+            raise InvalidArgumentError(f"{where}.model", f"{route.model!r} has two routes")
+        table[route.model] = route
+    return RouteTable(routes.generation, table)
+
+
+def _check_route(message: rollout_pb2.ModelRoute, where: str) -> Route:
+    model = check.name(message.model, f"{where}.model")
+    arms = _check_arms(message, model, where)
+    sticky = message.sticky_header.lower()
+    if sticky and not _HEADER.fullmatch(sticky):
+        raise InvalidArgumentError(f"{where}.sticky_header", "is no header name")
+    if len(message.rules) > MAX_RULES:
+        raise InvalidArgumentError(f"{where}.rules", f"has more than {MAX_RULES} rules")
+    rules = []
+    for index, rule in enumerate(message.rules):
+        node = check_rule(rule.when, f"{where}.rules[{index}].when")
+        candidate = _is_candidate(rule.to, f"{where}.rules[{index}].to")
+        # A rule for a role that nobody has now simply does not match; the candidate comes and goes.
+        if any(arm.candidate == candidate for arm in arms):
+            rules.append(Rule(node, candidate))
+    if not 0 <= message.timeout_ms <= MAX_TIMEOUT_MS:
+        raise InvalidArgumentError(f"{where}.timeout_ms", f"must be 0 to {MAX_TIMEOUT_MS}")
+    return Route(
+        model=model,
+        arms=arms,
+        sticky_header=sticky,
+        rules=tuple(rules),
+        round_robin=message.balancing == rollout_pb2.BALANCING_ROUND_ROBIN,
+        timeout_ms=message.timeout_ms or DEFAULT_TIMEOUT_MS,
+        feature_service=message.feature_service,
+        feature_names=tuple(message.feature_names),
+        input_tensor=message.input_tensor,
+        output_tensor=message.output_tensor,
+    )
+
+
+def _check_arms(message: rollout_pb2.ModelRoute, model: str, where: str) -> tuple[Arm, ...]:
+    if not 1 <= len(message.arms) <= MAX_ARMS:
+        raise InvalidArgumentError(f"{where}.arms", f"needs 1 to {MAX_ARMS} arms")
+    arms: list[Arm] = []
+    for index, arm in enumerate(message.arms):
+        place = f"{where}.arms[{index}]"
+        version = check.semver(arm.version, f"{place}.version")
+        digest = check.sha256(arm.digest, f"{place}.digest") if arm.digest else ""
+        if not 0 <= check.finite(arm.weight, f"{place}.weight") <= 100:
+            raise InvalidArgumentError(f"{place}.weight", "must be 0 to 100")
+        if len(arm.endpoints) > MAX_ENDPOINTS:
+            raise InvalidArgumentError(f"{place}.endpoints", f"has more than {MAX_ENDPOINTS}")
+        endpoints = tuple(_check_endpoint(e, f"{place}.endpoints[{i}]") for i, e in enumerate(arm.endpoints))
+        candidate = _is_candidate(arm.role, f"{place}.role")
+        arms.append(Arm(model, version, digest, candidate, round(arm.weight * 100), endpoints))
+    if len({arm.version for arm in arms}) < len(arms):
+        raise InvalidArgumentError(f"{where}.arms", "name one version twice")
+    if abs(sum(arm.weight for arm in message.arms) - 100) > 0.01:
+        raise InvalidArgumentError(f"{where}.arms", "have weights that do not add up to 100")
+    arms.sort(key=lambda arm: (not arm.candidate, check.semver_key(arm.version), arm.version))
+    return _exact_weights(arms)
+
+
+def _exact_weights(arms: list[Arm]) -> tuple[Arm, ...]:
+    """The heaviest arm takes what rounding left, so that the total never changes and hashes stay where they are."""
+    rest = WEIGHT_UNITS - sum(arm.weight for arm in arms)
+    last = max(range(len(arms)), key=lambda index: arms[index].weight)
+    arm = arms[last]
+    arms[last] = Arm(arm.model, arm.version, arm.digest, arm.candidate, arm.weight + rest, arm.endpoints)
+    return tuple(arms)
+
+
+def _is_candidate(role: int, where: str) -> bool:
+    if role not in {rollout_pb2.ARM_ROLE_STABLE, rollout_pb2.ARM_ROLE_CANDIDATE}:
+        raise InvalidArgumentError(where, "must be ARM_ROLE_STABLE or ARM_ROLE_CANDIDATE")
+    return role == rollout_pb2.ARM_ROLE_CANDIDATE
+
+
+def _check_endpoint(text: str, where: str) -> Endpoint:
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not port.isascii() or not port.isdigit() or not 0 < int(port[:6]) < 65_536:
+        raise InvalidArgumentError(where, f"{text[:80]!r} is not host:port")
+    endpoint = Endpoint(host, int(port))
+    if not endpoint.is_ip and not _HOST.fullmatch(host):
+        raise InvalidArgumentError(where, f"{text[:80]!r} is not host:port")
+    return endpoint
