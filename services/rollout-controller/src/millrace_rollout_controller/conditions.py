@@ -1,0 +1,69 @@
+"""Conditions by the Kubernetes API conventions: Ready, Progressing, Degraded. Pure."""
+
+from datetime import datetime
+from typing import Literal
+
+from millrace_rollout_controller.manifest import Spec
+from millrace_rollout_controller.state import Condition, Status
+
+_MOVING = {"Preparing", "Progressing", "Promoting", "RollingBack"}
+
+
+def conditions(status: Status, spec: Spec, *, ready: int, settled: bool, now: datetime) -> list[Condition]:
+    """The three conditions; a time changes only where a condition's status does.
+
+    Args:
+        status: the status so far, with the conditions of the look before.
+        spec: what is wanted.
+        ready: ready servers of the stable version.
+        settled: the wanted route is in force everywhere.
+        now: the time of this look.
+    """
+    before = {condition.type: condition for condition in status.conditions}
+
+    def condition(kind: str, holds: bool, reason: str, message: str) -> Condition:
+        value: Literal["True", "False"] = "True" if holds else "False"
+        old = before.get(kind)
+        since = old.last_transition_time if old is not None and old.status == value else now
+        return Condition(type=kind, status=value, reason=reason, message=message[:1000], last_transition_time=since)
+
+    return [
+        condition("Ready", *_ready(status, ready, settled)),
+        condition("Progressing", *_progressing(status)),
+        condition("Degraded", *_degraded(status, spec, ready)),
+    ]
+
+
+def is_ready(status: Status) -> bool:
+    """Whether the Ready condition holds."""
+    return any(c.type == "Ready" and c.status == "True" for c in status.conditions)
+
+
+def _ready(status: Status, ready: int, settled: bool) -> tuple[bool, str, str]:
+    if status.stable is None:
+        return False, "NoStableVersion", "no version serves yet"
+    version = status.stable.ref.version
+    if not ready:
+        return False, "NoReadyServers", f"no server of {version} is ready"
+    was = is_ready(status)
+    if not settled and not was:
+        return False, "RouteNotInForce", "the gateways have not taken the route yet"
+    return True, "Serving", f"{version} serves with {ready} ready servers"
+
+
+def _progressing(status: Status) -> tuple[bool, str, str]:
+    if status.phase in _MOVING:
+        return True, status.phase, status.waiting or f"phase {status.phase}"
+    if status.phase == "Paused":
+        return False, "Paused", status.waiting or "paused"
+    if status.failed is not None:
+        return False, status.failed.reason, status.failed.message
+    return False, status.phase, status.waiting or f"phase {status.phase}"
+
+
+def _degraded(status: Status, spec: Spec, ready: int) -> tuple[bool, str, str]:
+    if status.failed is not None:
+        return True, status.failed.reason, f"{status.failed.version}: {status.failed.message}"
+    if status.stable is not None and ready < spec.server.replicas:
+        return True, "ServersMissing", f"{ready} of {spec.server.replicas} stable servers are ready"
+    return False, "AsWanted", "everything is as the spec wants it"

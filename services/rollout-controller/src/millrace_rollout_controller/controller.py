@@ -1,0 +1,295 @@
+"""The loop: look, decide, write down, do. Stopping it anywhere and starting it again changes nothing but the time.
+
+What is decided is stored before it is done, and everything done is safe to do again.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from millrace_kit.clock import Clock
+from millrace_kit.errors import ConflictError
+
+from millrace_rollout_controller import manifest, metrics
+from millrace_rollout_controller.evidence import Evidence, Poll, advance
+from millrace_rollout_controller.executor import Executor, Wanted
+from millrace_rollout_controller.hub import Hub
+from millrace_rollout_controller.peers import Figures, Registry
+from millrace_rollout_controller.reconciler import (
+    Action,
+    ArmSeen,
+    Forget,
+    Item,
+    Limits,
+    Observed,
+    Refusal,
+    RunServers,
+    SetRoute,
+    reconcile,
+)
+from millrace_rollout_controller.state import Route, Status, VersionRef
+from millrace_rollout_controller.store import Row, Store
+
+log = logging.getLogger(__name__)
+EVIDENCE_SAVE_S = 30.0
+"""How often marks are stored while no candidate is on trial."""
+
+
+@dataclass
+class _Known:
+    """What this process remembers about one deployment between looks."""
+
+    spec: manifest.Spec
+    manifest_text: str
+    evidence: Evidence
+    actions: tuple[Action, ...] | None = None
+    saved_at: float = 0.0
+
+
+@dataclass
+class _Plan:
+    """What one look at everything wants done."""
+
+    routes: dict[str, Route | None] = field(default_factory=dict)
+    wanted: list[Wanted] = field(default_factory=list)
+    forget: list[str] = field(default_factory=list)
+    complete: bool = True
+    """False when a deployment could not be looked at and it is not known what it wants; then nothing is stopped."""
+
+
+class Controller:
+    """Reconciles every deployment. `run` and `poll` are the service's background workers."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        hub: Hub,
+        executor: Executor,
+        registry: Registry,
+        figures: Figures,
+        clock: Clock,
+        limits: Limits,
+        tick_s: float,
+        poll_s: float,
+    ) -> None:
+        self._store = store
+        self._hub = hub
+        self._executor = executor
+        self._registry = registry
+        self._figures = figures
+        self._clock = clock
+        self._limits = limits
+        self._tick_s = tick_s
+        self._poll_s = poll_s
+        self._known: dict[tuple[str, str], _Known] = {}
+        self._models: list[str] = []
+        self._polls: dict[str, Poll] = {}
+        self._versions: dict[tuple[str, str], VersionRef | Refusal] = {}
+        self._lookups: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._saved_gateways: object = None
+        self._wake = asyncio.Event()
+        self._news = asyncio.Event()
+        self._closed = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether the service is stopping; watches end then."""
+        return self._closed
+
+    def wake(self) -> None:
+        """Look again soon: something was applied."""
+        self._wake.set()
+
+    async def news(self, timeout_s: float) -> None:
+        """Wait until some status may have changed, at most `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), timeout_s)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Look again and again until `stop`."""
+        await self._executor.start()
+        ended = asyncio.create_task(stop.wait())
+        try:
+            while not stop.is_set():
+                self._wake.clear()
+                began = self._clock.monotonic()
+                changed = await self.tick()
+                metrics.TICK_SECONDS.set(self._clock.monotonic() - began)
+                # What moved may move on at once.
+                pause = self._tick_s / 5 if changed else self._tick_s
+                woken = asyncio.create_task(self._wake.wait())
+                await asyncio.wait({ended, woken}, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+                woken.cancel()
+        finally:
+            ended.cancel()
+            # Streams would hold the server's drain up to its very end.
+            self._closed = True
+            self._hub.close()
+            self._news.set()
+            for task in self._lookups.values():
+                task.cancel()
+
+    async def poll(self, stop: asyncio.Event) -> None:
+        """Ask for figures and outcomes until `stop`; the next look takes what came."""
+        while not stop.is_set():
+            if self._models:
+                self._polls = await self._figures.poll(list(self._models))
+                self._wake.set()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), self._poll_s)
+
+    async def tick(self) -> bool:
+        """Look at everything once; returns whether a status changed."""
+        rows = await asyncio.to_thread(self._store.rows)
+        self._models = [row.model for row in rows]
+        polls, self._polls = self._polls, {}
+        seen = self._executor.seen()
+        plan, changed = _Plan(), False
+        names = {(row.name, row.created_at.isoformat()) for row in rows}
+        self._known = {name: known for name, known in self._known.items() if name in names}
+        for row in rows:
+            known = self._remember(row)
+            try:
+                changed |= await self._look(row, known, polls.get(row.model, Poll()), seen)
+            except ConflictError:
+                # Somebody changed it meanwhile: look again right away, and go on as before until then.
+                changed = True
+            except Exception:
+                metrics.TICK_FAILURES.labels(row.name).inc()
+                log.exception("deployment %s", row.name)
+            self._add(plan, row, known)
+        await self._do(plan, {row.model for row in rows})
+        if changed:
+            self._news.set()
+            self._news = asyncio.Event()
+        return changed
+
+    def _remember(self, row: Row) -> _Known:
+        name = row.name, row.created_at.isoformat()
+        known = self._known.get(name)
+        if known is None:
+            known = _Known(manifest.parse(row.manifest).spec, row.manifest, row.evidence)
+            self._known[name] = known
+        elif known.manifest_text != row.manifest:
+            known.spec, known.manifest_text = manifest.parse(row.manifest).spec, row.manifest
+        return known
+
+    async def _look(self, row: Row, known: _Known, poll: Poll, seen: Mapping[tuple[str, str], ArmSeen]) -> bool:
+        now, status = self._clock.now(), row.status
+        on_trial = status.candidate is not None and status.weight > 0
+        evidence = advance(
+            known.evidence,
+            poll,
+            trial=status.trial,
+            step=status.step,
+            candidate=status.candidate.ref.version if status.candidate is not None and on_trial else "",
+            stable=status.stable.ref.version if status.stable is not None else "",
+            wanted=known.spec.rollout.gates,
+            gateways=self._figures.addresses,
+        )
+        item = Item(row.name, known.spec, row.generation, row.deleting)
+        observed = self._observe(row, known.spec, seen)
+        after, actions = reconcile(item, status, observed, evidence, now, limits=self._limits)
+        monotonic = self._clock.monotonic()
+        stale = on_trial or monotonic - known.saved_at > EVIDENCE_SAVE_S
+        changed = after != status
+        if changed or (stale and evidence != known.evidence):
+            values = {name: getattr(row, name) for name in Row.__slots__} | {"status": after, "evidence": evidence}
+            await asyncio.to_thread(self._store.update, Row(**values))
+            known.saved_at = monotonic
+        known.evidence, known.actions = evidence, actions
+        if changed:
+            _show(row.name, status, after)
+        return changed
+
+    def _observe(self, row: Row, spec: manifest.Spec, seen: Mapping[tuple[str, str], ArmSeen]) -> Observed:
+        status = row.status
+        wanted = {spec.version} if not row.deleting else set()
+        wanted -= {arm.ref.version for arm in (status.stable, status.candidate) if arm is not None}
+        if status.failed is not None and status.observed_generation == row.generation:
+            wanted = set()
+        versions: dict[str, VersionRef | Refusal] = {}
+        for version in wanted:
+            name = row.model, version
+            if name in self._versions:
+                versions[version] = self._versions.pop(name)
+            elif name not in self._lookups:
+                self._lookups[name] = asyncio.create_task(self._look_up(name))
+        published = next((route for route in self._hub.table.routes if route.model == row.model), None)
+        settled = published == status.route and self._hub.settled(row.model, self._clock.now().timestamp())
+        arms = {version: arm for (deployment, version), arm in seen.items() if deployment == row.name}
+        return Observed(versions, arms, settled)
+
+    async def _look_up(self, name: tuple[str, str]) -> None:
+        try:
+            found = await self._registry.version(*name)
+            if found is not None:
+                self._versions[name] = found
+                self._wake.set()
+            else:
+                await asyncio.sleep(self._poll_s)
+        finally:
+            self._lookups.pop(name, None)
+
+    def _add(self, plan: _Plan, row: Row, known: _Known) -> None:
+        if known.actions is None:
+            plan.complete = False
+            return
+        for action in known.actions:
+            match action:
+                case SetRoute(model=model, route=route):
+                    plan.routes[model] = route
+                case RunServers(ref=ref, replicas=replicas):
+                    plan.wanted.append(Wanted(row.name, ref, replicas, known.spec.server))
+                case Forget(name=name):
+                    plan.forget.append(name)
+
+    async def _do(self, plan: _Plan, models: set[str]) -> None:
+        now = self._clock.now().timestamp()
+        if plan.complete:
+            plan.routes |= {route.model: None for route in self._hub.table.routes if route.model not in models}
+        table = self._hub.next_table(plan.routes, now)
+        if table is not None:
+            await asyncio.to_thread(self._store.save_routes, table)
+            self._hub.publish(table, now)
+            metrics.GENERATION.set(table.generation)
+            log.info("routes %d: %s", table.generation, _words(table.routes))
+        gateways = {name: (seen.applied, seen.streams) for name, seen in self._hub.gateways.items()}
+        if gateways != self._saved_gateways:
+            await asyncio.to_thread(self._store.save_gateways, dict(self._hub.gateways))
+            self._saved_gateways = gateways
+        metrics.GATEWAYS.set(self._hub.alive(now))
+        if plan.complete:
+            await self._executor.converge(plan.wanted, self._hub.in_use(now))
+        for name in plan.forget:
+            await asyncio.to_thread(self._store.delete, name)
+            log.info("deployment %s is gone", name)
+
+
+def _words(routes: tuple[Route, ...]) -> str:
+    parts = [
+        f"{route.model} " + ", ".join(f"{arm.version} {arm.weight:g} % on {len(arm.endpoints)}" for arm in route.arms)
+        for route in routes
+    ]
+    return "; ".join(parts) or "none"
+
+
+def _show(name: str, before: Status, after: Status) -> None:
+    """Metrics and log lines of a change."""
+    for event in after.events:
+        if event not in before.events:
+            level = logging.INFO if event.type == "Normal" else logging.WARNING
+            log.log(level, "%s: %s: %s", name, event.reason, event.message)
+    was = {view.gate: view.verdict for view in before.gates}
+    for view in after.gates:
+        if was.get(view.gate) != view.verdict:
+            metrics.VERDICTS.labels(name, view.gate, view.verdict).inc()
+    metrics.PHASE.labels(name, before.phase).set(0)
+    metrics.PHASE.labels(name, after.phase).set(1)
+    for route, weights in ((before.route, False), (after.route, True)):
+        for arm in route.arms if route else ():
+            metrics.WEIGHT.labels(name, arm.version).set(arm.weight if weights else 0.0)
+            metrics.SERVERS_READY.labels(name, arm.version).set(len(arm.endpoints) if weights else 0)

@@ -1,0 +1,149 @@
+"""Between the services' messages and this service's values."""
+
+from datetime import datetime
+
+from millrace_api.drift.v1 import drift_pb2
+from millrace_api.prediction.v1 import prediction_pb2
+from millrace_api.registry.v1 import registry_pb2
+from millrace_api.rollout.v1 import rollout_pb2
+
+from millrace_rollout_controller import manifest
+from millrace_rollout_controller.conditions import is_ready
+from millrace_rollout_controller.gates import Counts
+from millrace_rollout_controller.hub import Table
+from millrace_rollout_controller.state import ArtifactRef, Route, RouteArm, Tensor, VersionRef
+from millrace_rollout_controller.store import Row
+
+_VERDICTS = {
+    "pass": rollout_pb2.VERDICT_PASS,
+    "fail": rollout_pb2.VERDICT_FAIL,
+    "undecided": rollout_pb2.VERDICT_UNDECIDED,
+}
+
+
+def version_ref(version: registry_pb2.ModelVersion, model: registry_pb2.Model) -> VersionRef:
+    """A registered version."""
+    return VersionRef(
+        model=version.model,
+        version=version.version,
+        digest=version.digest,
+        platform=version.platform,
+        artifacts=tuple(ArtifactRef(path=a.path, sha256=a.sha256, size_bytes=a.size_bytes) for a in version.artifacts),
+        inputs=tuple(_tensor(t) for t in version.signature.inputs),
+        outputs=tuple(_tensor(t) for t in version.signature.outputs),
+        feature_names=tuple(version.signature.feature_names),
+        feature_service=model.feature_service,
+    )
+
+
+def _tensor(tensor: registry_pb2.TensorSpec) -> Tensor:
+    return Tensor(name=tensor.name, datatype=tensor.datatype, shape=tuple(tensor.shape))
+
+
+def gateway_counts(answer: prediction_pb2.GetFiguresResponse, model: str) -> dict[str, Counts]:
+    """One model's versions in a gateway's figures."""
+    return {
+        v.version: Counts(
+            requests=v.requests,
+            errors=v.errors,
+            latency={repr(float(bucket.le_ms)): bucket.count for bucket in v.latency},
+        )
+        for v in answer.versions
+        if v.model == model
+    }
+
+
+def outcome_counts(answer: drift_pb2.GetOutcomesResponse, model: str) -> dict[str, Counts]:
+    """One model's versions in the drift monitor's outcomes."""
+    return {
+        v.version: Counts(
+            outcomes=v.outcomes, correct=v.correct, brier_sum=v.brier_sum, brier_square_sum=v.brier_square_sum
+        )
+        for v in answer.versions
+        if v.model == model
+    }
+
+
+def routes(table: Table) -> rollout_pb2.Routes:
+    """The routes of every model."""
+    return rollout_pb2.Routes(generation=table.generation, models=[_route(route) for route in table.routes])
+
+
+def _route(route: Route) -> rollout_pb2.ModelRoute:
+    balancing = rollout_pb2.BALANCING_ROUND_ROBIN if route.round_robin else rollout_pb2.BALANCING_LEAST_REQUEST
+    return rollout_pb2.ModelRoute(
+        model=route.model,
+        arms=[_arm(arm) for arm in route.arms],
+        sticky_header=route.sticky_header,
+        rules=[rollout_pb2.Rule(when=rule.when, to=_role(rule.candidate)) for rule in route.rules],
+        balancing=balancing,
+        timeout_ms=route.timeout_ms,
+        feature_service=route.feature_service,
+        feature_names=route.feature_names,
+        input_tensor=route.input_tensor,
+        output_tensor=route.output_tensor,
+    )
+
+
+def _role(candidate: bool) -> "rollout_pb2.ArmRole.ValueType":
+    return rollout_pb2.ARM_ROLE_CANDIDATE if candidate else rollout_pb2.ARM_ROLE_STABLE
+
+
+def _arm(arm: RouteArm) -> rollout_pb2.Arm:
+    return rollout_pb2.Arm(
+        version=arm.version,
+        digest=arm.digest,
+        role=_role(arm.candidate),
+        weight=arm.weight,
+        endpoints=arm.endpoints,
+    )
+
+
+def deployment(row: Row) -> rollout_pb2.Deployment:
+    """A deployment as clients see it."""
+    status = row.status
+    candidate = status.candidate.ref.version if status.candidate else ""
+    return rollout_pb2.Deployment(
+        name=row.name,
+        manifest_yaml=row.manifest,
+        generation=row.generation,
+        observed_generation=status.observed_generation,
+        model=row.model,
+        stable_version=status.stable.ref.version if status.stable else "",
+        candidate_version=candidate,
+        candidate_weight=status.weight if candidate else 0.0,
+        step=status.step,
+        steps=len(manifest.parse(row.manifest).spec.steps),
+        phase=status.phase,
+        ready=is_ready(status),
+        conditions=[
+            rollout_pb2.Condition(
+                type=c.type,
+                status=c.status,
+                reason=c.reason,
+                message=c.message,
+                last_transition_time=_time(c.last_transition_time),
+            )
+            for c in status.conditions
+        ],
+        gates=[
+            rollout_pb2.GateResult(
+                gate=g.gate,
+                verdict=_VERDICTS[g.verdict],
+                evidence=g.evidence,
+                candidate_samples=g.candidate_samples,
+                stable_samples=g.stable_samples,
+            )
+            for g in status.gates
+        ],
+        events=[
+            rollout_pb2.StatusEvent(at=_time(e.at), type=e.type, reason=e.reason, message=e.message)
+            for e in status.events
+        ],
+        arms=[_arm(arm) for arm in status.route.arms] if status.route else [],
+        created_at=_time(row.created_at),
+    )
+
+
+def _time(at: datetime) -> str:
+    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")

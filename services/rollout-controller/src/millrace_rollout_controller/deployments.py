@@ -1,0 +1,143 @@
+"""What people do to deployments: apply, delete, and the verbs. Each is one small change of one row, made again if somebody was faster."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from millrace_kit.clock import Clock
+from millrace_kit.errors import (
+    ConflictError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+)
+
+from millrace_rollout_controller import manifest
+from millrace_rollout_controller.evidence import Evidence
+from millrace_rollout_controller.executor import Executor
+from millrace_rollout_controller.state import Status
+from millrace_rollout_controller.store import Row, Store
+
+Verb = Literal["promote", "pause", "resume", "abort"]
+ApplyResult = Literal["created", "configured", "unchanged"]
+CONFLICT_RETRIES = 20
+
+
+class Deployments:
+    """Blocking; callers use a thread."""
+
+    def __init__(self, store: Store, executor: Executor, clock: Clock, *, max_deployments: int) -> None:
+        self._store = store
+        self._executor = executor
+        self._clock = clock
+        self._max_deployments = max_deployments
+
+    def apply(self, text: str) -> tuple[Row, ApplyResult]:
+        """Create or change the deployment the manifest names.
+
+        Raises:
+            InvalidArgumentError: the manifest is wrong; names the path.
+            FailedPreconditionError: another deployment has the model, or this one is being deleted.
+            ResourceExhaustedError: there are too many deployments.
+        """
+        wanted = manifest.parse(text)
+        self._executor.check(wanted.spec)
+        for attempt in range(CONFLICT_RETRIES):
+            try:
+                return self._apply_once(wanted, text)
+            except ConflictError:
+                if attempt == CONFLICT_RETRIES - 1:
+                    raise
+        raise AssertionError
+
+    def _apply_once(self, wanted: manifest.Manifest, text: str) -> tuple[Row, ApplyResult]:
+        name, model = wanted.metadata.name, wanted.spec.model
+        row = self._store.get(name)
+        if row is None:
+            self._check_new(name, model)
+            now = self._clock.now()
+            return self._store.create(Row(name, model, text, 1, 1, False, Status(), Evidence(), now)), "created"
+        if row.deleting:
+            raise FailedPreconditionError("DEPLOYMENT_DELETING", f"{name!r} is being deleted", {"name": name})
+        if row.model != model:
+            raise InvalidArgumentError("spec.model", f"cannot change from {row.model!r}; delete the deployment first")
+        if manifest.parse(row.manifest) == wanted:
+            return row, "unchanged"
+        return self._store.update(_changed(row, manifest=text, generation=row.generation + 1)), "configured"
+
+    def _check_new(self, name: str, model: str) -> None:
+        rows = self._store.rows()
+        if len(rows) >= self._max_deployments:
+            raise ResourceExhaustedError("max_deployments", f"{self._max_deployments} deployments exist")
+        other = next((row.name for row in rows if row.model == model), None)
+        if other is not None:
+            raise FailedPreconditionError(
+                "MODEL_TAKEN",
+                f"model {model!r} belongs to deployment {other!r}",
+                {"model": model, "deployment": other, "name": name},
+            )
+
+    def delete(self, name: str) -> None:
+        """Begin to take the deployment away; asking again is free."""
+        self._change(name, lambda row: row if row.deleting else _changed(row, deleting=True))
+
+    def act(self, name: str, verb: Verb) -> Row:
+        """Do what a person asks.
+
+        Raises:
+            FailedPreconditionError: there is nothing to do it to.
+        """
+        return self._change(name, lambda row: _changed(row, status=_act(row, verb)))
+
+    def get(self, name: str) -> Row:
+        """One deployment."""
+        row = self._store.get(name)
+        if row is None:
+            raise NotFoundError("deployment", name)
+        return row
+
+    def rows(self) -> list[Row]:
+        """Every deployment."""
+        return self._store.rows()
+
+    def _change(self, name: str, change: Callable[[Row], Row]) -> Row:
+        for attempt in range(CONFLICT_RETRIES):
+            row = self.get(name)
+            changed = change(row)
+            if changed is row:
+                return row
+            try:
+                return self._store.update(changed)
+            except ConflictError:
+                if attempt == CONFLICT_RETRIES - 1:
+                    raise
+        raise AssertionError
+
+
+def _changed(row: Row, **values: object) -> Row:
+    return Row(**({name: getattr(row, name) for name in Row.__slots__} | values))
+
+
+def _act(row: Row, verb: Verb) -> Status:
+    status = row.status.model_copy(deep=True)
+    if row.deleting:
+        raise FailedPreconditionError("DEPLOYMENT_DELETING", f"{row.name!r} is being deleted", {"name": row.name})
+    if status.candidate is None:
+        message = f"{row.name!r} has no rollout under way (phase {status.phase})"
+        raise FailedPreconditionError("NO_ROLLOUT", message, {"name": row.name, "phase": status.phase})
+    match verb:
+        case "promote":
+            if status.stable is not None and status.weight <= 0:
+                message = f"{status.candidate.ref.version} has no traffic yet; its servers are not ready"
+                raise FailedPreconditionError("CANDIDATE_NOT_READY", message, {"name": row.name})
+            status.forced, status.paused = True, False
+        case "pause":
+            status.paused = True
+        case "resume":
+            status.paused, status.resumed_step = False, status.step
+        case "abort":
+            if status.stable is None:
+                message = "there is no stable version to go back to; delete the deployment instead"
+                raise FailedPreconditionError("NO_STABLE_VERSION", message, {"name": row.name})
+            status.aborted = True
+    return status

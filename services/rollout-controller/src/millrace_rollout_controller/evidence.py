@@ -1,0 +1,151 @@
+"""Evidence of one deployment: differences of the gateways' and the drift monitor's running sums, and what the gates made of them.
+
+All of it is plain values that are stored with the status in one transaction, so a restarted controller counts nothing twice and forgets
+nothing. A source that does not answer adds nothing; a gateway that restarted counts from zero again; a source seen for the first time, or
+whose sums fell, only sets the mark to count from.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pydantic import BaseModel
+
+from millrace_rollout_controller import gates
+from millrace_rollout_controller.gates import Counts, GateState
+from millrace_rollout_controller.manifest import Gate
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayFigures:
+    """One gateway's answer: running sums of a model's versions since the process began."""
+
+    instance_id: str
+    versions: Mapping[str, Counts]
+
+
+@dataclass(frozen=True, slots=True)
+class Poll:
+    """What answered this time, about one model."""
+
+    gateways: Mapping[str, GatewayFigures] = field(default_factory=dict)
+    """By address; a gateway that did not answer is absent."""
+    outcomes: Mapping[str, Counts] | None = None
+    """By version; None when the drift monitor did not answer."""
+
+
+class Cursor(BaseModel):
+    """What was last seen of one gateway."""
+
+    instance_id: str
+    versions: dict[str, Counts]
+
+
+class Evidence(BaseModel):
+    """Marks to count from, and the current trial's evidence."""
+
+    cursors: dict[str, Cursor] = {}
+    outcomes: dict[str, Counts] | None = None
+    trial: int = 0
+    step: int = 0
+    gates_key: str = ""
+    gates: list[GateState] = []
+    candidate: Counts = Counts()
+    stable: Counts = Counts()
+    step_candidate: Counts = Counts()
+
+
+def advance(
+    evidence: Evidence,
+    poll: Poll,
+    *,
+    trial: int,
+    step: int,
+    candidate: str,
+    stable: str,
+    wanted: Sequence[Gate],
+    gateways: Sequence[str],
+) -> Evidence:
+    """Evidence after one poll.
+
+    Args:
+        evidence: what was known before.
+        poll: what answered.
+        trial: the status's trial; a new one starts from nothing.
+        step: the status's step; a new one starts a step's own figures.
+        candidate: version on trial; empty when there is none, then only the marks move.
+        stable: version it is compared with.
+        wanted: the manifest's gates.
+        gateways: addresses in use; marks of others are forgotten.
+    """
+    evidence = _restart(evidence, trial, step, wanted)
+    difference: dict[str, Counts] = {}
+    cursors = {address: cursor for address, cursor in evidence.cursors.items() if address in gateways}
+    for address, figures in poll.gateways.items():
+        for version, counts in _gateway_difference(cursors.get(address), figures).items():
+            difference[version] = difference.get(version, Counts()).plus(counts)
+        cursors[address] = Cursor(instance_id=figures.instance_id, versions=dict(figures.versions))
+    outcomes = evidence.outcomes
+    if poll.outcomes is not None:
+        for version, counts in _outcome_difference(outcomes, poll.outcomes).items():
+            difference[version] = difference.get(version, Counts()).plus(counts)
+        outcomes = dict(poll.outcomes)
+    update: dict[str, object] = {"cursors": cursors, "outcomes": outcomes}
+    if candidate:
+        new, old = difference.get(candidate, Counts()), difference.get(stable, Counts())
+        update |= {
+            "candidate": evidence.candidate.plus(new),
+            "stable": evidence.stable.plus(old),
+            "step_candidate": evidence.step_candidate.plus(new),
+            "gates": [gates.absorb(gate, s, new, old) for gate, s in zip(wanted, evidence.gates, strict=True)],
+        }
+    return evidence.model_copy(update=update)
+
+
+def _restart(evidence: Evidence, trial: int, step: int, wanted: Sequence[Gate]) -> Evidence:
+    key = repr([gate.model_dump() for gate in wanted])
+    if evidence.trial != trial or evidence.gates_key != key:
+        states = [gates.begin_step(GateState()) for _ in wanted]
+        nothing = {"candidate": Counts(), "stable": Counts(), "step_candidate": Counts()}
+        update = {"trial": trial, "step": step, "gates_key": key, "gates": states}
+        return evidence.model_copy(update=update | nothing)
+    if evidence.step != step:
+        states = [gates.begin_step(state) for state in evidence.gates]
+        return evidence.model_copy(update={"step": step, "gates": states, "step_candidate": Counts()})
+    return evidence
+
+
+def _gateway_difference(cursor: Cursor | None, figures: GatewayFigures) -> dict[str, Counts]:
+    if cursor is None:
+        return {}
+    if cursor.instance_id != figures.instance_id:
+        return dict(figures.versions)
+    return {v: _minus(counts, cursor.versions.get(v, Counts())) for v, counts in figures.versions.items()}
+
+
+def _outcome_difference(before: Mapping[str, Counts] | None, now: Mapping[str, Counts]) -> dict[str, Counts]:
+    if before is None:
+        return {}
+    return {version: _minus(counts, before.get(version, Counts())) for version, counts in now.items()}
+
+
+def _minus(now: Counts, before: Counts) -> Counts:
+    """The difference, or nothing where a sum fell: then the source began anew and this is the mark to count from."""
+    latency = {edge: count - before.latency.get(edge, 0) for edge, count in now.latency.items()}
+    whole = (
+        now.requests - before.requests,
+        now.errors - before.errors,
+        now.outcomes - before.outcomes,
+        now.correct - before.correct,
+    )
+    squares = now.brier_square_sum - before.brier_square_sum
+    if min(*whole, *latency.values(), 0) < 0 or now.brier_sum - before.brier_sum < -1e-6 or squares < -1e-6:
+        return Counts()
+    return Counts(
+        requests=whole[0],
+        errors=min(whole[1], whole[0]),
+        latency=latency,
+        outcomes=whole[2],
+        correct=min(whole[3], whole[2]),
+        brier_sum=min(max(now.brier_sum - before.brier_sum, 0.0), float(whole[2])),
+        brier_square_sum=min(max(squares, 0.0), float(whole[2])),
+    )

@@ -1,0 +1,236 @@
+"""The executor of one machine: each replica is a tritonserver process."""
+
+import asyncio
+import contextlib
+import logging
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from uuid import uuid4
+
+from millrace_kit.clock import Clock
+from millrace_kit.errors import DataLossError, FailedPreconditionError, InvalidArgumentError, MillraceError
+
+from millrace_rollout_controller import repository, triton
+from millrace_rollout_controller.executor import ArtifactSource, Wanted
+from millrace_rollout_controller.manifest import Spec
+from millrace_rollout_controller.reconciler import ArmSeen, Refusal
+from millrace_rollout_controller.replica import Record, Replica
+from millrace_rollout_controller.settings import TritonSettings
+
+log = logging.getLogger(__name__)
+REFUSAL_RETRY_S = 2.0
+"""Wait before a version whose repository could not be written is tried again."""
+
+
+class LocalExecutor:
+    """Starts, adopts and stops model servers on this machine.
+
+    Args:
+        folder: everything it keeps: repositories, records, logs.
+        settings: limits.
+        source: where artifacts come from.
+        clock: for waits.
+        drain_s: how long a server stays up after the last gateway forgot it.
+        stop_on_close: whether `close` stops the servers.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: TritonSettings,
+        source: ArtifactSource,
+        clock: Clock,
+        *,
+        drain_s: float,
+        stop_on_close: bool,
+    ) -> None:
+        self._folder = folder.absolute()
+        self._settings = settings
+        self._source = source
+        self._clock = clock
+        self._drain_s = drain_s
+        self._stop_on_close = stop_on_close
+        self._parts: triton.Triton | None = None
+        self._replicas: dict[str, Replica] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._refusals: dict[tuple[str, str], Refusal] = {}
+        self._left: list[Record] = []
+
+    def check(self, spec: Spec) -> None:
+        """Refuse GPUs and more servers than the limit."""
+        for kind in ("limits", "requests"):
+            for name, amount in getattr(spec.server.resources, kind).items():
+                if re.search(r"gpu", name, re.IGNORECASE) and str(amount) != "0":
+                    raise InvalidArgumentError(
+                        f"spec.server.resources.{kind}[{name}]", "GPUs are not available on this machine"
+                    )
+        # A rollout needs the candidate's servers beside stable's.
+        if 2 * spec.server.replicas > self._settings.max_servers:
+            raise InvalidArgumentError(
+                "spec.server.replicas",
+                f"needs twice as many servers, more than max_servers ({self._settings.max_servers})",
+            )
+
+    async def start(self) -> None:
+        """Lay out Triton's parts and read the records of servers an earlier process left."""
+        self._parts = await asyncio.to_thread(triton.Triton.prepare, self._folder / "triton")
+        paths = sorted((self._folder / "servers").glob("*.json"))
+        self._left = [record for path in paths if (record := Record.read(path)) is not None]
+
+    async def converge(self, wanted: Sequence[Wanted], in_use: frozenset[str] | None) -> None:
+        """See `Executor.converge`."""
+        self._reap()
+        names = {(want.deployment, want.ref.version) for want in wanted}
+        keys = await asyncio.to_thread(self._keys, wanted)
+        self._adopt_left(wanted, keys)
+        for want, key in zip(wanted, keys, strict=True):
+            self._converge_one(want, key)
+        for replica in self._replicas.values():
+            if (replica.record.deployment, replica.record.version) not in names:
+                replica.retiring = True
+        for name in self._refusals.keys() - names:
+            del self._refusals[name]
+        self._stop_idle(in_use)
+
+    def seen(self) -> Mapping[tuple[str, str], ArmSeen]:
+        """See `Executor.seen`."""
+        groups: dict[tuple[str, str], list[Replica]] = {}
+        for replica in self._replicas.values():
+            groups.setdefault((replica.record.deployment, replica.record.version), []).append(replica)
+        found: dict[tuple[str, str], ArmSeen] = {}
+        for name in groups.keys() | self._refusals.keys():
+            replicas = groups.get(name, [])
+            ready = tuple(sorted(r.endpoint for r in replicas if r.ready and not r.retiring))
+            trouble = next((r.trouble for r in replicas if r.trouble and not r.ready), "")
+            refusal = self._refusals.get(name)
+            if refusal is None and trouble:
+                refusal = Refusal("ServerFailed", trouble, permanent=False)
+            found[name] = ArmSeen(ready, len(replicas), refusal)
+        return found
+
+    async def close(self) -> None:
+        """End the background work; the servers too, unless they are to go on."""
+        if self._stop_on_close:
+            for replica in self._replicas.values():
+                replica.stop()
+            if self._tasks:
+                await asyncio.wait(self._tasks.values(), timeout=self._settings.stop_timeout_s * 2)
+            for record in self._left:
+                await asyncio.to_thread(triton.sweep, record.pid, record.since, record.id)
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def _keys(self, wanted: Sequence[Wanted]) -> list[str]:
+        return [repository.key(want.ref, want.server, self._settings.onnx_threads) for want in wanted]
+
+    def _adopt_left(self, wanted: Sequence[Wanted], keys: Sequence[str]) -> None:
+        """Make replicas of the records an earlier process left; what nobody wants any more is stopped like any other."""
+        by_key = {(want.deployment, want.ref.version, key): want for want, key in zip(wanted, keys, strict=True)}
+        for record in self._left:
+            want = by_key.get((record.deployment, record.version, record.key))
+            self._add(record, want)
+        self._left = []
+
+    def _converge_one(self, want: Wanted, key: str) -> None:
+        name = want.deployment, want.ref.version
+        mine = [r for r in self._replicas.values() if (r.record.deployment, r.record.version) == name]
+        current = sorted((r for r in mine if r.record.key == key), key=lambda r: r.record.id)
+        # A version that was on its way out and is wanted again keeps its servers.
+        for replica in current[: want.replicas]:
+            replica.retiring, replica.idle_since = False, None
+        for replica in current[want.replicas :]:
+            replica.retiring = True
+        refusal = self._refusals.get(name)
+        missing = 0 if refusal is not None and refusal.permanent else want.replicas - len(current)
+        for _ in range(missing):
+            if len(self._replicas) >= self._settings.max_servers:
+                message = f"{self._settings.max_servers} model servers run, which is the limit (triton.max_servers)"
+                self._refusals[name] = Refusal("ServerLimit", message, permanent=False)
+                break
+            record = Record(f"mr{uuid4().hex[:12]}", want.deployment, want.ref.model, want.ref.version, key, 0)
+            self._add(record, want)
+        if sum(r.ready for r in current) >= want.replicas:
+            self._refusals.pop(name, None)
+            for replica in mine:
+                if replica.record.key != key:
+                    replica.retiring = True
+
+    def _add(self, record: Record, want: Wanted | None) -> None:
+        if self._parts is None:
+            raise RuntimeError("start() comes first")
+        prepare = partial(self._prepare, want, record.key)
+        choose = partial(self._choose_port, record.id)
+        replica = Replica(
+            record,
+            want.ref if want else None,
+            folder=self._folder / "servers",
+            parts=self._parts,
+            settings=self._settings,
+            prepare=prepare,
+            choose_port=choose,
+        )
+        replica.retiring = want is None
+        self._replicas[record.id] = replica
+        self._tasks[record.id] = asyncio.create_task(replica.run(), name=f"server {record.id}")
+
+    def _choose_port(self, server_id: str, wanted: int) -> int:
+        taken = frozenset(r.record.port for r in list(self._replicas.values()) if r.record.id != server_id)
+        return triton.free_port(self._settings.host, taken, wanted)
+
+    async def _prepare(self, want: Wanted | None, key: str) -> Path:
+        """The model repository, with every digest proved just now."""
+        if want is None:
+            raise FailedPreconditionError("NOT_WANTED", "nobody wants this server")
+        name = want.deployment, want.ref.version
+        root = self._folder / "repositories" / key
+        limit = self._settings.max_artifact_mib * 1024 * 1024
+        threads = self._settings.onnx_threads
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            try:
+                if not await asyncio.to_thread(repository.intact, root, want.ref, want.server, threads, limit):
+                    if root.exists():
+                        log.warning(
+                            "repository %s of %s was changed on disk; it is written anew", key, want.ref.version
+                        )
+                    root.parent.mkdir(parents=True, exist_ok=True)
+                    await repository.write(root, want.ref, want.server, threads, self._source, max_bytes=limit)
+            except DataLossError as error:
+                self._refusals[name] = Refusal("DataLoss", f"DATA_LOSS: {error.message}; not loaded", permanent=True)
+                raise
+            except FailedPreconditionError as error:
+                self._refusals[name] = Refusal(error.reason, error.message, permanent=True)
+                raise
+            except MillraceError as error:
+                self._refusals[name] = Refusal("ArtifactUnavailable", error.message, permanent=False)
+                await asyncio.sleep(REFUSAL_RETRY_S)
+                raise
+        return root
+
+    def _stop_idle(self, in_use: frozenset[str] | None) -> None:
+        now = self._clock.monotonic()
+        for replica in self._replicas.values():
+            if not replica.retiring or in_use is None or replica.endpoint in in_use:
+                replica.idle_since = None
+                continue
+            replica.idle_since = now if replica.idle_since is None else replica.idle_since
+            # What never was ready never had a request to finish.
+            if not replica.ready or now - replica.idle_since >= self._drain_s:
+                replica.stop()
+
+    def _reap(self) -> None:
+        """Let go of replicas whose life has ended, and of repositories nobody has a server for."""
+        for server_id in [name for name, task in self._tasks.items() if task.done()]:
+            task = self._tasks.pop(server_id)
+            replica = self._replicas.pop(server_id)
+            with contextlib.suppress(asyncio.CancelledError):
+                if (error := task.exception()) is not None:
+                    log.error("server %s", server_id, exc_info=error)
+            key = replica.record.key
+            if all(other.record.key != key for other in self._replicas.values()):
+                shutil.rmtree(self._folder / "repositories" / key, ignore_errors=True)
+                self._locks.pop(key, None)

@@ -1,0 +1,22 @@
+"""Prometheus metrics of the controller."""
+
+from prometheus_client import Counter, Gauge
+
+SERVER_RESTARTS = Counter(
+    "millrace_rollout_server_restarts_total", "Model servers that had to be restarted.", ["model", "version"]
+)
+SERVERS_READY = Gauge("millrace_rollout_servers_ready", "Ready model servers.", ["deployment", "version"])
+WEIGHT = Gauge("millrace_rollout_weight_percent", "Percent of traffic a version should get.", ["deployment", "version"])
+PHASE = Gauge("millrace_rollout_phase", "1 for the phase a deployment is in.", ["deployment", "phase"])
+VERDICTS = Counter(
+    "millrace_rollout_gate_verdicts_total", "Changes of a gate's verdict.", ["deployment", "gate", "verdict"]
+)
+TICK_SECONDS = Gauge("millrace_rollout_tick_seconds", "Duration of the last look at everything.")
+TICK_FAILURES = Counter(
+    "millrace_rollout_tick_failures_total", "Looks at a deployment that ended with an error.", ["deployment"]
+)
+POLL_FAILURES = Counter(
+    "millrace_rollout_poll_failures_total", "Questions for figures or outcomes without answer.", ["source"]
+)
+GATEWAYS = Gauge("millrace_rollout_gateways", "Gateways that count.")
+GENERATION = Gauge("millrace_rollout_routes_generation", "Generation of the routes published last.")

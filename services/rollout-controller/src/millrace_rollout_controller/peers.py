@@ -1,0 +1,148 @@
+"""The other services as this one sees them: the registry's versions and artifacts, the gateways' figures, the drift monitor's outcomes."""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from millrace_api.drift.v1 import drift_pb2, drift_pb2_grpc
+from millrace_api.prediction.v1 import prediction_pb2, prediction_pb2_grpc
+from millrace_api.registry.v1 import registry_pb2, registry_pb2_grpc
+from millrace_kit.clock import Clock
+from millrace_kit.errors import DataLossError, MillraceError, UnavailableError
+
+from millrace_rollout_controller import convert
+from millrace_rollout_controller.evidence import GatewayFigures, Poll
+from millrace_rollout_controller.gates import Counts
+from millrace_rollout_controller.metrics import POLL_FAILURES
+from millrace_rollout_controller.reconciler import Refusal
+from millrace_rollout_controller.state import ArtifactRef, VersionRef
+
+log = logging.getLogger(__name__)
+REFUSAL_TTL_S = 2.0
+"""How long an answer like "no such version" is believed."""
+MAX_CACHED = 1000
+_STATES = {grpc.StatusCode.NOT_FOUND: "VersionNotFound", grpc.StatusCode.DATA_LOSS: "DataLoss"}
+
+
+class Registry:
+    """Versions by name, remembered: they never change once registered."""
+
+    def __init__(self, channel: grpc.aio.Channel, clock: Clock, *, timeout_s: float, artifact_timeout_s: float) -> None:
+        self._stub = registry_pb2_grpc.RegistryServiceStub(channel)
+        self._clock = clock
+        self._timeout_s = timeout_s
+        self._artifact_timeout_s = artifact_timeout_s
+        self._known: dict[tuple[str, str], VersionRef] = {}
+        self._refused: dict[tuple[str, str], tuple[float, Refusal]] = {}
+
+    async def version(self, model: str, version: str) -> VersionRef | Refusal | None:
+        """The version, why there is none, or None while the registry does not answer."""
+        name = model, version
+        if (known := self._known.get(name)) is not None:
+            return known
+        since, refusal = self._refused.get(name, (0.0, None))
+        if refusal is not None and self._clock.monotonic() - since < REFUSAL_TTL_S:
+            return refusal
+        try:
+            request = registry_pb2.GetVersionRequest(model=model, version=version)
+            found = await self._stub.GetVersion(request, timeout=self._timeout_s)
+            owner = await self._stub.GetModel(registry_pb2.GetModelRequest(name=model), timeout=self._timeout_s)
+            ref = convert.version_ref(found.version, owner.model)
+        except grpc.aio.AioRpcError as error:
+            if error.code() not in _STATES:
+                log.warning("registry: %s %s: %s", model, version, error.details())
+                return None
+            refusal = Refusal(_STATES[error.code()], MillraceError.from_rpc(error).message, permanent=False)
+        if refusal is not None:
+            self._refused = dict(list(self._refused.items())[-MAX_CACHED:])
+            self._refused[name] = (self._clock.monotonic(), refusal)
+            return refusal
+        self._known = dict(list(self._known.items())[-MAX_CACHED:])
+        self._known[name] = ref
+        return ref
+
+    async def fetch(self, artifact: ArtifactRef, target: Path) -> None:
+        """See `ArtifactSource.fetch`."""
+        digest, size = hashlib.sha256(), 0
+        scratch = target.with_name(f".{target.name}.part")
+        call = self._stub.GetArtifact(
+            registry_pb2.GetArtifactRequest(sha256=artifact.sha256), timeout=self._artifact_timeout_s
+        )
+        try:
+            with scratch.open("wb") as file:
+                async for part in call:
+                    size += len(part.chunk)
+                    if size > artifact.size_bytes:
+                        break
+                    digest.update(part.chunk)
+                    await asyncio.to_thread(file.write, part.chunk)
+            _prove(artifact, digest.hexdigest(), size)
+            scratch.rename(target)
+        except grpc.aio.AioRpcError as error:
+            failure = MillraceError.from_rpc(error)
+            if failure.code is grpc.StatusCode.DATA_LOSS:
+                raise DataLossError(failure.reason, failure.message, failure.metadata) from error
+            raise UnavailableError(
+                "ARTIFACT_UNAVAILABLE", f"{artifact.path}: {failure.message}", {"path": artifact.path}
+            ) from error
+        finally:
+            call.cancel()
+            scratch.unlink(missing_ok=True)
+
+
+def _prove(artifact: ArtifactRef, digest: str, size: int) -> None:
+    if digest != artifact.sha256 or size != artifact.size_bytes:
+        message = f"artifact {artifact.path} came with digest {digest} and {size} bytes, not {artifact.sha256} and {artifact.size_bytes}"
+        raise DataLossError("DIGEST_MISMATCH", message, {"path": artifact.path, "found": digest})
+
+
+class Figures:
+    """Polls every gateway and the drift monitor; who does not answer in time is left out."""
+
+    def __init__(self, gateways: Mapping[str, grpc.aio.Channel], drift: grpc.aio.Channel, *, timeout_s: float) -> None:
+        self._gateways = {a: prediction_pb2_grpc.GatewayServiceStub(channel) for a, channel in gateways.items()}
+        self._drift = drift_pb2_grpc.DriftServiceStub(drift)
+        self._timeout_s = timeout_s
+
+    @property
+    def addresses(self) -> list[str]:
+        """The gateways asked."""
+        return list(self._gateways)
+
+    async def poll(self, models: Sequence[str]) -> dict[str, Poll]:
+        """What each model's sources say now."""
+        answers, outcomes = await asyncio.gather(
+            asyncio.gather(*(self._ask_gateway(address) for address in self._gateways)),
+            asyncio.gather(*(self._ask_drift(model) for model in models)),
+        )
+        polls: dict[str, Poll] = {}
+        for model, found in zip(models, outcomes, strict=True):
+            gateways = {
+                address: GatewayFigures(answer.instance_id, convert.gateway_counts(answer, model))
+                for address, answer in zip(self._gateways, answers, strict=True)
+                if answer is not None and answer.instance_id
+            }
+            polls[model] = Poll(gateways, found)
+        return polls
+
+    async def _ask_gateway(self, address: str) -> prediction_pb2.GetFiguresResponse | None:
+        try:
+            answer: prediction_pb2.GetFiguresResponse = await self._gateways[address].GetFigures(
+                prediction_pb2.GetFiguresRequest(), timeout=self._timeout_s
+            )
+        except grpc.aio.AioRpcError:
+            POLL_FAILURES.labels(address).inc()
+            return None
+        return answer
+
+    async def _ask_drift(self, model: str) -> dict[str, Counts] | None:
+        try:
+            request = drift_pb2.GetOutcomesRequest(model=model)
+            return convert.outcome_counts(await self._drift.GetOutcomes(request, timeout=self._timeout_s), model)
+        except grpc.aio.AioRpcError:
+            POLL_FAILURES.labels("drift").inc()
+            return None

@@ -1,0 +1,80 @@
+"""Questions to one model server over its own V2 protocol: is it ready, and does it answer steadily?"""
+
+import time
+from statistics import fmean
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from millrace_rollout_controller.state import Tensor, VersionRef
+
+_BYTES = {
+    "BOOL": 1, "INT8": 1, "UINT8": 1, "INT16": 2, "FP16": 2, "INT32": 4, "FP32": 4, "INT64": 8, "FP64": 8,
+}  # fmt: skip
+WINDOW = 10
+"""Requests of one warm-up window."""
+STEADY = 1.5
+"""Warm when the slowest of the last three windows' means is at most this many times the fastest."""
+
+
+class Probe:
+    """One channel to one server."""
+
+    def __init__(self, endpoint: str, ref: VersionRef) -> None:
+        self._ref = ref
+        options = [("grpc.min_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 250)]
+        self._channel = grpc.aio.insecure_channel(
+            endpoint, options=[*options, ("grpc.initial_reconnect_backoff_ms", 50)]
+        )
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    async def ready(self, timeout_s: float) -> bool:
+        """Whether the server has the model loaded."""
+        request = service_pb2.ModelReadyRequest(name=self._ref.model)
+        try:
+            return bool((await self._stub.ModelReady(request, timeout=timeout_s)).ready)
+        except grpc.aio.AioRpcError:
+            return False
+
+    async def warm_up(self, *, requests: int, seconds: float, timeout_s: float) -> None:
+        """Send requests until latency is steady, at most `requests` and about `seconds`.
+
+        Raises:
+            grpc.aio.AioRpcError: the model does not answer its own signature.
+        """
+        request = sample_request(self._ref)
+        end = time.monotonic() + seconds
+        windows: list[float] = []
+        for _ in range(max(1, requests // WINDOW)):
+            times = []
+            for _ in range(WINDOW):
+                began = time.perf_counter()
+                await self._stub.ModelInfer(request, timeout=timeout_s)
+                times.append(time.perf_counter() - began)
+                if time.monotonic() > end:
+                    return
+            windows.append(fmean(times))
+            if len(windows) >= 3 and max(windows[-3:]) <= STEADY * min(windows[-3:]):
+                return
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close()
+
+
+def sample_request(ref: VersionRef) -> service_pb2.ModelInferRequest:
+    """One row of zeros for every input; open dimensions get size 1."""
+    request = service_pb2.ModelInferRequest(model_name=ref.model)
+    for tensor in ref.inputs:
+        shape = [1, *(max(1, size) for size in tensor.shape)]
+        request.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=shape)
+        request.raw_input_contents.append(bytes(_size(tensor, shape)))
+    return request
+
+
+def _size(tensor: Tensor, shape: list[int]) -> int:
+    size = _BYTES[tensor.datatype]
+    for length in shape:
+        size *= length
+    return size

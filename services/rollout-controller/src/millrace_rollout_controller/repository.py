@@ -1,0 +1,124 @@
+"""Triton model repositories on disk: a version's files with their digests proved, and the configuration they run with.
+
+A repository is written beside its place and renamed, so it is there whole or not at all. Before every start of a server it is read again;
+one that was changed is thrown away and written anew.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path, PurePosixPath
+from uuid import uuid4
+
+from millrace_kit.content import sha256_file
+from millrace_kit.errors import FailedPreconditionError
+
+from millrace_rollout_controller.executor import ArtifactSource
+from millrace_rollout_controller.manifest import Server
+from millrace_rollout_controller.state import ArtifactRef, Tensor, VersionRef
+
+MODEL_FILE = "model.onnx"
+PLATFORM = "onnxruntime_onnx"
+# V2 datatypes to those of the configuration; BYTES needs another way into the backend and is refused.
+_TYPES = {name: f"TYPE_{name}" for name in ("BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "FP16", "FP32", "FP64")}
+_RUNTIME = Path(__file__).with_name("triton_model.py")
+
+
+def key(ref: VersionRef, server: Server, threads: int) -> str:
+    """Short name of everything that decides how a server behaves; equal keys can share a repository."""
+    parts = (ref.digest, config(ref, server, threads), sha256_file(_RUNTIME))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def needed(ref: VersionRef, max_bytes: int) -> list[ArtifactRef]:
+    """The files a server needs: the graph and tensors stored beside it.
+
+    Raises:
+        FailedPreconditionError: this machine cannot serve the version; the message says why.
+    """
+    if ref.platform != PLATFORM:
+        message = f"platform {ref.platform!r} is not served on this machine; it serves {PLATFORM}"
+        raise FailedPreconditionError("PLATFORM_UNSUPPORTED", message, {"platform": ref.platform})
+    for tensor in (*ref.inputs, *ref.outputs):
+        if tensor.datatype not in _TYPES:
+            message = f"tensor {tensor.name!r} has datatype {tensor.datatype}, which is not served on this machine"
+            raise FailedPreconditionError("DATATYPE_UNSUPPORTED", message, {"tensor": tensor.name})
+    files = [a for a in ref.artifacts if a.path == MODEL_FILE or a.path.endswith((".data", ".bin"))]
+    if not ref.inputs or not ref.outputs or all(a.path != MODEL_FILE for a in files):
+        message = f"version {ref.version} needs an artifact {MODEL_FILE} and a signature with inputs and outputs"
+        raise FailedPreconditionError("MODEL_INCOMPLETE", message, {"version": ref.version})
+    for artifact in files:
+        path = PurePosixPath(artifact.path)
+        if path.is_absolute() or ".." in path.parts or artifact.size_bytes > max_bytes:
+            message = f"artifact {artifact.path!r} has a path outside the model or is larger than {max_bytes} bytes"
+            raise FailedPreconditionError("ARTIFACT_REFUSED", message, {"path": artifact.path})
+    return files
+
+
+def config(ref: VersionRef, server: Server, threads: int) -> str:
+    """The text of `config.pbtxt`."""
+    digests = {a.path: a.sha256 for a in ref.artifacts if a.path == MODEL_FILE or a.path.endswith((".data", ".bin"))}
+    lines = [
+        f"name: {json.dumps(ref.model)}",
+        'backend: "python"',
+        f"max_batch_size: {server.max_batch_size}",
+        *(_tensor("input", tensor) for tensor in ref.inputs),
+        *(_tensor("output", tensor) for tensor in ref.outputs),
+        f"instance_group [ {{ count: {server.instances} kind: KIND_CPU }} ]",
+        f"dynamic_batching {{ max_queue_delay_microseconds: {server.queue_delay_us} }}",
+        _parameter("artifacts", json.dumps(digests, sort_keys=True)),
+        _parameter("threads", str(threads)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _tensor(kind: str, tensor: Tensor) -> str:
+    # The registry's shapes have no batch dimension, and neither have the configuration's.
+    dims = ", ".join(str(size) for size in tensor.shape)
+    data_type = _TYPES.get(tensor.datatype, "TYPE_INVALID")
+    return f"{kind} [ {{ name: {json.dumps(tensor.name)} data_type: {data_type} dims: [ {dims} ] }} ]"
+
+
+def _parameter(name: str, value: str) -> str:
+    return f"parameters {{ key: {json.dumps(name)} value {{ string_value: {json.dumps(value)} }} }}"
+
+
+def intact(root: Path, ref: VersionRef, server: Server, threads: int, max_bytes: int) -> bool:
+    """Whether the repository is there and every file is what it should be. Reads all of it: call it in a thread."""
+    model = root / ref.model
+    expected = {model / "1" / a.path: a.sha256 for a in needed(ref, max_bytes)}
+    expected[model / "1" / "model.py"] = sha256_file(_RUNTIME)
+    expected[model / "config.pbtxt"] = hashlib.sha256(config(ref, server, threads).encode()).hexdigest()
+    # Byte code that a server wrote is no part of what was proved.
+    for cache in list(root.rglob("__pycache__")):
+        shutil.rmtree(cache, ignore_errors=True)
+    found = {path for path in root.rglob("*") if path.is_file()}
+    return found == set(expected) and all(sha256_file(path) == digest for path, digest in expected.items())
+
+
+async def write(
+    root: Path, ref: VersionRef, server: Server, threads: int, source: ArtifactSource, *, max_bytes: int
+) -> None:
+    """Write the repository to `root`, whole or not at all.
+
+    Raises:
+        DataLossError: an artifact has another digest than the version names; nothing is left behind.
+        FailedPreconditionError: this machine cannot serve the version.
+        MillraceError: the registry does not answer now.
+    """
+    files = needed(ref, max_bytes)
+    scratch = root.with_name(f".{root.name}.{uuid4().hex}")
+    folder = scratch / ref.model / "1"
+    folder.mkdir(parents=True)
+    try:
+        for artifact in files:
+            target = folder / artifact.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            await source.fetch(artifact, target)
+        shutil.copyfile(_RUNTIME, folder / "model.py")
+        (scratch / ref.model / "config.pbtxt").write_text(config(ref, server, threads), encoding="utf-8")
+        if root.exists():
+            shutil.rmtree(root)
+        scratch.rename(root)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

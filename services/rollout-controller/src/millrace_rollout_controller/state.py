@@ -1,0 +1,195 @@
+"""What a deployment is in: everything the reconciler needs to go on after a restart, as plain JSON values."""
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Phase = Literal[
+    "Idle", "Preparing", "Progressing", "Paused", "Promoting", "RollingBack", "RolledBack", "Promoted", "Degraded"
+]
+Verdict = Literal["pass", "fail", "undecided"]
+MAX_EVENTS = 50
+
+
+class Frozen(BaseModel):
+    """A value."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Mutable(BaseModel):
+    """A draft; the reconciler works on its own deep copy."""
+
+    model_config = ConfigDict(extra="ignore", validate_assignment=False)
+
+
+class Tensor(Frozen):
+    """One input or output."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class ArtifactRef(Frozen):
+    """One file of a version."""
+
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+class VersionRef(Frozen):
+    """What the registry says about a version; it never changes there."""
+
+    model: str
+    version: str
+    digest: str
+    platform: str
+    artifacts: tuple[ArtifactRef, ...] = ()
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+    feature_names: tuple[str, ...] = ()
+    feature_service: str = ""
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """What callers see; versions of one rollout must be equal in it."""
+        return self.inputs, self.outputs, self.feature_names
+
+
+class Arm(Mutable):
+    """A version with servers."""
+
+    ref: VersionRef
+    endpoints: tuple[str, ...] = ()
+    """Ready servers, or the last known ones when none is."""
+    served: bool = False
+    """Whether it ever had weight."""
+
+
+class Retiring(Mutable):
+    """A version on its way out: weight 0, then drained, then out of the route, then its servers go."""
+
+    ref: VersionRef
+    endpoints: tuple[str, ...]
+    served: bool
+    drained_at: datetime | None = None
+    """When the weight of 0 was in force everywhere."""
+    removed: bool = False
+    """Out of the wanted route."""
+    released: bool = False
+    """Out of every gateway's route; servers may stop."""
+
+
+class Failed(Frozen):
+    """A version that is not tried again until the spec changes."""
+
+    version: str
+    reason: str
+    message: str
+
+
+class RouteArm(Frozen):
+    """One version behind a route."""
+
+    version: str
+    digest: str
+    candidate: bool
+    weight: float
+    endpoints: tuple[str, ...]
+
+
+class RouteRule(Frozen):
+    """CEL and the arm's role."""
+
+    when: str
+    candidate: bool
+
+
+class Route(Frozen):
+    """One model's route."""
+
+    model: str
+    arms: tuple[RouteArm, ...]
+    sticky_header: str
+    rules: tuple[RouteRule, ...]
+    round_robin: bool
+    timeout_ms: int
+    feature_service: str
+    feature_names: tuple[str, ...]
+    input_tensor: str
+    output_tensor: str
+
+    def weight(self, version: str) -> float:
+        """Percent of a version; 0 when it is not there."""
+        return sum(arm.weight for arm in self.arms if arm.version == version)
+
+
+class Condition(Frozen):
+    """Kubernetes' condition."""
+
+    type: str
+    status: Literal["True", "False", "Unknown"]
+    reason: str
+    message: str
+    last_transition_time: datetime
+
+
+class Event(Frozen):
+    """Something that happened."""
+
+    at: datetime
+    type: Literal["Normal", "Warning"]
+    reason: str
+    message: str
+
+
+class GateView(Frozen):
+    """A gate's verdict with the figures behind it."""
+
+    gate: str
+    verdict: Verdict
+    evidence: str
+    candidate_samples: int
+    stable_samples: int
+
+
+class Status(Mutable):
+    """Where a deployment stands."""
+
+    observed_generation: int = 0
+    rollout_key: str = ""
+    phase: Phase = "Idle"
+    stable: Arm | None = None
+    candidate: Arm | None = None
+    candidate_since: datetime | None = None
+    unready_since: datetime | None = None
+    trial: int = 0
+    """Counts candidates; evidence belongs to one trial."""
+    step: int = 0
+    weight: float = 0.0
+    """Wanted percent of the candidate."""
+    step_since: datetime | None = None
+    """When the step's weight was in force everywhere."""
+    paused: bool = False
+    resumed_step: int = -1
+    """Step whose open-ended pause a person has ended."""
+    forced: bool = False
+    """A person asked to skip the rest of the steps."""
+    aborted: bool = False
+    failed: Failed | None = None
+    waiting: str = ""
+    """Why nothing moves now, for people."""
+    retiring: list[Retiring] = []
+    route: Route | None = None
+    gates: list[GateView] = []
+    conditions: list[Condition] = []
+    events: list[Event] = []
+
+    def event(self, at: datetime, kind: Literal["Normal", "Warning"], reason: str, message: str) -> None:
+        """Note something that happened; the newest 50 are kept, and a repetition of the last one is not noted."""
+        if self.events and (self.events[-1].reason, self.events[-1].message) == (reason, message):
+            return
+        self.events = [*self.events, Event(at=at, type=kind, reason=reason, message=message)][-MAX_EVENTS:]
