@@ -2,9 +2,12 @@
 
 import math
 import random
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
+import pyarrow as pa
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
@@ -26,6 +29,23 @@ WORDS = (
     "FP32", "onnxruntime_onnx", "2013-07-01T00:00:00Z", "file:///nowhere", "name: x\nstages: []", "apiVersion: v1", "x" * LONG, "string",
     "int64", "view__feature", "request.headers['x'] == 'y'", "true",
 )  # fmt: skip
+# What a field of such a name usually holds; a message made mostly of these gets deep into a service.
+HINTS: Sequence[tuple[str, Sequence[str]]] = (
+    (r"sha256|digest|hash", ("a" * 64, "b" * 64)),
+    (r"version$", ("1.0.0", "1.1.0")),
+    (r"contract|^table$", ("flights", "outcomes")),
+    (r"^(model|name|pipeline|deployment|project)$", ("m", "flights")),
+    (r"column|^key$|field|subject", ("flight_id", "late")),
+    (r"actor|source|gateway_id", ("ann",)),
+    (r"path", ("model.onnx", "a/b.json")),
+    (r"datatype", ("FP32",)),
+    (r"^type$|kind", ("string", "int64", "timestamp")),
+    (r"platform", ("onnxruntime_onnx",)),
+    (r"page_token|parent_version|definitions_hash", ("",)),
+    (r"feature_service", ("flight_delay",)),
+    (r"url", ("memory://fuzz",)),
+    (r"manifest|yaml", ("name: m\nseed: 1\nstages: [{name: a, command: [python, -c, pass]}]\n",)),
+)
 FLOATS = (0.0, -0.0, 1.0, -1.0, 0.5, 1e308, -1e308, 5e-324, math.nan, math.inf, -math.inf)
 
 
@@ -38,6 +58,7 @@ class Messages:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
+        self._plausible = 0.0
 
     def bytes(self) -> bytes:
         """Bytes that mostly are no message at all."""
@@ -46,7 +67,9 @@ class Messages:
     def message(self, descriptor: Descriptor, depth: int = 0) -> Message:
         """A message with some fields set."""
         message = GetMessageClass(descriptor)()
-        share = self.random.choice((0.0, 0.3, 0.7, 1.0)) if depth == 0 else 0.7
+        if depth == 0:
+            self._plausible = self.random.choice((0.0, 0.7, 0.95, 1.0))
+        share = self.random.choice((0.0, 0.3, 0.7, 1.0, 1.0)) if depth == 0 else 0.9
         for field in descriptor.fields:
             if self.random.random() < share:
                 self._fill(message, field, depth)
@@ -77,6 +100,8 @@ class Messages:
 
     def _scalar(self, field: FieldDescriptor) -> Any:
         choice = self.random
+        if choice.random() < self._plausible and (plausible := self._likely(field)) is not None:
+            return plausible
         if field.type in INT_BITS:
             low, high = INT_BITS[field.type]
             return choice.choice((0, 1, 2, 100, max(low, -1), low, high, choice.randint(low, high)))
@@ -96,3 +121,29 @@ class Messages:
                 )
             case _:
                 return choice.choice(WORDS)
+
+    def _likely(self, field: FieldDescriptor) -> Any:
+        """A value such a field would hold in earnest; None when there is no telling."""
+        choice = self.random
+        if field.type in INT_BITS:
+            return choice.choice((0, 1, 2, 4))
+        match field.type:
+            case F.TYPE_ENUM:
+                return choice.choice([value.number for value in field.enum_type.values][1:] or [0])
+            case F.TYPE_DOUBLE | F.TYPE_FLOAT:
+                return choice.choice((0.0, 0.5, 1.0))
+            case F.TYPE_BYTES:
+                return choice.choice((b"onnx", arrow_stream(), b'{"flight_id": "1", "late": true}'))
+            case F.TYPE_STRING:
+                return next((choice.choice(words) for pattern, words in HINTS if re.search(pattern, field.name)), None)
+        return None
+
+
+@cache
+def arrow_stream() -> bytes:
+    """A good Arrow IPC stream with columns a contract might have."""
+    table = pa.table({"flight_id": ["1", "2"], "late": [True, False], "n": pa.array([1, None], pa.int64())})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
