@@ -59,10 +59,22 @@ def departures(start: datetime, end: datetime) -> pa.Table:
 
 def outcomes(start: datetime, end: datetime) -> pa.Table:
     """Landings with `start <= landed_at < end`; `late` is an arrival more than 15 minutes after schedule."""
-    columns = ["flight_id", "landed_at", "origin", "dest", "carrier", "tailnum", "dep_delay", "arr_delay", "late"]
+    columns = [
+        "flight_id",
+        "landed_at",
+        "origin",
+        "dest",
+        "carrier",
+        "tailnum",
+        "dep_delay",
+        "arr_delay",
+        "enroute_delay",
+        "late",
+    ]
     landed = _flights()[lambda year: year.landed_at.notna()]
     landed = landed.assign(dep_delay=landed.dep_delay.astype("int64"), arr_delay=landed.arr_delay.astype("int64"))
-    return _between(landed.assign(late=landed.arr_delay > LATE_MINUTES), "landed_at", columns, start, end)
+    landed = landed.assign(enroute_delay=landed.arr_delay - landed.dep_delay, late=landed.arr_delay > LATE_MINUTES)
+    return _between(landed, "landed_at", columns, start, end)
 
 
 def weather(start: datetime, end: datetime) -> pa.Table:
