@@ -376,7 +376,7 @@ async def test_last_known_routes_serve_without_a_controller() -> None:
                     await rollout.in_force(generation := rollout.set(route(arm("1.0.0", address))))
                 g.kill_python()
                 g.kill_envoy()
-                for path in (Path(folder) / "gateway" / "envoy").glob("*.json"):
+                for path in (Path(folder) / "envoy").glob("*.json"):
                     path.unlink()
                 g.start_python()
                 g.start_envoy()

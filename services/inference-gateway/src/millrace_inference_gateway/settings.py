@@ -98,7 +98,7 @@ class GatewaySettings(ServiceSettings):
     @property
     def folder(self) -> Path:
         """Where this gateway keeps what survives a restart; absolute."""
-        return Path(self.state_dir).absolute() / "gateway"
+        return Path(self.state_dir).absolute()
 
     @property
     def socket(self) -> Path:
