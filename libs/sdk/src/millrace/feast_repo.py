@@ -8,13 +8,22 @@ import importlib.util
 import sys
 import types
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 CONFIG_FILE = "feature_store.yaml"
-_GENERATED = ("entities", "data_sources", "feature_views", "stream_feature_views", "on_demand_feature_views", "feature_services")
+_GENERATED = (
+    "entities",
+    "data_sources",
+    "feature_views",
+    "stream_feature_views",
+    "on_demand_feature_views",
+    "feature_services",
+)
 
 
 def registry_from_repo(path: Path) -> tuple[str, bytes]:
@@ -46,8 +55,13 @@ def registry_from_repo(path: Path) -> tuple[str, bytes]:
                 continue
             if kind == "on_demand_feature_views" and getattr(item.feature_transformation, "udf", None) is not None:
                 _forget_place(item.feature_transformation.udf, root)
-            proto = item.to_proto()
-            proto.ClearField("meta")
+            with _sorted_globals():
+                proto = item.to_proto()
+            _forget_times(proto)
+            if kind == "stream_feature_views":  # Feast writes their fields in the order of a Python set
+                fields = sorted(proto.spec.features, key=lambda f: f.name)
+                del proto.spec.features[:]
+                proto.spec.features.extend(fields)
             protos.append(proto)
         protos.sort(key=lambda p: p.name if kind == "data_sources" else p.spec.name)
         getattr(registry, kind).extend(protos)
@@ -58,9 +72,9 @@ def _parse(root: Path) -> Any:
     """Run Feast's parser with `root` importable, and forget the repository's modules afterwards so that it can be read again."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from feast.repo_operations import get_repo_files, parse_repo, py_path_to_module
-
         import os
+
+        from feast.repo_operations import get_repo_files, parse_repo, py_path_to_module
 
         before = Path.cwd()
         sys.path.insert(0, str(root))
@@ -73,6 +87,41 @@ def _parse(root: Path) -> Any:
         finally:
             os.chdir(before)
             sys.path.remove(str(root))
+
+
+def _forget_times(message: Any) -> None:
+    """Clear every `meta` of a Feast message, however deep: it holds the time the object was made."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        if field.name == "meta":
+            message.ClearField("meta")
+        elif field.message_type.GetOptions().map_entry:
+            if field.message_type.fields_by_name["value"].message_type is not None:
+                for item in value.values():
+                    _forget_times(item)
+        elif field.is_repeated:
+            for item in value:
+                _forget_times(item)
+        else:
+            _forget_times(value)
+
+
+@contextmanager
+def _sorted_globals() -> Iterator[None]:
+    """Let dill pickle the globals a function uses in sorted order; its own order changes with every process."""
+    import dill.detect
+
+    original = dill.detect.globalvars
+
+    def ordered(*arguments: Any, **options: Any) -> dict[str, Any]:
+        return dict(sorted(original(*arguments, **options).items()))
+
+    dill.detect.globalvars = ordered
+    try:
+        yield
+    finally:
+        dill.detect.globalvars = original
 
 
 def _forget_place(function: types.FunctionType, root: Path) -> None:

@@ -1,0 +1,103 @@
+"""Wiring of the feature service; the only module that creates things."""
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+from millrace_api.feature.v1 import feature_pb2_grpc
+from millrace_kit.bus import Bus, Subscription, TopicPartition, open_bus, records_topic
+from millrace_kit.clock import Clock, SystemClock
+from millrace_kit.content import ContentStore
+from millrace_kit.entry import run_service
+from millrace_kit.server import Service, Worker
+from millrace_kit.sql import open_engine
+
+from millrace_feature.builder import Builder
+from millrace_feature.catalog import Catalog
+from millrace_feature.convert import RowReader
+from millrace_feature.definitions import Applier
+from millrace_feature.embedded import EmbeddedOnlineStore
+from millrace_feature.lake import Lake, Limits
+from millrace_feature.servicer import FeatureServicer
+from millrace_feature.serving import Serving
+from millrace_feature.settings import FeatureSettings
+from millrace_feature.worker import StreamWorker
+
+
+class TopicEnds:
+    """Where the records topics end, asked of the bus by a subscription of its own."""
+
+    def __init__(self, bus: Bus, worker: StreamWorker) -> None:
+        self._bus = bus
+        self._worker = worker
+        self._lock = asyncio.Lock()
+        self._topics: list[str] = []
+        self._subscription: Subscription | None = None
+
+    async def __call__(self) -> Mapping[TopicPartition, int]:
+        """Offset after the newest message per partition of the followed topics."""
+        topics = [records_topic(contract) for contract in self._worker.contracts]
+        if not topics:
+            return {}
+        async with self._lock:
+            if self._subscription is None or topics != self._topics:
+                await self._drop()
+                self._subscription = await self._bus.subscribe(topics, group="feature-ends", at={})
+                self._topics = topics
+            return await self._subscription.end_offsets()
+
+    async def _drop(self) -> None:
+        if self._subscription is not None:
+            subscription, self._subscription = self._subscription, None
+            await subscription.close()
+
+    async def close(self) -> None:
+        """Close the subscription."""
+        await self._drop()
+
+
+async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Service:
+    """The feature service, ready to run."""
+    clock = clock or SystemClock()
+    state = Path(settings.state_dir)
+    state.mkdir(parents=True, exist_ok=True)
+    store = await asyncio.to_thread(EmbeddedOnlineStore, state / "online.sqlite")
+    engine = open_engine(settings.database_url or f"sqlite:///{state / 'feature.sqlite'}")
+    catalog = await asyncio.to_thread(Catalog, engine)
+    lake = Lake(settings.lake_url, Limits(settings.build_memory_mib, settings.build_threads, state / "spill"))
+    bus = await open_bus(settings.bus)
+    serving = Serving(store, read_behind_us=settings.read_behind_s * 1_000_000, reader_of=RowReader)
+    worker = StreamWorker(store=store, lake=lake, bus=bus, serving=serving, settings=settings, clock=clock)
+    current = await asyncio.to_thread(catalog.current)
+    if current is not None:
+        worker.switch(current.definitions)
+    ends = TopicEnds(bus, worker)
+    content = ContentStore(settings.training_sets_url)
+    servicer = FeatureServicer(
+        applier=Applier(catalog=catalog, lake=lake, worker=worker, settings=settings, clock=clock),
+        builder=Builder(lake=lake, catalog=catalog, content=content, settings=settings, clock=clock),
+        catalog=catalog,
+        serving=serving,
+        worker=worker,
+        ends=ends,
+        clock=clock,
+    )
+
+    async def close() -> None:
+        await ends.close()
+        await bus.close()
+        store.close()
+        catalog.close()
+
+    return Service(
+        "feature",
+        [lambda server: feature_pb2_grpc.add_FeatureServiceServicer_to_server(servicer, server)],
+        ["millrace_api.feature.v1.FeatureService"],
+        [Worker("stream", worker.run)],
+        [close],
+    )
+
+
+def main() -> None:
+    """Command `millrace-feature`."""
+    run_service("feature", FeatureSettings, build)

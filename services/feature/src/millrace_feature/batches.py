@@ -1,0 +1,139 @@
+"""From bus messages to one change of the online store: pure, apart from asking which batches were seen."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+from google.protobuf.message import DecodeError
+from millrace_api.events.v1 import events_pb2
+from millrace_kit.bus import Message, TopicPartition, records_topic
+
+from millrace_feature.metrics import APPLIED_RECORDS, BAD_MESSAGES, REPEATED_BATCHES
+from millrace_feature.plan import Definitions, LatestView, View
+from millrace_feature.rows import Row, pick_rows
+from millrace_feature.store import Change, Followed
+from millrace_feature.tiles import Tiles, event_times, reduce_rows
+
+log = logging.getLogger(__name__)
+
+IsSeen = Callable[[str, str, int], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The records of one message."""
+
+    contract: str
+    version: int
+    table: pa.Table
+
+
+@dataclass(slots=True)
+class _Reading:
+    batches: list[Batch] = field(default_factory=list)
+    seen: list[tuple[str, str, int]] = field(default_factory=list)
+    positions: dict[TopicPartition, int] = field(default_factory=dict)
+
+
+def read_messages(messages: Sequence[Message], is_seen: IsSeen) -> _Reading:
+    """Decode `messages`; a batch seen before is left out, and so is a message that cannot be read (it never could be)."""
+    reading = _Reading()
+    here: set[tuple[str, str, int]] = set()
+    for message in messages:
+        reading.positions[message.place] = message.offset + 1
+        contract = message.topic.removeprefix(records_topic(""))
+        try:
+            record, table = _decode(message, contract)
+        except (DecodeError, ValueError, pa.ArrowException, OSError) as error:
+            BAD_MESSAGES.labels(contract).inc()
+            log.error("%s offset %d cannot be read and is passed over: %s", message.topic, message.offset, error)  # noqa: TRY400
+            continue
+        mark = (contract, record.source, record.source_offset)
+        if record.source:
+            if mark in here or is_seen(*mark):
+                REPEATED_BATCHES.labels(contract).inc()
+                continue
+            here.add(mark)
+            reading.seen.append(mark)
+        reading.batches.append(Batch(contract, record.table_version, table))
+    return reading
+
+
+def _decode(message: Message, contract: str) -> tuple[events_pb2.RecordsLanded, pa.Table]:
+    record = events_pb2.RecordsLanded.FromString(message.value)
+    if record.contract != contract:
+        raise ValueError(f"it names contract {record.contract!r}")
+    with pa.ipc.open_stream(record.arrow_ipc) as stream:
+        return record, stream.read_all()
+
+
+def plan_change(
+    reading: _Reading,
+    definitions: Definitions,
+    *,
+    cuts: Mapping[str, int],
+    followed: Mapping[str, Followed],
+    until_us: int,
+) -> Change:
+    """The effects of `reading`.
+
+    Args:
+        reading: decoded messages.
+        definitions: what to compute.
+        cuts: group -> Delta version it was filled from; a batch of that version or an older one is in it already.
+        followed: progress before.
+        until_us: event times after this instant do not move the watermark.
+    """
+    tiles: list[tuple[str, Tiles]] = []
+    rows: list[tuple[str, Sequence[Row]]] = []
+    for group, view in {view.group: view for view in definitions.views}.items():
+        table = _joined(view, [b for b in reading.batches if b.contract == view.contract and b.version > cuts[group]])
+        if table is None:
+            continue
+        if isinstance(view, LatestView):
+            rows.append((group, _pick(view, table)))
+        else:
+            reduced = reduce_rows(
+                table, keys=view.join_keys, event_time=view.event_time, columns=view.columns, hop_us=view.hop_us
+            )
+            tiles.append((group, reduced))
+    moved = dict(_progress(reading.batches, definitions, followed, until_us))
+    return Change(tiles, rows, reading.seen, reading.positions, moved)
+
+
+def _pick(view: LatestView, table: pa.Table) -> Sequence[Row]:
+    return pick_rows(table, keys=view.join_keys, event_time=view.event_time, columns=view.features)
+
+
+def _joined(view: View, batches: Iterable[Batch]) -> pa.Table | None:
+    """The view's columns of all batches; a column an older contract version lacks is null."""
+    columns = view.features if isinstance(view, LatestView) else view.columns
+    names = list(dict.fromkeys([view.event_time, *view.join_keys, *columns]))
+    tables = []
+    for batch in batches:
+        present = {name: batch.table.column(name) for name in names if name in batch.table.column_names}
+        missing = {name: pa.nulls(batch.table.num_rows) for name in names if name not in present}
+        tables.append(pa.table({**present, **missing}).select(names))
+    return pa.concat_tables(tables, promote_options="permissive") if tables else None
+
+
+def _progress(
+    batches: Sequence[Batch], definitions: Definitions, followed: Mapping[str, Followed], until_us: int
+) -> Iterable[tuple[str, Followed]]:
+    for contract in {batch.contract for batch in batches}:
+        before = followed.get(contract, Followed())
+        fresh = [b for b in batches if b.contract == contract and b.version > before.version]
+        column = next((v.event_time for v in definitions.views if v.contract == contract), None)
+        newest = before.watermark_us
+        for batch in fresh:
+            if column is None or column not in batch.table.column_names:
+                continue
+            times = event_times(batch.table.filter(batch.table.column(column).is_valid()), column)
+            times = times[times <= until_us]
+            if len(times):
+                newest = int(np.max(times)) if newest is None else max(newest, int(np.max(times)))
+        count = sum(batch.table.num_rows for batch in fresh)
+        APPLIED_RECORDS.labels(contract).inc(count)
+        yield contract, Followed(before.records + count, newest, before.version)

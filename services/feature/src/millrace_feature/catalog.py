@@ -1,0 +1,120 @@
+"""Definitions and training-set records in SQL: every definitions hash ever applied, and which is current."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from millrace_kit.errors import NotFoundError
+from millrace_kit.sql import migrate, reading
+from sqlalchemy import Column, DateTime, Engine, Integer, LargeBinary, MetaData, String, Table, Text, insert, select
+
+from millrace_feature.plan import Definitions, from_json, to_json
+
+metadata = MetaData()
+definitions_table = Table(
+    "definitions",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("project", String(256), nullable=False),
+    Column("registry", LargeBinary, nullable=False),
+    Column("plan", Text, nullable=False),
+)
+applied_table = Table(
+    "applied",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("digest", String(64), nullable=False),
+    Column("at", DateTime(timezone=True), nullable=False),
+)
+training_sets_table = Table(
+    "training_sets",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("record", LargeBinary, nullable=False),
+)
+
+SCRIPTS = Path(__file__).parent / "migrations"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Definitions with the registry they came from."""
+
+    definitions: Definitions
+    registry: bytes
+
+
+class Catalog:
+    """What the service knows besides online values. Safe from any thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        migrate(engine, SCRIPTS)
+
+    def apply(self, definitions: Definitions, registry: bytes, at: datetime) -> bool:
+        """Make `definitions` current; False when they were."""
+        with self._engine.begin() as connection:
+            newest = connection.execute(
+                select(applied_table.c.digest).order_by(applied_table.c.id.desc()).limit(1)
+            ).scalar()
+            if newest == definitions.digest:
+                return False
+            known = select(definitions_table.c.digest).where(definitions_table.c.digest == definitions.digest)
+            if connection.execute(known).scalar() is None:
+                row = {
+                    "digest": definitions.digest,
+                    "project": definitions.project,
+                    "registry": registry,
+                    "plan": to_json(definitions),
+                }
+                connection.execute(insert(definitions_table).values(row))
+            connection.execute(insert(applied_table).values(digest=definitions.digest, at=at))
+            return True
+
+    def current(self) -> Stored | None:
+        """The definitions applied last."""
+        with reading(self._engine) as connection:
+            newest = connection.execute(
+                select(applied_table.c.digest).order_by(applied_table.c.id.desc()).limit(1)
+            ).scalar()
+        return self.get(newest) if newest is not None else None
+
+    def get(self, digest: str) -> Stored:
+        """The definitions with this hash.
+
+        Raises:
+            NotFoundError: they were never applied here.
+        """
+        with reading(self._engine) as connection:
+            row = connection.execute(select(definitions_table).where(definitions_table.c.digest == digest)).first()
+        if row is None:
+            raise NotFoundError("definitions", digest)
+        return Stored(from_json(row.plan), row.registry)
+
+    def put_training_set(self, digest: str, record: bytes) -> bytes:
+        """Keep a serialized TrainingSet under its digest; returns the one kept first."""
+        with self._engine.begin() as connection:
+            kept = connection.execute(
+                select(training_sets_table.c.record).where(training_sets_table.c.digest == digest)
+            ).scalar()
+            if kept is not None:
+                return bytes(kept)
+            connection.execute(insert(training_sets_table).values(digest=digest, record=record))
+        return record
+
+    def training_set(self, digest: str) -> bytes:
+        """The serialized TrainingSet.
+
+        Raises:
+            NotFoundError: nothing was built with this digest.
+        """
+        with reading(self._engine) as connection:
+            query = select(training_sets_table.c.record).where(training_sets_table.c.digest == digest)
+            record = connection.execute(query).scalar()
+        if record is None:
+            raise NotFoundError("training set", digest)
+        return bytes(record)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._engine.dispose()

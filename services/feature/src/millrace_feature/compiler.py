@@ -1,0 +1,410 @@
+"""From a serialized Feast registry to `Definitions`: the only place that reads Feast's messages.
+
+Feast carries an OnDemandFeatureView's function as a dill pickle, so applying definitions runs code of the person who applies them,
+in this process, by Feast's design. Who may call ApplyDefinitions may run code here.
+"""
+
+import hashlib
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from millrace_kit.errors import InvalidArgumentError
+
+from millrace_feature.feast_import import import_feast
+from millrace_feature.plan import (
+    FUNCTIONS,
+    Aggregate,
+    Definitions,
+    LatestView,
+    ServicePlan,
+    Transform,
+    ValueType,
+    View,
+    ViewUse,
+    WindowView,
+)
+
+FIELD = "feast_registry"
+DUMMY_ENTITY = "__dummy"
+MAX_OBJECTS = 10_000
+MAX_TILES_PER_WINDOW = 100_000
+DEFAULT_HOP_US = 300_000_000
+
+_TYPES: Mapping[str, ValueType] = {
+    "STRING": "string",
+    "INT32": "int64",
+    "INT64": "int64",
+    "FLOAT": "double",
+    "DOUBLE": "double",
+    "BOOL": "bool",
+    "UNIX_TIMESTAMP": "timestamp",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """Definitions and the registry they came from in canonical form."""
+
+    definitions: Definitions
+    registry: bytes
+
+
+def compile_registry(project: str, content: bytes) -> Compiled:
+    """Check and compile a serialized `feast.core.Registry`.
+
+    Raises:
+        InvalidArgumentError: it is no registry, or holds something this service cannot compute; the message names the object.
+    """
+    import_feast()
+    from feast.protos.feast.core.Registry_pb2 import Registry
+    from google.protobuf.message import DecodeError
+
+    registry = Registry()
+    try:
+        registry.ParseFromString(content)
+    except DecodeError:
+        raise InvalidArgumentError(FIELD, "is no serialized feast.core.Registry") from None
+    try:
+        canonical = _canonical(registry, project)
+        return Compiled(_Compiler(canonical).definitions(project), canonical.SerializeToString(deterministic=True))
+    except InvalidArgumentError:
+        raise
+    except Exception as error:  # Feast raises whatever its parsers meet in a strange message
+        raise InvalidArgumentError(FIELD, f"cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _canonical(registry: Any, project: str) -> Any:
+    """The same objects without times or bookkeeping, named, sorted, and all of one project."""
+    from feast.protos.feast.core.Registry_pb2 import Registry
+
+    clean = Registry(registry_schema_version=registry.registry_schema_version)
+    for kind in (
+        "entities",
+        "data_sources",
+        "feature_views",
+        "stream_feature_views",
+        "on_demand_feature_views",
+        "feature_services",
+    ):
+        seen: set[str] = set()
+        copies = []
+        for item in getattr(registry, kind):
+            copy = type(item)()
+            copy.CopyFrom(item)
+            _forget_times(copy)
+            spec = copy if kind == "data_sources" else copy.spec
+            if not spec.name:
+                raise InvalidArgumentError(FIELD, f"one of {kind} has no name")
+            if spec.name in seen:
+                raise InvalidArgumentError(FIELD, f"{kind} holds {spec.name!r} twice")
+            seen.add(spec.name)
+            spec.project = project
+            if kind == "stream_feature_views":  # Feast writes their fields in the order of a Python set
+                fields = sorted(spec.features, key=lambda f: f.name)
+                del spec.features[:]
+                spec.features.extend(fields)
+            copies.append(copy)
+        if len(copies) > MAX_OBJECTS:
+            raise InvalidArgumentError(FIELD, f"{kind} holds more than {MAX_OBJECTS} objects")
+        getattr(clean, kind).extend(sorted(copies, key=lambda c: c.name if kind == "data_sources" else c.spec.name))
+    for item in registry.permissions, registry.label_views, registry.saved_datasets:
+        if len(item):
+            raise InvalidArgumentError(FIELD, f"{type(item[0]).__name__} objects are not supported")
+    return clean
+
+
+def _forget_times(message: Any) -> None:
+    """Clear every `meta` of a Feast message, however deep: times of creation, versions, materialization."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        if field.name == "meta":
+            message.ClearField("meta")
+        elif field.message_type.GetOptions().map_entry:
+            if field.message_type.fields_by_name["value"].message_type is not None:
+                for item in value.values():
+                    _forget_times(item)
+        elif field.is_repeated:
+            for item in value:
+                _forget_times(item)
+        else:
+            _forget_times(value)
+
+
+def _fingerprint(value: object, seen: frozenset[int] = frozenset()) -> str:
+    """Text that is equal for functions that do the same: code, constants and the globals they use, but no paths or line numbers."""
+    if id(value) in seen:
+        return "recursive"
+    inside = seen | {id(value)}
+    if isinstance(value, types.FunctionType):
+        names = _global_names(value.__code__)
+        used = {name: value.__globals__[name] for name in sorted(names) if name in value.__globals__}
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        parts: list[object] = [value.__code__, value.__defaults__, value.__kwdefaults__, cells, used]
+        return f"function({','.join(_fingerprint(p, inside) for p in parts)})"
+    if isinstance(value, types.CodeType):
+        code: list[object] = [
+            value.co_code,
+            value.co_consts,
+            value.co_names,
+            value.co_varnames,
+            value.co_freevars,
+            value.co_flags,
+        ]
+        return f"code({','.join(_fingerprint(p, inside) for p in code)})"
+    if isinstance(value, types.ModuleType):
+        return f"module({value.__name__})"
+    if isinstance(value, Mapping):
+        return (
+            "{"
+            + ",".join(sorted(f"{_fingerprint(k, inside)}:{_fingerprint(v, inside)}" for k, v in value.items()))
+            + "}"
+        )
+    if isinstance(value, frozenset | set):
+        return "set(" + ",".join(sorted(_fingerprint(v, inside) for v in value)) + ")"
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__}(" + ",".join(_fingerprint(v, inside) for v in value) + ")"
+    if isinstance(value, type):
+        return f"class({value.__module__}.{value.__qualname__})"
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return repr(value)
+    import dill
+
+    return f"{type(value).__name__}({hashlib.sha256(dill.dumps(value, recurse=True)).hexdigest()})"
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _global_names(constant)
+    return names
+
+
+def _type_name(value_type: Any) -> str:
+    from feast.protos.feast.types.Value_pb2 import ValueType as FeastType
+
+    return str(FeastType.Enum.Name(value_type))
+
+
+class _Compiler:
+    """One registry's objects by name."""
+
+    def __init__(self, registry: Any) -> None:
+        self._registry = registry
+        self._entities = {e.spec.name: e.spec for e in registry.entities}
+        self._transforms = {v.spec.name: v.spec for v in registry.on_demand_feature_views if not v.spec.disabled}
+        self._key_types: dict[str, ValueType] = {}
+        self._event_times: dict[str, str] = {}
+        self._views: dict[str, View] = {}
+        self._feature_types: dict[str, dict[str, str]] = {}
+
+    def definitions(self, project: str) -> Definitions:
+        """Compile everything."""
+        for source in self._registry.data_sources:
+            self._source(source)
+        for view in self._registry.feature_views:
+            self._add_view(self._latest(view.spec), view.spec)
+        for view in self._registry.stream_feature_views:
+            compiled = self._windows(view.spec) if view.spec.aggregations else self._latest(view.spec)
+            self._add_view(compiled, view.spec)
+        if overlap := sorted(set(self._views) & set(self._transforms)):
+            raise InvalidArgumentError(FIELD, f"{overlap[0]!r} names two views")
+        services = tuple(self._service(service.spec) for service in self._registry.feature_services)
+        return Definitions(
+            project=project,
+            digest=self._digest(),
+            event_times=tuple(sorted(self._event_times.items())),
+            key_types=tuple(sorted(self._key_types.items())),
+            views=tuple(self._views[name] for name in sorted(self._views)),
+            services=services,
+        )
+
+    def _digest(self) -> str:
+        """SHA-256 over the canonical registry with every pickled function replaced by its fingerprint."""
+        import dill
+
+        copy = type(self._registry)()
+        copy.CopyFrom(self._registry)
+        for view in copy.on_demand_feature_views:
+            function = view.spec.feature_transformation.user_defined_function
+            if function.body:
+                function.body = _fingerprint(dill.loads(function.body)).encode()  # noqa: S301 - see the module's docstring
+            view.spec.ClearField("user_defined_function")
+        return hashlib.sha256(copy.SerializeToString(deterministic=True)).hexdigest()
+
+    def _source(self, source: Any) -> tuple[str, str]:
+        """(contract, event-time column); a stream source takes the column of its batch source."""
+        column = source.timestamp_field or source.batch_source.timestamp_field
+        if column:
+            known = self._event_times.setdefault(source.name, column)
+            if known != column:
+                raise InvalidArgumentError(
+                    FIELD, f"data source {source.name!r} has two event times, {known!r} and {column!r}"
+                )
+        return source.name, column
+
+    def _add_view(self, view: View, spec: Any) -> None:
+        if view.name in self._views:
+            raise InvalidArgumentError(FIELD, f"{view.name!r} names two views")
+        self._views[view.name] = view
+        self._feature_types[view.name] = {f.name: _type_name(f.value_type) for f in spec.features}
+
+    def _place(self, spec: Any) -> tuple[str, str, tuple[str, ...]]:
+        """(contract, event time, join keys) of a view."""
+        source = spec.stream_source if spec.stream_source.name else spec.batch_source
+        contract, column = self._source(source)
+        column = getattr(spec, "timestamp_field", "") or column
+        if not contract or not column:
+            raise InvalidArgumentError(FIELD, f"view {spec.name!r} needs a named source with a timestamp_field")
+        keys = []
+        for name in spec.entities:
+            entity = self._entities.get(name)
+            if name == DUMMY_ENTITY or entity is None:
+                raise InvalidArgumentError(FIELD, f"view {spec.name!r} needs an entity of this registry, not {name!r}")
+            keys.append(entity.join_key or entity.name)
+            kinds = {c.name: c.value_type for c in spec.entity_columns}
+            self._key_type(keys[-1], _type_name(kinds.get(keys[-1], entity.value_type)))
+        if not keys or len(set(keys)) != len(keys):
+            raise InvalidArgumentError(FIELD, f"view {spec.name!r} needs one or more distinct entities")
+        return contract, column, tuple(keys)
+
+    def _key_type(self, name: str, feast_type: str) -> ValueType:
+        kind: ValueType = "string" if feast_type == "INVALID" else _TYPES.get(feast_type, "double")
+        if kind not in {"string", "int64"}:
+            raise InvalidArgumentError(FIELD, f"join key {name!r} is {feast_type}; it must be STRING or an integer")
+        if self._key_types.setdefault(name, kind) != kind:
+            raise InvalidArgumentError(FIELD, f"join key {name!r} has two types")
+        return kind
+
+    def _latest(self, spec: Any) -> LatestView:
+        contract, column, keys = self._place(spec)
+        features = tuple(f.name for f in spec.features if f.name not in keys and f.name != column)
+        for field in spec.features:
+            if field.name in features and _type_name(field.value_type) not in _TYPES:
+                raise InvalidArgumentError(FIELD, f"{spec.name}.{field.name} has a type this service does not keep")
+        if not features:
+            raise InvalidArgumentError(FIELD, f"view {spec.name!r} needs a schema with at least one feature")
+        return LatestView(spec.name, contract, column, keys, spec.ttl.ToMicroseconds(), features)
+
+    def _windows(self, spec: Any) -> WindowView:
+        contract, column, keys = self._place(spec)
+        hops = {a.slide_interval.ToMicroseconds() for a in spec.aggregations if a.HasField("slide_interval")}
+        if spec.HasField("tiling_hop_size") and spec.enable_tiling:
+            hops = {spec.tiling_hop_size.ToMicroseconds()}
+        if len(hops) > 1:
+            raise InvalidArgumentError(FIELD, f"view {spec.name!r} needs one slide_interval for all its aggregations")
+        hop_us = hops.pop() if hops else DEFAULT_HOP_US
+        found: dict[str, Aggregate] = {}
+        for aggregation in spec.aggregations:
+            aggregate = _aggregate(spec.name, aggregation, hop_us)
+            if found.setdefault(aggregate.feature, aggregate) != aggregate:
+                raise InvalidArgumentError(FIELD, f"{spec.name}.{aggregate.feature} is defined twice")
+        names = [f.name for f in spec.features if f.name not in keys and f.name != column] or list(found)
+        if missing := [name for name in names if name not in found]:
+            raise InvalidArgumentError(FIELD, f"{spec.name}.{missing[0]} has no aggregation of that name")
+        return WindowView(spec.name, contract, column, keys, hop_us, tuple(found[name] for name in names))
+
+    def _service(self, spec: Any) -> ServicePlan:
+        uses: dict[str, ViewUse] = {}
+        transforms: dict[str, Transform] = {}
+        request: dict[str, ValueType] = {}
+        features: list[str] = []
+        for projection in spec.features:
+            name = projection.feature_view_name
+            alias = projection.feature_view_name_alias or name
+            columns = [c.name for c in projection.feature_columns]
+            if name in self._transforms:
+                transforms[name] = self._transform(self._transforms[name], uses, request)
+                known = set(transforms[name].outputs)
+            else:
+                use = self._use(projection, f"feature service {spec.name!r}")
+                if uses.setdefault(alias, use) != use:
+                    raise InvalidArgumentError(FIELD, f"feature service {spec.name!r} uses {alias!r} in two ways")
+                columns = columns or list(self._views[name].features)
+                known = {f for f in self._views[name].features if self._is_number(name, f)}
+            for column in columns:
+                if column not in known:
+                    problem = (
+                        "is no feature the vector can hold (numbers and booleans; encode texts in an on-demand view)"
+                    )
+                    raise InvalidArgumentError(FIELD, f"{name}.{column} {problem}")
+            features.extend(f"{alias}__{column}" for column in columns)
+        if not features or len(set(features)) != len(features):
+            raise InvalidArgumentError(FIELD, f"feature service {spec.name!r} needs one or more distinct features")
+        return ServicePlan(
+            spec.name, tuple(features), tuple(uses.values()), tuple(transforms.values()), tuple(sorted(request.items()))
+        )
+
+    def _is_number(self, view: str, feature: str) -> bool:
+        if isinstance(self._views[view], WindowView):
+            return True
+        return self._feature_types[view].get(feature, "") in {"INT32", "INT64", "FLOAT", "DOUBLE", "BOOL"}
+
+    def _use(self, projection: Any, where: str) -> ViewUse:
+        view = self._views.get(projection.feature_view_name)
+        if view is None:
+            raise InvalidArgumentError(
+                FIELD, f"{where} uses {projection.feature_view_name!r}, which is no enabled view"
+            )
+        renamed = dict(projection.join_key_map)
+        kinds = dict(self._key_types)
+        keys = tuple(renamed.get(key, key) for key in view.join_keys)
+        for key, name in zip(view.join_keys, keys, strict=True):
+            if self._key_types.setdefault(name, kinds[key]) != kinds[key]:
+                raise InvalidArgumentError(FIELD, f"join key {name!r} has two types")
+        return ViewUse(projection.feature_view_name_alias or view.name, view.name, keys)
+
+    def _transform(self, spec: Any, uses: dict[str, ViewUse], request: dict[str, ValueType]) -> Transform:
+        function = spec.feature_transformation.user_defined_function
+        if spec.mode != "python" or not function.body or spec.aggregations:
+            raise InvalidArgumentError(
+                FIELD, f"on-demand view {spec.name!r} must be a Python-mode function (mode='python')"
+            )
+        inputs: list[tuple[str, str]] = []
+        fields: list[str] = []
+        for _name, source in sorted(spec.sources.items()):
+            if source.HasField("request_data_source"):
+                for field in source.request_data_source.request_data_options.schema:
+                    kind = _TYPES.get(_type_name(field.value_type))
+                    if kind is None or request.setdefault(field.name, kind) != kind:
+                        raise InvalidArgumentError(
+                            FIELD, f"request field {field.name!r} of {spec.name!r} has no usable type"
+                        )
+                    fields.append(field.name)
+            else:
+                projection = source.feature_view_projection
+                use = self._use(projection, f"on-demand view {spec.name!r}")
+                uses.setdefault(use.alias, use)
+                known = self._views[use.view].features
+                chosen = [c.name for c in projection.feature_columns] or list(known)
+                if missing := [c for c in chosen if c not in known]:
+                    raise InvalidArgumentError(
+                        FIELD, f"on-demand view {spec.name!r} reads {use.view}.{missing[0]}, which is none"
+                    )
+                inputs.extend((use.alias, c) for c in chosen)
+        outputs = tuple(
+            f.name for f in spec.features if _type_name(f.value_type) in {"INT32", "INT64", "FLOAT", "DOUBLE", "BOOL"}
+        )
+        return Transform(spec.name, tuple(inputs), tuple(_once(fields)), outputs, spec.singleton, function.body)
+
+
+def _once(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _aggregate(view: str, aggregation: Any, hop_us: int) -> Aggregate:
+    window_us = aggregation.time_window.ToMicroseconds()
+    name = aggregation.name or f"{aggregation.function}_{aggregation.column}_{window_us // 1_000_000}s"
+    if aggregation.function not in FUNCTIONS:
+        raise InvalidArgumentError(
+            FIELD, f"{view}.{name}: function {aggregation.function!r} is none of {', '.join(FUNCTIONS)}"
+        )
+    if not aggregation.column:
+        raise InvalidArgumentError(FIELD, f"{view}.{name} needs a column")
+    if hop_us <= 0 or window_us <= 0 or window_us % hop_us or window_us // hop_us > MAX_TILES_PER_WINDOW:
+        problem = f"time_window must be 1 to {MAX_TILES_PER_WINDOW} whole slide_intervals"
+        raise InvalidArgumentError(FIELD, f"{view}.{name}: {problem}")
+    return Aggregate(name, aggregation.column, aggregation.function, window_us)

@@ -1,0 +1,156 @@
+"""Between messages and domain values."""
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from millrace_api.common.v1 import common_pb2
+from millrace_api.feature.v1 import feature_pb2
+from millrace_kit import check
+from millrace_kit.errors import InvalidArgumentError
+
+from millrace_feature.plan import Definitions, ServicePlan, ValueType
+from millrace_feature.serving import Entity, Vector
+from millrace_feature.store import Followed
+from millrace_feature.training import Labels
+from millrace_feature.worker import to_us
+
+MAX_ROWS = 1000
+MAX_VERSION = (1 << 63) - 1
+_ACCEPTED: Mapping[ValueType, frozenset[str]] = {
+    "string": frozenset({"string_value"}),
+    "int64": frozenset({"int64_value"}),
+    "double": frozenset({"double_value", "int64_value"}),
+    "bool": frozenset({"bool_value"}),
+    "timestamp": frozenset({"timestamp_value"}),
+}
+
+
+class RowReader:
+    """Reads the entity rows of one feature service."""
+
+    def __init__(self, plan: ServicePlan, definitions: Definitions) -> None:
+        kinds = dict(definitions.key_types)
+        fields: dict[str, list[ValueType]] = {key: [kinds[key]] for key in plan.join_keys}
+        for name, kind in plan.request_fields:
+            fields.setdefault(name, []).append(kind)
+        self._keys = frozenset(plan.join_keys)
+        self._fields = [
+            (name, frozenset.intersection(*(_ACCEPTED[kind] for kind in accepted)), kind_names)
+            for name, accepted in fields.items()
+            for kind_names in [" and ".join(dict.fromkeys(accepted))]
+        ]
+
+    def read(self, rows: Sequence[feature_pb2.EntityRow]) -> list[Entity]:
+        """Values by name; a join key that is missing is None, a request field must be there (but may be an unset Value)."""
+        return [self._row(row.values, i) for i, row in enumerate(rows)]
+
+    def _row(self, values: Mapping[str, common_pb2.Value], number: int) -> Entity:
+        out: dict[str, Any] = {}
+        for name, accepted, kinds in self._fields:
+            if name not in values:
+                if name not in self._keys:
+                    raise InvalidArgumentError(f'rows[{number}].values["{name}"]', f"is needed ({kinds})")
+                out[name] = None
+                continue
+            value = values[name]
+            kind = value.WhichOneof("kind")
+            if kind is None:
+                out[name] = None
+            elif kind not in accepted:
+                raise InvalidArgumentError(f'rows[{number}].values["{name}"]', f"must be {kinds}, not {kind}")
+            elif kind == "timestamp_value":
+                out[name] = check.timestamp(value.timestamp_value, f'rows[{number}].values["{name}"]')
+            else:
+                found = getattr(value, kind)
+                out[name] = None if isinstance(found, float) and math.isnan(found) else found
+        return out
+
+
+def rows_in_bounds(rows: Sequence[feature_pb2.EntityRow]) -> None:
+    """Raises InvalidArgumentError unless there are 1 to 1000 rows."""
+    if not 1 <= len(rows) <= MAX_ROWS:
+        raise InvalidArgumentError("rows", f"needs 1 to {MAX_ROWS} rows, not {len(rows)}")
+
+
+def to_vectors(vectors: Sequence[Vector]) -> list[feature_pb2.FeatureVector]:
+    """Vectors as messages."""
+    return [
+        feature_pb2.FeatureVector(values=v.values, statuses=v.statuses, max_age_ms=v.max_age_ms)  # type: ignore[arg-type]
+        for v in vectors
+    ]
+
+
+def to_services(definitions: Definitions) -> list[feature_pb2.FeatureServiceInfo]:
+    """Compiled services as messages."""
+    return [
+        feature_pb2.FeatureServiceInfo(
+            name=plan.name,
+            features=plan.features,
+            join_keys=plan.join_keys,
+            request_fields=[name for name, _kind in plan.request_fields],
+        )
+        for plan in definitions.services
+    ]
+
+
+def to_timestamp(instant_us: int) -> Timestamp:
+    """Microseconds since the epoch as a message."""
+    return Timestamp(seconds=instant_us // 1_000_000, nanos=instant_us % 1_000_000 * 1000)
+
+
+def optional_us(message: Any, field: str, path: str) -> int | None:
+    """A Timestamp field in microseconds; None when it is not set."""
+    if not message.HasField(field):
+        return None
+    return to_us(check.timestamp(getattr(message, field), path))
+
+
+def labels_of(request: feature_pb2.BuildTrainingSetRequest) -> Labels:
+    """The rows and label a request names, checked."""
+    check.text(request.feature_service, "feature_service", limit=256)
+    if request.definitions_hash:
+        check.sha256(request.definitions_hash, "definitions_hash")
+    labels = Labels(
+        entity_contract=check.table(request.entity_contract, "entity_contract"),
+        label_contract=check.table(request.label_contract, "label_contract"),
+        join_column=check.text(request.join_column, "join_column", limit=256),
+        label_column=check.text(request.label_column, "label_column", limit=256),
+        start_us=optional_us(request.time_range, "start", "time_range.start"),
+        end_us=optional_us(request.time_range, "end", "time_range.end"),
+        known_at_us=optional_us(request, "known_at", "known_at"),
+    )
+    if labels.start_us is not None and labels.end_us is not None and labels.start_us >= labels.end_us:
+        raise InvalidArgumentError("time_range", "start must lie before end")
+    if len({"event_time", labels.join_column, labels.label_column}) != 3:
+        raise InvalidArgumentError("label_column", "event_time, join_column and label_column must be three names")
+    return labels
+
+
+def versions_of(request: feature_pb2.BuildTrainingSetRequest, tables: Sequence[str]) -> dict[str, int]:
+    """The snapshots a request pins, checked against the tables the build reads."""
+    versions: dict[str, int] = {}
+    for i, item in enumerate(request.table_versions):
+        if item.table not in tables:
+            raise InvalidArgumentError(f"table_versions[{i}].table", f"is none of the tables read: {', '.join(tables)}")
+        if item.table in versions:
+            raise InvalidArgumentError(f"table_versions[{i}].table", "is named twice")
+        if item.version < 0:
+            raise InvalidArgumentError(f"table_versions[{i}].version", "must not be negative")
+        versions[item.table] = item.version
+    return versions
+
+
+def to_progress(contract: str, followed: Followed, next_offset: int, end_offset: int) -> feature_pb2.ContractProgress:
+    """Progress of one contract as a message."""
+    watermark = to_timestamp(followed.watermark_us) if followed.watermark_us is not None else None
+    return feature_pb2.ContractProgress(
+        contract=contract, records=followed.records, watermark=watermark, next_offset=next_offset, end_offset=end_offset
+    )
+
+
+def now_timestamp(now: datetime) -> Timestamp:
+    """A wall-clock instant as a message."""
+    return to_timestamp(to_us(now.astimezone(UTC)))

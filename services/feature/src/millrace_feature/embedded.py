@@ -1,0 +1,270 @@
+"""The online store of one machine: SQLite for durability, memory for reads.
+
+Every change is one SQLite transaction that also holds the bus positions and the batches seen, so after kill -9 the store resumes where
+its last transaction ended and nothing counts twice. On start the groups are read back into memory.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from millrace_kit.bus import TopicPartition
+from millrace_kit.errors import FailedPreconditionError
+from millrace_kit.sql import open_engine, reading
+from sqlalchemy import Connection
+
+from millrace_feature.index import RowIndex, TileIndex, WindowReader
+from millrace_feature.plan import LatestView, View, WindowView
+from millrace_feature.rows import Row, Scalar
+from millrace_feature.store import Change, Followed, rows_bound_us
+from millrace_feature.tiles import Stats, Tiles
+
+FORMAT = 1
+SEEN_LIMIT = 1_000_000
+"""Batches remembered to recognise a second delivery; the bus repeats recent ones only."""
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS grp (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, version INTEGER NOT NULL)",
+    """CREATE TABLE IF NOT EXISTS tile (
+        grp INTEGER NOT NULL, col INTEGER NOT NULL, key TEXT NOT NULL, hop INTEGER NOT NULL,
+        count REAL NOT NULL, sum REAL NOT NULL, low REAL, high REAL, PRIMARY KEY (grp, col, key, hop)) WITHOUT ROWID""",
+    """CREATE TABLE IF NOT EXISTS row (
+        grp INTEGER NOT NULL, key TEXT NOT NULL, time_us INTEGER NOT NULL, content TEXT NOT NULL,
+        PRIMARY KEY (grp, key, time_us)) WITHOUT ROWID""",
+    """CREATE TABLE IF NOT EXISTS position (
+        topic TEXT NOT NULL, part INTEGER NOT NULL, next_offset INTEGER NOT NULL, PRIMARY KEY (topic, part)) WITHOUT ROWID""",
+    """CREATE TABLE IF NOT EXISTS seen (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, contract TEXT NOT NULL, source TEXT NOT NULL, source_offset INTEGER NOT NULL,
+        UNIQUE (contract, source, source_offset))""",
+    """CREATE TABLE IF NOT EXISTS followed (
+        contract TEXT PRIMARY KEY, records INTEGER NOT NULL, watermark_us INTEGER, version INTEGER NOT NULL) WITHOUT ROWID""",
+)
+_ADD_TILE = """INSERT INTO tile VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (grp, col, key, hop) DO UPDATE SET
+    count = count + excluded.count, sum = sum + excluded.sum,
+    low = CASE WHEN low IS NULL THEN excluded.low WHEN excluded.low IS NULL THEN low ELSE min(low, excluded.low) END,
+    high = CASE WHEN high IS NULL THEN excluded.high WHEN excluded.high IS NULL THEN high ELSE max(high, excluded.high) END"""
+_PUT_ROW = "INSERT OR REPLACE INTO row VALUES (?, ?, ?, ?)"
+
+
+class EmbeddedOnlineStore:
+    """`OnlineStore` on one SQLite file."""
+
+    def __init__(self, path: Path) -> None:
+        self._engine = open_engine(f"sqlite:///{path}")
+        self._tiles: dict[str, TileIndex] = {}
+        self._rows: dict[str, RowIndex] = {}
+        with self._engine.begin() as connection:
+            found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+            if found not in {0, FORMAT}:
+                message = f"{path} has format {found}, this version reads {FORMAT}; move the file away to fill it anew"
+                raise FailedPreconditionError("STORE_FORMAT", message, {"path": str(path), "format": str(found)})
+            for statement in _SCHEMA:
+                connection.exec_driver_sql(statement)
+            connection.exec_driver_sql(f"PRAGMA user_version = {FORMAT}")
+
+    def groups(self) -> Mapping[str, int]:
+        """Group -> Delta version it was filled from."""
+        with reading(self._engine) as connection:
+            return dict(connection.exec_driver_sql("SELECT name, version FROM grp").tuples().all())
+
+    def open(self, views: Iterable[View]) -> None:
+        """Read the groups of `views` into memory."""
+        for view in views:
+            if view.group in self._tiles or view.group in self._rows:
+                continue
+            with reading(self._engine) as connection:
+                number = _number(connection, view.group)
+                if number is None:
+                    continue
+                if isinstance(view, WindowView):
+                    index = TileIndex(len(view.columns))
+                    index.load(_read_tiles(connection, number, len(view.columns)))
+                    self._tiles[view.group] = index
+                else:
+                    rows = RowIndex()
+                    rows.add(_read_rows(connection, number))
+                    self._rows[view.group] = rows
+
+    def fill(self, view: View, content: Tiles | Sequence[Row], *, version: int, followed: Followed | None) -> None:
+        """Make the view's group from the lake at `version`."""
+        with self._engine.begin() as connection:
+            connection.exec_driver_sql("INSERT INTO grp (name, version) VALUES (?, ?)", (view.group, version))
+            number = _number(connection, view.group)
+            assert number is not None
+            if isinstance(content, Tiles):
+                _execute(connection, _ADD_TILE, _tile_rows(number, content))
+            else:
+                _execute(connection, _PUT_ROW, [(number, r.key, r.time_us, _to_text(r.values)) for r in content])
+            if followed is not None:
+                _put_followed(connection, view.contract, followed)
+        self.open([view])
+
+    def keep(self, groups: Iterable[str]) -> None:
+        """Drop every group that is not named."""
+        wanted = set(groups)
+        for name in set(self.groups()) - wanted:
+            with self._engine.begin() as connection:
+                number = _number(connection, name)
+                connection.exec_driver_sql("DELETE FROM tile WHERE grp = ?", (number,))
+                connection.exec_driver_sql("DELETE FROM row WHERE grp = ?", (number,))
+                connection.exec_driver_sql("DELETE FROM grp WHERE id = ?", (number,))
+            self._tiles.pop(name, None)
+            self._rows.pop(name, None)
+
+    def followed(self) -> Mapping[str, Followed]:
+        """Progress by contract."""
+        with reading(self._engine) as connection:
+            found = connection.exec_driver_sql("SELECT contract, records, watermark_us, version FROM followed")
+            return {contract: Followed(records, watermark, version) for contract, records, watermark, version in found}
+
+    def positions(self) -> Mapping[TopicPartition, int]:
+        """Next bus offset to read."""
+        with reading(self._engine) as connection:
+            found = connection.exec_driver_sql("SELECT topic, part, next_offset FROM position")
+            return {TopicPartition(topic, part): offset for topic, part, offset in found}
+
+    def is_seen(self, contract: str, source: str, source_offset: int) -> bool:
+        """Whether that batch was applied."""
+        query = "SELECT 1 FROM seen WHERE contract = ? AND source = ? AND source_offset = ?"
+        with reading(self._engine) as connection:
+            return connection.exec_driver_sql(query, (contract, source, source_offset)).first() is not None
+
+    def apply(self, change: Change) -> None:
+        """Commit `change`, then show it to readers."""
+        kept = [(group, self._rows[group].winners(rows)) for group, rows in change.rows]
+        with self._engine.begin() as connection:
+            numbers = {name: n for n, name in connection.exec_driver_sql("SELECT id, name FROM grp")}
+            for group, tiles in change.tiles:
+                _execute(connection, _ADD_TILE, _tile_rows(numbers[group], tiles))
+            for group, rows in kept:
+                _execute(connection, _PUT_ROW, [(numbers[group], r.key, r.time_us, _to_text(r.values)) for r in rows])
+            query = "INSERT INTO seen (contract, source, source_offset) VALUES (?, ?, ?)"
+            _execute(connection, query, list(change.seen))
+            for contract, followed in change.followed.items():
+                _put_followed(connection, contract, followed)
+            places = [(p.topic, p.partition, offset) for p, offset in change.positions.items()]
+            _execute(connection, "INSERT OR REPLACE INTO position VALUES (?, ?, ?)", places)
+        for group, tiles in change.tiles:
+            self._tiles[group].add(tiles)
+        for group, rows in kept:
+            self._rows[group].add(rows)
+
+    def prune(self, view: View, before_us: int) -> None:
+        """Forget what no read at or after `before_us` needs."""
+        with self._engine.begin() as connection:
+            number = _number(connection, view.group)
+            if isinstance(view, WindowView):
+                before_hop = (before_us - view.reach_us) // view.hop_us
+                connection.exec_driver_sql("DELETE FROM tile WHERE grp = ? AND hop < ?", (number, before_hop))
+            else:
+                _prune_rows(connection, number, view, before_us)
+            last = connection.exec_driver_sql("SELECT max(id) FROM seen").scalar() or 0
+            connection.exec_driver_sql("DELETE FROM seen WHERE id <= ?", (last - SEEN_LIMIT,))
+        if isinstance(view, WindowView):
+            self._tiles[view.group].prune((before_us - view.reach_us) // view.hop_us)
+        else:
+            self._rows[view.group].prune(rows_bound_us(view, before_us), keep_newest=not view.ttl_us)
+
+    def windows(self, group: str, reader: WindowReader, keys: Iterable[str | None], end_hop: int) -> list[list[float]]:
+        """Window features per key."""
+        return self._tiles[group].read(reader, keys, end_hop)
+
+    def latest(
+        self, group: str, keys: Iterable[str | None], time_us: int
+    ) -> list[tuple[int, tuple[Scalar, ...]] | None]:
+        """Newest row per key."""
+        return self._rows[group].read(keys, time_us)
+
+    def entities(self) -> int:
+        """Entities with at least one tile or row, over all groups."""
+        return sum(map(len, self._tiles.values())) + sum(map(len, self._rows.values()))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._engine.dispose()
+
+
+def _execute(connection: Connection, statement: str, rows: list[Any]) -> None:
+    if rows:
+        connection.exec_driver_sql(statement, rows)
+
+
+def _number(connection: Connection, group: str) -> int | None:
+    found = connection.exec_driver_sql("SELECT id FROM grp WHERE name = ?", (group,)).scalar()
+    return int(found) if found is not None else None
+
+
+def _put_followed(connection: Connection, contract: str, followed: Followed) -> None:
+    row = (contract, followed.records, followed.watermark_us, followed.version)
+    connection.exec_driver_sql("INSERT OR REPLACE INTO followed VALUES (?, ?, ?, ?)", row)
+
+
+def _tile_rows(number: int, tiles: Tiles) -> list[tuple[Any, ...]]:
+    """Rows of the tile table, one a column and tile; infinities (no value) become NULL."""
+    rows: list[tuple[Any, ...]] = []
+    keys = [tiles.keys[code] for code in tiles.codes.tolist()]
+    hops = tiles.hops.tolist()
+    for column in range(len(tiles.stats.counts)):
+        lows = [v if v != np.inf else None for v in tiles.stats.lows[column].tolist()]
+        highs = [v if v != -np.inf else None for v in tiles.stats.highs[column].tolist()]
+        counts, sums = tiles.stats.counts[column].tolist(), tiles.stats.sums[column].tolist()
+        fixed = [number] * len(keys), [column] * len(keys)
+        rows.extend(zip(*fixed, keys, hops, counts, sums, lows, highs, strict=True))
+    return rows
+
+
+def _read_tiles(connection: Connection, number: int, columns: int) -> Tiles:
+    """Every tile of a group. A tile row exists for each column alike, so the columns line up."""
+    query = "SELECT key, hop, count, sum, low, high FROM tile WHERE grp = ? AND col = ? ORDER BY key, hop"
+    parts = []
+    names: list[str] = []
+    hops = np.zeros(0, np.int64)
+    for column in range(columns):
+        found = connection.exec_driver_sql(query, (number, column)).fetchall()
+        keys, places, *numbers = zip(*found, strict=True) if found else ((), (), (), (), (), ())
+        names, hops = list(keys), np.array(places, np.int64)
+        lows = np.array([np.inf if v is None else v for v in numbers[2]], np.float64)
+        highs = np.array([-np.inf if v is None else v for v in numbers[3]], np.float64)
+        parts.append((np.array(numbers[0], np.float64), np.array(numbers[1], np.float64), lows, highs))
+    distinct = list(dict.fromkeys(names))
+    place = {key: code for code, key in enumerate(distinct)}
+    codes = np.array([place[key] for key in names], np.int64)
+    counts, sums, lows, highs = (np.stack([part[i] for part in parts]) for i in range(4))
+    return Tiles(distinct, codes, hops, Stats(counts, sums, lows, highs))
+
+
+def _read_rows(connection: Connection, number: int) -> list[Row]:
+    query = "SELECT key, time_us, content FROM row WHERE grp = ? ORDER BY key, time_us"
+    found = connection.exec_driver_sql(query, (number,))
+    return [Row(key, time_us, _from_text(content)) for key, time_us, content in found]
+
+
+def _prune_rows(connection: Connection, number: int | None, view: LatestView, before_us: int) -> None:
+    bound = rows_bound_us(view, before_us)
+    if view.ttl_us:
+        connection.exec_driver_sql("DELETE FROM row WHERE grp = ? AND time_us < ?", (number, bound))
+        return
+    newest = """DELETE FROM row WHERE grp = ?1 AND time_us < (
+        SELECT max(older.time_us) FROM row AS older WHERE older.grp = ?1 AND older.key = row.key AND older.time_us < ?2)"""
+    connection.exec_driver_sql(newest, (number, bound))
+
+
+def _to_text(values: Sequence[Scalar]) -> str:
+    def plain(value: object) -> object:
+        if isinstance(value, datetime):
+            return {"us": (value.astimezone(UTC) - EPOCH) // timedelta(microseconds=1)}
+        raise TypeError(type(value).__name__)
+
+    return json.dumps(values, default=plain)
+
+
+def _from_text(text: str) -> tuple[Scalar, ...]:
+    def scalar(value: Any) -> Scalar:
+        return EPOCH + timedelta(microseconds=value["us"]) if isinstance(value, dict) else value
+
+    restore: Callable[[Any], Scalar] = scalar
+    return tuple(map(restore, json.loads(text)))

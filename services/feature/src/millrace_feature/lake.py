@@ -1,0 +1,216 @@
+"""Reading the lake: Delta tables at exact versions, through DuckDB.
+
+Tiles and rows are computed by SQL over all rows here and by numpy over micro-batches in the stream; a property test holds both to the
+same values. Sums of fractions are added in a fixed order (event time, then value), so a rebuild gives the same bits.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError, TableNotFoundError
+from millrace_kit.errors import FailedPreconditionError, NotFoundError
+
+from millrace_feature.plan import LatestView, WindowView
+from millrace_feature.rows import Row, pick_rows
+from millrace_feature.tiles import Ints, Stats, Tiles, encode_key
+
+NO_TABLE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one DuckDB connection may use."""
+
+    memory_mib: int
+    threads: int
+    spill_dir: Path
+
+
+def quoted(name: str) -> str:
+    """`name` as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+class Lake:
+    """The tables below one URL."""
+
+    def __init__(self, url: str, limits: Limits) -> None:
+        self._url = url.rstrip("/")
+        self._limits = limits
+
+    def newest_version(self, contract: str) -> int:
+        """Newest version of the table; `NO_TABLE` when there is none yet."""
+        try:
+            return int(DeltaTable(f"{self._url}/{contract}").version())
+        except TableNotFoundError:
+            return NO_TABLE
+
+    def open(self, contract: str, version: int) -> Any:
+        """The table at `version` as a pyarrow dataset.
+
+        Raises:
+            NotFoundError: the table has no such version (any more).
+        """
+        try:
+            return DeltaTable(f"{self._url}/{contract}", version=version).to_pyarrow_dataset()
+        except (TableNotFoundError, DeltaError, OSError):
+            raise NotFoundError("table version", f"{contract}@{version}") from None
+
+    @contextlib.contextmanager
+    def query(self, versions: Mapping[str, int]) -> Iterator["Query"]:
+        """A DuckDB connection that sees each table of `versions` under its name."""
+        self._limits.spill_dir.mkdir(parents=True, exist_ok=True)
+        config: dict[str, Any] = {
+            "memory_limit": f"{self._limits.memory_mib}MiB",
+            "threads": self._limits.threads,
+            "temp_directory": str(self._limits.spill_dir),
+        }
+        connection = duckdb.connect(":memory:", config=config)
+        try:
+            columns = {}
+            for contract, version in versions.items():
+                dataset = self.open(contract, version)
+                connection.register(f"lake_{contract}", dataset)
+                columns[contract] = {field.name: field.type for field in dataset.schema}
+            yield Query(connection, columns)
+        finally:
+            connection.close()
+
+
+class Query:
+    """SQL over some tables at fixed versions."""
+
+    def __init__(self, connection: Any, columns: Mapping[str, Mapping[str, pa.DataType]]) -> None:
+        self.connection = connection
+        self.columns = columns
+
+    def interrupt(self) -> None:
+        """Stop the running statement, from another thread."""
+        self.connection.interrupt()
+
+    def arrow(self, sql: str) -> pa.Table:
+        """The result of `sql` as a table."""
+        return self.connection.sql(sql).to_arrow_table()
+
+    def one(self, sql: str) -> tuple[Any, ...]:
+        """The only row of the result of `sql`. DuckDB refuses the next statement until a result is read to its end."""
+        (row,) = self.connection.execute(sql).fetchall()
+        return tuple(row)
+
+    def run(self, sql: str) -> None:
+        """Run a statement without a result."""
+        self.connection.execute(sql).fetchall()
+
+    def need(self, contract: str, columns: Sequence[str], who: str) -> None:
+        """Raises FailedPreconditionError unless the table has all `columns`."""
+        missing = [name for name in columns if name not in self.columns[contract]]
+        if missing:
+            message = f"{who} needs column {missing[0]!r}, which table {contract!r} does not have"
+            raise FailedPreconditionError(
+                "COLUMN_MISSING", message, {"table": contract, "column": missing[0], "for": who}
+            )
+
+    def stats(self, contract: str, event_time: str, *, until_us: int) -> tuple[int, int | None]:
+        """(rows, newest event time in microseconds not after `until_us`)."""
+        self.need(contract, [event_time], f"contract {contract}")
+        at = f"epoch_us({quoted(event_time)})"
+        sql = f"SELECT count(*) AS n, max({at}) FILTER ({at} <= {until_us}) AS newest FROM lake_{contract}"
+        # As a whole table: DuckDB refuses the next statement while a result is not read to its end.
+        rows, newest = self.arrow(sql).to_pylist()[0].values()
+        return int(rows), int(newest) if newest is not None else None
+
+    def _number(self, contract: str, column: str) -> str:
+        """The column as DOUBLE, NaN as NULL; 0 per value for a column that is no number."""
+        kind, name = self.columns[contract][column], quoted(column)
+        if pa.types.is_floating(kind):
+            return f"CASE WHEN isnan({name}) THEN NULL ELSE {name}::DOUBLE END"
+        if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
+            return f"{name}::DOUBLE"
+        return f"CASE WHEN {name} IS NULL THEN NULL ELSE 0::DOUBLE END"
+
+    def tiles(self, view: WindowView, since_us: int | None, before_us: int | None) -> Tiles:
+        """The view's tiles from rows with event time in [since, before), sorted by (code, hop)."""
+        self.need(view.contract, [view.event_time, *view.join_keys, *view.columns], f"view {view.name}")
+        at = f"epoch_us({quoted(view.event_time)})"
+        keys = [quoted(key) for key in view.join_keys]
+        wanted = [f"{quoted(view.event_time)} IS NOT NULL", *(f"{key} IS NOT NULL" for key in keys)]
+        wanted += [f"{at} >= {since_us}"] if since_us is not None else []
+        wanted += [f"{at} < {before_us}"] if before_us is not None else []
+        inner, outer = [], []
+        for i, column in enumerate(view.columns):
+            inner.append(f"{self._number(view.contract, column)} AS v{i}")
+            exact = not pa.types.is_floating(self.columns[view.contract][column])
+            total = f"sum(v{i})" if exact else f"sum(v{i} ORDER BY at_us, v{i})"
+            outer += [f"count(v{i})::DOUBLE AS n{i}", f"coalesce({total}, 0) AS s{i}"]
+            outer += [f"coalesce(min(v{i}), 'inf'::DOUBLE) AS l{i}", f"coalesce(max(v{i}), '-inf'::DOUBLE) AS h{i}"]
+        names = [f"k{i}" for i in range(len(keys))]
+        chosen = ", ".join(f"{key} AS {name}" for key, name in zip(keys, names, strict=True))
+        # Integer division rounds towards zero, so hops before 1970 are shifted first.
+        hop = f"(({at} - ((({at} % {view.hop_us}) + {view.hop_us}) % {view.hop_us})) // {view.hop_us})"
+        table = self.arrow(
+            f"SELECT {', '.join(names)}, hop, {', '.join(outer)} FROM "
+            f"(SELECT {chosen}, {hop} AS hop, {at} AS at_us, {', '.join(inner)} FROM lake_{view.contract} "
+            f"WHERE {' AND '.join(wanted)}) GROUP BY ALL ORDER BY {', '.join(names)}, hop"
+        )
+        return _to_tiles(table, names, len(view.columns))
+
+    def rows(self, view: LatestView, since_us: int | None) -> list[Row]:
+        """The view's rows with event time from `since`, one per key and time."""
+        columns = [view.event_time, *view.join_keys, *view.features]
+        self.need(view.contract, columns, f"view {view.name}")
+        where = f"WHERE epoch_us({quoted(view.event_time)}) >= {since_us}" if since_us is not None else ""
+        chosen = ", ".join(quoted(c) for c in dict.fromkeys(columns))
+        table = self.arrow(f"SELECT {chosen} FROM lake_{view.contract} {where}")
+        return pick_rows(table, keys=view.join_keys, event_time=view.event_time, columns=view.features)
+
+    def newest_rows(self, view: LatestView, before_us: int | None) -> pa.Table:
+        """Every row of the view with event time before the bound: keys k0…, at_us, features f0…; one per key and time.
+
+        Of equal times the row whose values sort last stays; NaN is null.
+        """
+        self.need(view.contract, [view.event_time, *view.join_keys, *view.features], f"view {view.name}")
+        kinds = self.columns[view.contract]
+        names = [f"f{i}" for i in range(len(view.features))]
+        features = [
+            f"CASE WHEN isnan({quoted(f)}) THEN NULL ELSE {quoted(f)} END AS {name}"
+            if pa.types.is_floating(kinds[f])
+            else f"{quoted(f)} AS {name}"
+            for f, name in zip(view.features, names, strict=True)
+        ]
+        keys = [f"k{i}" for i in range(len(view.join_keys))]
+        chosen = [f"{quoted(key)} AS {name}" for key, name in zip(view.join_keys, keys, strict=True)]
+        at = f"epoch_us({quoted(view.event_time)})"
+        wanted = [f"{quoted(c)} IS NOT NULL" for c in (view.event_time, *view.join_keys)]
+        wanted += [f"{at} < {before_us}"] if before_us is not None else []
+        ranked = ", ".join(f"{name} DESC NULLS LAST" for name in names)
+        return self.arrow(
+            f"SELECT {', '.join(chosen)}, {at} AS at_us, {', '.join(features)} FROM lake_{view.contract} "
+            f"WHERE {' AND '.join(wanted)} QUALIFY row_number() OVER (PARTITION BY {', '.join(keys)}, at_us ORDER BY {ranked}) = 1"
+        )
+
+
+def _to_tiles(table: pa.Table, names: Sequence[str], columns: int) -> Tiles:
+    keys = list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
+    hops: Ints = np.asarray(table.column("hop").to_numpy(), dtype=np.int64)
+    codes = np.zeros(len(keys), np.int64)
+    distinct: list[str] = []
+    last: tuple[Any, ...] | None = None
+    for i, key in enumerate(keys):
+        if key != last:
+            distinct.append(encode_key(key))
+            last = key
+        codes[i] = len(distinct) - 1
+
+    def stack(letter: str) -> Any:
+        if not columns:
+            return np.zeros((0, len(keys)))
+        return np.stack([np.asarray(table.column(f"{letter}{i}").to_numpy(), np.float64) for i in range(columns)])
+
+    return Tiles(distinct, codes, hops, Stats(stack("n"), stack("s"), stack("l"), stack("h")))

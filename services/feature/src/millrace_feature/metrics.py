@@ -1,0 +1,29 @@
+"""Prometheus metrics of the feature service."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+READ_ROWS = Counter("millrace_feature_read_rows_total", "Entity rows answered online.", ["feature_service"])
+READ_FEATURES = Counter(
+    "millrace_feature_read_features_total", "Feature values answered online, by status.", ["feature_service", "status"]
+)
+APPLIED_RECORDS = Counter("millrace_feature_records_total", "Records applied to the online store.", ["contract"])
+REPEATED_BATCHES = Counter(
+    "millrace_feature_repeated_batches_total", "Batches delivered again and left out.", ["contract"]
+)
+BAD_MESSAGES = Counter(
+    "millrace_feature_bad_messages_total", "Bus messages that could not be read and were passed over.", ["contract"]
+)
+WATERMARK = Gauge("millrace_feature_watermark_seconds", "Newest event time applied, Unix seconds.", ["contract"])
+LAG = Gauge("millrace_feature_lag_messages", "Bus messages not yet applied, as of the last poll.", ["contract"])
+FRESHNESS = Histogram(
+    "millrace_feature_freshness_seconds",
+    "Time from the bus taking a batch to its values being readable.",
+    buckets=(0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60, 600),
+)
+FILL_SECONDS = Histogram(
+    "millrace_feature_fill_seconds", "Time to fill a view from the lake.", buckets=(0.1, 0.5, 1, 5, 10, 60, 600)
+)
+BUILD_SECONDS = Histogram(
+    "millrace_feature_build_seconds", "Time to build a training set.", buckets=(0.5, 1, 2, 5, 10, 20, 60, 600)
+)
+BUILD_ROWS = Counter("millrace_feature_build_rows_total", "Rows of training sets built.")

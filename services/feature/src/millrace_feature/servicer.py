@@ -1,0 +1,138 @@
+"""The gRPC edge: check, call, convert."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+
+import grpc.aio
+from millrace_api.feature.v1 import feature_pb2, feature_pb2_grpc
+from millrace_kit import check
+from millrace_kit.bus import TopicPartition, records_topic
+from millrace_kit.clock import Clock
+from millrace_kit.errors import FailedPreconditionError
+
+from millrace_feature.builder import Builder
+from millrace_feature.catalog import Catalog
+from millrace_feature.convert import (
+    RowReader,
+    optional_us,
+    rows_in_bounds,
+    to_progress,
+    to_services,
+    to_vectors,
+)
+from millrace_feature.definitions import Applier
+from millrace_feature.metrics import READ_FEATURES, READ_ROWS
+from millrace_feature.serving import MISSING, PRESENT, Serving, Vector
+from millrace_feature.store import Followed
+from millrace_feature.worker import StreamWorker, to_us
+
+ROWS_ON_LOOP = 16
+"""Reads of more rows go to a thread, so that other calls are not held up."""
+
+Ends = Callable[[], Awaitable[Mapping[TopicPartition, int]]]
+
+
+class FeatureServicer(feature_pb2_grpc.FeatureServiceServicer):
+    """`millrace_api.feature.v1.FeatureService`."""
+
+    def __init__(
+        self,
+        *,
+        applier: Applier,
+        builder: Builder,
+        catalog: Catalog,
+        serving: Serving[RowReader],
+        worker: StreamWorker,
+        ends: Ends,
+        clock: Clock,
+    ) -> None:
+        self._applier = applier
+        self._builder = builder
+        self._catalog = catalog
+        self._serving = serving
+        self._worker = worker
+        self._ends = ends
+        self._clock = clock
+
+    async def ApplyDefinitions(
+        self, request: feature_pb2.ApplyDefinitionsRequest, context: grpc.aio.ServicerContext
+    ) -> feature_pb2.ApplyDefinitionsResponse:
+        project = check.name(request.project, "project")
+        digest, changed = await self._applier.apply(project, request.feast_registry)
+        return feature_pb2.ApplyDefinitionsResponse(definitions_hash=digest, changed=changed)
+
+    async def GetDefinitions(
+        self, request: feature_pb2.GetDefinitionsRequest, context: grpc.aio.ServicerContext
+    ) -> feature_pb2.GetDefinitionsResponse:
+        if request.definitions_hash:
+            digest = check.sha256(request.definitions_hash, "definitions_hash")
+            stored = await asyncio.to_thread(self._catalog.get, digest)
+        else:
+            current = await asyncio.to_thread(self._catalog.current)
+            if current is None:
+                raise FailedPreconditionError("NO_DEFINITIONS", "no definitions are applied yet")
+            stored = current
+        definitions = stored.definitions
+        return feature_pb2.GetDefinitionsResponse(
+            project=definitions.project,
+            definitions_hash=definitions.digest,
+            feast_registry=stored.registry,
+            feature_services=to_services(definitions),
+        )
+
+    async def GetOnlineFeatures(
+        self, request: feature_pb2.GetOnlineFeaturesRequest, context: grpc.aio.ServicerContext
+    ) -> feature_pb2.GetOnlineFeaturesResponse:
+        name = check.text(request.feature_service, "feature_service", limit=256)
+        rows_in_bounds(request.rows)
+        at_us = optional_us(request, "event_time", "event_time")
+        if at_us is None:
+            at_us = to_us(self._clock.now())
+        ready = self._serving.service(name)
+        service, entities = ready.service, ready.reader.read(request.rows)
+        if len(entities) <= ROWS_ON_LOOP:
+            vectors = self._serving.read(service, entities, at_us)
+        else:
+            vectors = await asyncio.to_thread(self._serving.read, service, entities, at_us)
+        _count(name, vectors)
+        return feature_pb2.GetOnlineFeaturesResponse(
+            feature_names=service.plan.features, vectors=to_vectors(vectors), definitions_hash=ready.digest
+        )
+
+    async def BuildTrainingSet(
+        self, request: feature_pb2.BuildTrainingSetRequest, context: grpc.aio.ServicerContext
+    ) -> feature_pb2.BuildTrainingSetResponse:
+        return feature_pb2.BuildTrainingSetResponse(training_set=await self._builder.build(request))
+
+    async def GetTrainingSet(
+        self, request: feature_pb2.GetTrainingSetRequest, context: grpc.aio.ServicerContext
+    ) -> feature_pb2.GetTrainingSetResponse:
+        digest = check.sha256(request.digest, "digest")
+        record = await asyncio.to_thread(self._catalog.training_set, digest)
+        return feature_pb2.GetTrainingSetResponse(training_set=feature_pb2.TrainingSet.FromString(record))
+
+    async def GetProgress(
+        self, request: feature_pb2.GetProgressRequest, context: grpc.aio.ServicerContext
+    ) -> feature_pb2.GetProgressResponse:
+        ends = await self._ends()
+        self._worker.note_lag(ends)
+        positions, followed = self._worker.positions, self._worker.followed
+        progress = []
+        for contract in self._worker.contracts:
+            topic = records_topic(contract)
+            next_offset = sum(offset for place, offset in positions.items() if place.topic == topic)
+            end_offset = sum(offset for place, offset in ends.items() if place.topic == topic)
+            progress.append(to_progress(contract, followed.get(contract, Followed()), next_offset, end_offset))
+        return feature_pb2.GetProgressResponse(contracts=progress, entities=self._serving.store.entities())
+
+
+def _count(service: str, vectors: list[Vector]) -> None:
+    total = missing = present = 0
+    for vector in vectors:
+        total += len(vector.statuses)
+        present += vector.statuses.count(PRESENT)
+        missing += vector.statuses.count(MISSING)
+    READ_ROWS.labels(service).inc(len(vectors))
+    READ_FEATURES.labels(service, "present").inc(present)
+    READ_FEATURES.labels(service, "missing").inc(missing)
+    READ_FEATURES.labels(service, "expired").inc(total - present - missing)

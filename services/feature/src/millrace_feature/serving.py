@@ -1,0 +1,231 @@
+"""Online reads: from entity rows to feature vectors, without touching Feast, SQL or the network."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, Generic, TypeVar
+
+from millrace_kit.errors import FailedPreconditionError, NotFoundError, UnavailableError
+
+from millrace_feature.index import NAN, WindowReader
+from millrace_feature.plan import Definitions, LatestView, ServicePlan, ViewUse, WindowView
+from millrace_feature.store import Followed, OnlineStore
+from millrace_feature.tiles import encode_key
+from millrace_feature.transforms import TransformRunner, or_none
+
+PRESENT, MISSING, EXPIRED = 1, 2, 3
+
+Entity = Mapping[str, Any]
+"""Join keys and request fields of one row by name; None where missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """Features of one row in the service's order."""
+
+    values: list[float]
+    statuses: list[int]
+    max_age_ms: int
+
+
+@dataclass(slots=True)
+class _Part:
+    """What one view or transform gives for every row: lists of values, None for a view without a row."""
+
+    values: list[Any]
+    expired: set[int]
+    ages_us: list[int]
+
+
+class _Source:
+    """One view as a service uses it, ready to read."""
+
+    def __init__(self, use: ViewUse, view: WindowView | LatestView) -> None:
+        self.use = use
+        self.view = view
+        self.group = view.group
+        self.reader = WindowReader(view) if isinstance(view, WindowView) else None
+        self.features = view.features
+        self._single = use.keys[0] if len(use.keys) == 1 else None
+
+    def keys(self, rows: Sequence[Entity]) -> list[str | None]:
+        """The encoded entity per row; None where a join key is missing."""
+        if self._single is not None:
+            return [None if (value := row.get(self._single)) is None else str(value) for row in rows]
+        found: list[list[Any]] = [[row.get(name) for name in self.use.keys] for row in rows]
+        return [None if None in values else encode_key(values) for values in found]
+
+    def read(self, store: OnlineStore, rows: Sequence[Entity], at_us: int, watermark_us: int | None) -> _Part:
+        """The view's features at `at_us`."""
+        keys = self.keys(rows)
+        if self.reader is not None:
+            end_hop = at_us // self.reader.hop_us
+            complete_us = end_hop * self.reader.hop_us
+            age = 0 if watermark_us is None else at_us - min(complete_us, watermark_us)
+            return _Part(store.windows(self.group, self.reader, keys, end_hop), set(), [age])
+        assert isinstance(self.view, LatestView)
+        ttl_us = self.view.ttl_us
+        part = _Part([], set(), [])
+        for i, found in enumerate(store.latest(self.group, keys, at_us)):
+            if found is None:
+                part.values.append(None)
+            elif ttl_us and at_us - found[0] > ttl_us:
+                part.values.append(None)
+                part.expired.add(i)
+            else:
+                part.values.append(found[1])
+                part.ages_us.append(at_us - found[0])
+        return part
+
+
+class CompiledService:
+    """A service plan with its functions loaded and its positions computed."""
+
+    def __init__(self, plan: ServicePlan, definitions: Definitions) -> None:
+        self.plan = plan
+        self.contracts = tuple(sorted({definitions.view(use.view).contract for use in plan.uses}))
+        self._sources = [_Source(use, definitions.view(use.view)) for use in plan.uses]
+        self._runners = [TransformRunner(transform) for transform in plan.transforms]
+        self._pieces = self._layout()
+
+    def _layout(self) -> list[tuple[int, Any, int]]:
+        """(part, picker of its values, number of features) in vector order; parts are the sources, then the transforms."""
+        names = [s.use.alias for s in self._sources] + [r.plan.name for r in self._runners]
+        known = [s.features for s in self._sources] + [r.plan.outputs for r in self._runners]
+        pieces: list[tuple[int, Any, int]] = []
+        chosen: list[tuple[int, list[int]]] = []
+        for full_name in self.plan.features:
+            # An alias may itself hold "__", so the longest part that fits is the right one.
+            part = max(
+                (
+                    i
+                    for i, name in enumerate(names)
+                    if full_name.startswith(f"{name}__") and full_name[len(name) + 2 :] in known[i]
+                ),
+                key=lambda i: len(names[i]),
+            )
+            place = known[part].index(full_name[len(names[part]) + 2 :])
+            if chosen and chosen[-1][0] == part:
+                chosen[-1][1].append(place)
+            else:
+                chosen.append((part, [place]))
+        for part, places in chosen:
+            getter = itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
+            pieces.append((part, getter, len(places)))
+        return pieces
+
+    def read(
+        self, store: OnlineStore, rows: Sequence[Entity], at_us: int, followed: Mapping[str, Followed]
+    ) -> list[Vector]:
+        """One vector per row, as known at `at_us` (microseconds since the epoch)."""
+        parts = []
+        for source in self._sources:
+            progress = followed.get(source.view.contract)
+            parts.append(source.read(store, rows, at_us, progress.watermark_us if progress else None))
+        stored = len(parts)
+        if self._runners:
+            columns = self._inputs(parts, len(rows))
+            request = {name: [row.get(name) for row in rows] for name, _kind in self.plan.request_fields}
+            for runner in self._runners:
+                outputs = runner.run(columns, request, len(rows))
+                parts.append(_Part(list(zip(*outputs, strict=True)), set(), []))
+        age_ms = max((max(part.ages_us) for part in parts if part.ages_us), default=0) // 1000
+        return [self._vector(parts, stored, i, age_ms) for i in range(len(rows))]
+
+    def _inputs(self, parts: Sequence[_Part], rows: int) -> dict[tuple[str, str], list[Any]]:
+        """Columns the transforms read, by (alias, feature)."""
+        wanted = {pair for runner in self._runners for pair in runner.plan.inputs}
+        columns: dict[tuple[str, str], list[Any]] = {}
+        for source, part in zip(self._sources, parts, strict=False):
+            for place, feature in enumerate(source.features):
+                if (source.use.alias, feature) not in wanted:
+                    continue
+                if source.reader is not None:
+                    column = [or_none(part.values[i][place]) for i in range(rows)]
+                else:
+                    column = [None if part.values[i] is None else part.values[i][place] for i in range(rows)]
+                columns[source.use.alias, feature] = column
+        return columns
+
+    def _vector(self, parts: Sequence[_Part], stored: int, row: int, age_ms: int) -> Vector:
+        values: list[float] = []
+        statuses: list[int] = []
+        for number, picker, size in self._pieces:
+            part = parts[number]
+            found = part.values[row]
+            if found is None:
+                values += [NAN] * size
+                statuses += [EXPIRED if row in part.expired else MISSING] * size
+                continue
+            picked = picker(found)
+            if number < stored and self._sources[number].reader is None:
+                picked = [NAN if value is None else float(value) for value in picked]
+            values += picked
+            statuses += [PRESENT if value == value else MISSING for value in picked]  # noqa: PLR0124 - NaN is not itself
+        return Vector(values, statuses, age_ms)
+
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Ready(Generic[R]):
+    """One service that can be read."""
+
+    service: CompiledService
+    reader: R
+    """Turns the caller's rows into `Entity` values; made by the edge."""
+    digest: str
+
+
+class Serving(Generic[R]):
+    """The definitions reads are answered with; the stream worker swaps them once their data is there."""
+
+    def __init__(
+        self, store: OnlineStore, *, read_behind_us: int, reader_of: Callable[[ServicePlan, Definitions], R]
+    ) -> None:
+        self.store = store
+        self.followed: Mapping[str, Followed] = {}
+        self._read_behind_us = read_behind_us
+        self._reader_of = reader_of
+        self._services: dict[str, Ready[R]] | None = None
+
+    def activate(self, definitions: Definitions) -> None:
+        """Answer with `definitions` from now on."""
+        self._services = {
+            plan.name: Ready(CompiledService(plan, definitions), self._reader_of(plan, definitions), definitions.digest)
+            for plan in definitions.services
+        }
+
+    def service(self, name: str) -> Ready[R]:
+        """The service called `name`.
+
+        Raises:
+            UnavailableError: no definitions are ready yet.
+            NotFoundError: the definitions hold no such service.
+        """
+        if self._services is None:
+            raise UnavailableError("DEFINITIONS_NOT_READY", "no definitions are applied, or their backfill is running")
+        service = self._services.get(name)
+        if service is None:
+            raise NotFoundError("feature service", name)
+        return service
+
+    def read(self, service: CompiledService, rows: Sequence[Entity], at_us: int) -> list[Vector]:
+        """One vector per row.
+
+        Raises:
+            FailedPreconditionError: `at_us` lies further behind a contract's watermark than history is kept.
+        """
+        followed = self.followed
+        for contract in service.contracts:
+            progress = followed.get(contract)
+            if progress is None or progress.watermark_us is None:
+                continue
+            oldest_us = progress.watermark_us - self._read_behind_us
+            if at_us < oldest_us:
+                message = f"event_time lies further behind the newest {contract} record than read_behind_s allows"
+                raise FailedPreconditionError(
+                    "EVENT_TIME_TOO_OLD", message, {"contract": contract, "oldest_us": str(oldest_us)}
+                )
+        return service.read(self.store, rows, at_us, followed)

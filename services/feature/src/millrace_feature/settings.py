@@ -1,0 +1,41 @@
+"""Settings of the feature service."""
+
+from millrace_kit.settings import ServiceSettings
+from pydantic import Field
+
+DAY_S = 86_400
+
+
+class FeatureSettings(ServiceSettings):
+    """One feature service: definitions, online values and training sets."""
+
+    state_dir: str = ".millrace/feature"
+    """Folder for the embedded online store, the Feast registry file and, unless `database_url` says otherwise, the metadata."""
+    lake_url: str = ".millrace/lake"
+    """Folder or URL of the lake; a contract's Delta table is `<lake_url>/<contract>`."""
+    training_sets_url: str = ".millrace/training-sets"
+    """fsspec URL of the content-addressed store of training sets."""
+    database_url: str = ""
+    """SQLAlchemy URL of definitions and training-set records; empty takes SQLite in `state_dir`."""
+    read_behind_s: int = Field(default=35 * DAY_S, ge=0, le=3650 * DAY_S)
+    """How far behind a contract's watermark an online read may ask; older history is dropped from the online store."""
+    max_event_ahead_s: int = Field(default=DAY_S, ge=0, le=3650 * DAY_S)
+    """Events later than the wall clock by more than this do not move the watermark, so one wrong date cannot drop history."""
+    fetch_messages: int = Field(default=64, ge=1, le=10_000)
+    """Most bus messages applied in one transaction."""
+    fetch_wait_s: float = Field(default=0.2, gt=0, le=10)
+    """Longest wait of one poll of the bus; also the longest delay before new definitions are noticed."""
+    apply_wait_s: float = Field(default=5.0, ge=0, le=300)
+    """How long ApplyDefinitions waits for the backfill of new views before it answers all the same."""
+    max_registry_mib: int = Field(default=8, ge=1, le=64)
+    """Largest Feast registry accepted, in MiB."""
+    max_training_rows: int = Field(default=5_000_000, ge=1, le=1_000_000_000)
+    """Most rows of one training set; they and their features are held in memory once."""
+    build_memory_mib: int = Field(default=2048, ge=256, le=1_048_576)
+    """Memory DuckDB may use for one build or backfill; it spills to `state_dir` beyond."""
+    build_threads: int = Field(default=2, ge=1, le=256)
+    """Threads DuckDB may use."""
+    max_builds: int = Field(default=1, ge=1, le=64)
+    """Training sets built at once; `max_queued_builds` more wait, the next caller gets RESOURCE_EXHAUSTED."""
+    max_queued_builds: int = Field(default=8, ge=0, le=1000)
+    """Builds that may wait for their turn."""
