@@ -1,0 +1,85 @@
+"""Wires the ingestion service; nothing is created anywhere else."""
+
+import asyncio
+from pathlib import Path
+
+from millrace_api.ingestion.v1 import ingestion_pb2_grpc
+from millrace_kit.bus import open_bus
+from millrace_kit.clock import Clock, SystemClock
+from millrace_kit.entry import run_service
+from millrace_kit.server import Service, Worker
+from millrace_kit.sql import migrate, open_engine
+
+from millrace_ingestion.contracts import Contract
+from millrace_ingestion.convert import contract_bytes, contract_from_bytes
+from millrace_ingestion.id_index import IdIndex
+from millrace_ingestion.ingestor import Ingestor, IntakeLimits
+from millrace_ingestion.intake import Budget
+from millrace_ingestion.lake import LakeTable
+from millrace_ingestion.landing import CrashPoint, Landing, no_crash
+from millrace_ingestion.lane import Lane, Limits
+from millrace_ingestion.servicer import IngestionServicer
+from millrace_ingestion.settings import IngestionSettings
+from millrace_ingestion.store import Store
+
+MIGRATIONS = Path(__file__).with_name("migrations")
+MIB = 1 << 20
+
+
+async def build(
+    settings: IngestionSettings, *, clock: Clock | None = None, crash_point: CrashPoint = no_crash
+) -> Service:
+    """The ingestion service of `settings`, ready to run; unfinished batches are recovered once it runs."""
+    engine = open_engine(settings.database())
+    await asyncio.to_thread(migrate, engine, MIGRATIONS)
+    store = Store(engine, clock or SystemClock())
+    bus = await open_bus(settings.bus)
+    lane_limits = Limits(
+        settings.max_commit_rows, settings.max_commit_batches, settings.linger_ms / 1000, settings.publish_timeout_s
+    )
+
+    def make_lane(contract: Contract) -> Lane:
+        table = LakeTable(
+            f"{settings.lake()}/{contract.name}",
+            settings.lake_options,
+            compact_target_bytes=settings.compact_target_mib * MIB,
+        )
+        folder = Path(settings.state_dir) / "event-ids" / contract.name
+        index = IdIndex(folder, flush_ids=settings.index_flush_ids)
+        landing = Landing(
+            contract, table, index, store, maintain_every=settings.maintain_every_commits, crash_point=crash_point
+        )
+        return Lane(landing, bus, lane_limits)
+
+    ingestor = Ingestor(
+        store=store,
+        contracts=[contract_from_bytes(version, body) for version, body in await asyncio.to_thread(store.contracts)],
+        make_lane=make_lane,
+        serialize=contract_bytes,
+        budget=Budget(settings.max_queued_batches, settings.max_queued_mib * MIB),
+        limits=IntakeLimits(
+            settings.max_contracts,
+            settings.max_batch_rows,
+            settings.max_batch_mib * MIB,
+            settings.max_dead_letters,
+            settings.replay_rows,
+        ),
+        letters=await asyncio.to_thread(store.letter_count),
+    )
+    servicer = IngestionServicer(ingestor, stream_window=settings.stream_window)
+
+    async def close_database() -> None:
+        await asyncio.to_thread(engine.dispose)
+
+    return Service(
+        "ingestion",
+        add_servicers=[lambda server: ingestion_pb2_grpc.add_IngestionServiceServicer_to_server(servicer, server)],
+        grpc_services=["millrace_api.ingestion.v1.IngestionService"],
+        workers=[Worker("landing", ingestor.run)],
+        closers=[close_database, bus.close],
+    )
+
+
+def main() -> None:
+    """Entry point `millrace-ingestion`."""
+    run_service("ingestion", IngestionSettings, build)

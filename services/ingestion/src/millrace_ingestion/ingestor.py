@@ -1,0 +1,217 @@
+"""What the service does, without gRPC: contracts, writes, dead letters, tables."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from millrace_kit.errors import NotFoundError, ResourceExhaustedError
+
+from millrace_ingestion.contracts import Contract, check_evolution
+from millrace_ingestion.intake import Budget, decode, decode_letters
+from millrace_ingestion.lane import Lane
+from millrace_ingestion.models import Incoming, Letter, LetterCount, Outcome, TableState
+from millrace_ingestion.store import Store
+
+
+@dataclass(frozen=True)
+class IntakeLimits:
+    """Sizes of what is taken in; see the settings of the same names."""
+
+    max_contracts: int
+    max_batch_rows: int
+    max_batch_bytes: int
+    max_dead_letters: int
+    replay_rows: int
+
+
+class Ingestor:
+    """The domain of the service.
+
+    Args:
+        store: contracts and dead letters.
+        contracts: newest version of each contract, at the start.
+        make_lane: makes the lane of a contract.
+        serialize: a contract's stored form.
+        budget: what may wait at once.
+        limits: sizes.
+        letters: dead letters kept already.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        contracts: Sequence[Contract],
+        make_lane: Callable[[Contract], Lane],
+        serialize: Callable[[Contract], bytes],
+        budget: Budget,
+        limits: IntakeLimits,
+        letters: int,
+    ) -> None:
+        self._store = store
+        self._contracts = {contract.name: contract for contract in contracts}
+        self._make_lane = make_lane
+        self._lanes = {contract.name: make_lane(contract) for contract in contracts}
+        self._serialize = serialize
+        self._budget = budget
+        self._limits = limits
+        self._letters = letters
+        self._registering = asyncio.Lock()
+        self._replaying = asyncio.Lock()
+        self._new_lanes: asyncio.Queue[Lane] = asyncio.Queue()
+        self._stopping = asyncio.Event()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Run every lane until `stop` is set."""
+        async with asyncio.TaskGroup() as lanes:
+            for lane in self._lanes.values():
+                lanes.create_task(lane.run(stop), name=f"lane-{lane.name}")
+            adding = lanes.create_task(self._run_new(lanes, stop))
+            await stop.wait()
+            self._stopping.set()
+            adding.cancel()
+
+    async def stopped(self) -> None:
+        """Wait until the service stops; streams end then."""
+        await self._stopping.wait()
+
+    async def _run_new(self, lanes: asyncio.TaskGroup, stop: asyncio.Event) -> None:
+        while True:
+            lane = await self._new_lanes.get()
+            lanes.create_task(lane.run(stop), name=f"lane-{lane.name}")
+
+    async def register(self, contract: Contract) -> tuple[Contract, bool]:
+        """Register a validated contract; returns it with its version, and whether that is new.
+
+        Raises:
+            FailedPreconditionError: it may not follow the newest version; names the column.
+            ResourceExhaustedError: `max_contracts` are there.
+            UnavailableError: the lake does not answer; the version is kept, register again.
+        """
+        async with self._registering:
+            current = self._contracts.get(contract.name)
+            if current is not None and replace(contract, version=current.version) == current:
+                await self._lanes[contract.name].ready()
+                return current, False
+            if current is None and len(self._contracts) >= self._limits.max_contracts:
+                raise ResourceExhaustedError("max_contracts", f"{len(self._contracts)} contracts are registered")
+            if current is not None:
+                check_evolution(current, contract)
+            numbered = replace(contract, version=current.version + 1 if current is not None else 1)
+            body = self._serialize(numbered)
+            await asyncio.to_thread(self._store.add_contract, numbered.name, numbered.version, body)
+            if current is None:
+                self._lanes[numbered.name] = self._make_lane(numbered)
+                self._new_lanes.put_nowait(self._lanes[numbered.name])
+            else:
+                await self._lanes[numbered.name].follow(numbered)
+            self._contracts[numbered.name] = numbered
+            await self._lanes[numbered.name].ready()
+            return numbered, True
+
+    def contract(self, name: str) -> Contract:
+        """The newest version of a contract.
+
+        Raises:
+            NotFoundError: there is none of that name.
+        """
+        if name not in self._contracts:
+            raise NotFoundError("contract", name)
+        return self._contracts[name]
+
+    def contracts(self) -> list[Contract]:
+        """The newest version of every contract, by name."""
+        return [self._contracts[name] for name in sorted(self._contracts)]
+
+    def epoch(self, name: str) -> int:
+        """The epoch of a contract's lane; see `lane`."""
+        self.contract(name)
+        return self._lanes[name].epoch
+
+    async def accept(self, incoming: Incoming, *, epoch: int | None = None) -> asyncio.Future[Outcome]:
+        """Check and queue a batch; the future has its outcome once it is durable.
+
+        Args:
+            incoming: the batch.
+            epoch: for a batch of a stream, the lane's epoch when the stream began; it waits for room. Without, no room is an error.
+
+        Raises:
+            NotFoundError: no such contract.
+            InvalidArgumentError: the payload cannot be read.
+            ResourceExhaustedError: a limit is reached.
+            UnavailableError: the service stops, or an earlier batch of the stream failed.
+        """
+        contract = self.contract(incoming.contract)
+        size = incoming.payload_bytes
+        if size > self._limits.max_batch_bytes:
+            limit = self._limits.max_batch_bytes >> 20
+            raise ResourceExhaustedError("max_batch_mib", f"the batch is larger than {limit} MiB; send smaller ones")
+        if epoch is None:
+            self._budget.take_now(size)
+        else:
+            await self._budget.take(size)
+        try:
+            pending = await asyncio.to_thread(
+                decode,
+                contract,
+                incoming,
+                max_rows=self._limits.max_batch_rows,
+                max_bytes=self._limits.max_batch_bytes,
+            )
+            self._count_letters(len(pending.checked.rejects))
+            answer = self._lanes[contract.name].submit(pending, epoch)
+        except BaseException:
+            self._budget.give(size)
+            raise
+        answer.add_done_callback(lambda _answer: self._budget.give(size))
+        return answer
+
+    def _count_letters(self, added: int) -> None:
+        if added and self._letters + added > self._limits.max_dead_letters:
+            raise ResourceExhaustedError("max_dead_letters", f"{self._letters} dead letters are kept already")
+        self._letters += added
+
+    async def write(self, incoming: Incoming) -> Outcome:
+        """Land one batch."""
+        # Shielded: when the caller gives up, the batch lands all the same and its answer is kept for the next attempt.
+        return await asyncio.shield(await self.accept(incoming))
+
+    async def letters(self, contract: str, reason: str, *, after: int, limit: int) -> list[Letter]:
+        """Dead letters of a contract, by id."""
+        self.contract(contract)
+        return await asyncio.to_thread(self._store.letters, contract, reason, after=after, limit=limit)
+
+    async def counts(self, contract: str) -> list[LetterCount]:
+        """Dead letters by contract and reason."""
+        if contract:
+            self.contract(contract)
+        return await asyncio.to_thread(self._store.counts, contract)
+
+    async def replay(self, contract: str, reason: str) -> tuple[int, int]:
+        """Send dead letters through the present contract; returns how many landed and how many are refused still."""
+        replayed = refused = after = 0
+        async with self._replaying:
+            while True:
+                current = self.contract(contract)
+                letters = await asyncio.to_thread(
+                    self._store.letters, contract, reason, after=after, limit=self._limits.replay_rows, only_open=True
+                )
+                if not letters:
+                    return replayed, refused
+                after = letters[-1].id
+                pending = await asyncio.to_thread(decode_letters, current, letters)
+                outcome = await asyncio.shield(self._lanes[contract].submit(pending))
+                replayed += outcome.accepted + outcome.duplicates
+                refused += outcome.rejected
+
+    async def table(self, contract: str) -> TableState:
+        """The newest version of a contract's table.
+
+        Raises:
+            UnavailableError: the lake does not answer.
+        """
+        self.contract(contract)
+
+        return await self._lanes[contract].use(
+            lambda landing: TableState(contract, landing.table.version, landing.table.url, landing.table.rows())
+        )

@@ -1,0 +1,202 @@
+"""One contract's Delta table: append with fencing, find commits again, follow the log.
+
+Each append carries two kinds of application transactions: `WRITER`, whose version rises by one a commit, and one a source, whose
+version is the source's last offset in the commit. delta-rs stores them and refuses a commit whose snapshot does not have the newest
+transaction of the same application, so of two processes that write from one snapshot only one succeeds. `fence` uses that: it
+commits nothing but the next `WRITER` version, after which no commit that an earlier process has under way can succeed.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pa_fs
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
+from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.fs import DeltaStorageHandler
+from deltalake.schema import Field, PrimitiveType
+from millrace_kit.errors import UnavailableError
+
+from millrace_ingestion.contracts import OFFSET_COLUMN, SOURCE_COLUMN, Contract
+
+WRITER = "millrace-ingestion"
+GROUP_KEY = "millrace.group"
+_SOURCE_PREFIX = "source:"
+# Log files are kept for ever: training sets name versions, and a catch-up needs the versions since its own.
+_CONFIGURATION = {"delta.enableExpiredLogCleanup": "false", "delta.checkpointInterval": "50"}
+_DELTA_TYPES = {"string": "string", "int64": "long", "double": "double", "bool": "boolean"}
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One version of the table's log; `files` are those that brought new rows (a compaction brings none)."""
+
+    version: int
+    group_id: str
+    files: tuple[str, ...]
+
+
+class LakeTable:
+    """The table of one contract. Not thread-safe: its landing task uses it from one thread at a time.
+
+    Args:
+        url: folder of the table.
+        options: options of the object store.
+        compact_target_bytes: files at least this large are not compacted.
+    """
+
+    def __init__(self, url: str, options: Mapping[str, str], *, compact_target_bytes: int) -> None:
+        self.url = url
+        self._options = dict(options) or None
+        self._compact_target_bytes = compact_target_bytes
+        self._table: DeltaTable | None = None
+        self._files: pa_fs.FileSystem | None = None
+        self._properties = WriterProperties(compression="SNAPPY")
+
+    @property
+    def _open_table(self) -> DeltaTable:
+        assert self._table is not None, "open comes first"
+        return self._table
+
+    @property
+    def version(self) -> int:
+        """Newest version this snapshot knows."""
+        return int(self._open_table.version())
+
+    @property
+    def id(self) -> str:
+        """The table's identity; another one after it was deleted and made again."""
+        return str(self._open_table.metadata().id)
+
+    def open(self, contract: Contract) -> None:
+        """Load the newest snapshot; makes the table when it is not there and adds columns the contract has gained."""
+        try:
+            self._table = DeltaTable(self.url, storage_options=self._options)
+        except TableNotFoundError:
+            self._table = DeltaTable.create(
+                self.url,
+                schema=contract.table_schema(),
+                mode="ignore",
+                configuration=_CONFIGURATION,
+                storage_options=self._options,
+            )
+            self._table = DeltaTable(self.url, storage_options=self._options)
+        self._files = pa_fs.PyFileSystem(DeltaStorageHandler.from_table(self._open_table._table))  # noqa: SLF001
+        self.evolve(contract)
+
+    def evolve(self, contract: Contract) -> None:
+        """Add columns that the contract has and the table lacks."""
+        present = {field.name for field in self._open_table.schema().fields}
+        added = [
+            Field(field.name, PrimitiveType(_DELTA_TYPES.get(str(field.type), "timestamp")), nullable=True)
+            for field in contract.arrow_schema()
+            if field.name not in present
+        ]
+        if added:
+            self._open_table.alter.add_columns(added)
+
+    def fence(self) -> None:
+        """Make every commit fail that another process prepared before now."""
+        table = self._open_table
+        table.create_write_transaction([], "append", table.schema(), commit_properties=self._commit_properties("", {}))
+        table.update_incremental()
+
+    def append(self, rows: pa.Table, group_id: str, offsets: Mapping[str, int]) -> int:
+        """Commit `rows` (any subset of the table's columns) as one version, from the snapshot at hand.
+
+        Args:
+            rows: records with their bookkeeping columns.
+            group_id: found again by `find`.
+            offsets: each source's last offset among the rows.
+
+        Returns:
+            The version that holds the rows.
+
+        Raises:
+            UnavailableError: another process has written; open again and plan anew.
+        """
+        table = self._open_table
+        schema = pa.schema(table.schema().to_arrow())
+        try:
+            write_deltalake(
+                table,
+                aligned(rows, schema),
+                mode="append",
+                writer_properties=self._properties,
+                commit_properties=self._commit_properties(group_id, offsets),
+            )
+        except CommitFailedError as error:
+            raise UnavailableError("WRITER_FENCED", f"another process wrote the table first: {error}") from error
+        return self.version
+
+    def _commit_properties(self, group_id: str, offsets: Mapping[str, int]) -> CommitProperties:
+        sequence = (self._open_table.transaction_version(WRITER) or 0) + 1
+        transactions = [Transaction(WRITER, sequence)]
+        transactions += [Transaction(_SOURCE_PREFIX + source, offset) for source, offset in offsets.items()]
+        return CommitProperties(custom_metadata={GROUP_KEY: group_id}, app_transactions=transactions)
+
+    def landed_offset(self, source: str) -> int:
+        """Last offset of `source` that a commit carries; 0 for none."""
+        return int(self._open_table.transaction_version(_SOURCE_PREFIX + source) or 0)
+
+    def find(self, group_id: str, after: int) -> Commit | None:
+        """The commit of a group among the versions after `after`."""
+        return next((commit for commit in self.commits(after) if commit.group_id == group_id), None)
+
+    def commits(self, after: int) -> Iterator[Commit]:
+        """The log's entries after version `after`, up to the snapshot at hand, oldest first."""
+        assert self._files is not None
+        for version in range(after + 1, self.version + 1):
+            with self._files.open_input_stream(f"_delta_log/{version:020d}.json") as stream:
+                yield _commit(version, stream.read())
+
+    def files(self) -> list[str]:
+        """Every file of the snapshot."""
+        return [str(path) for path in self._open_table.get_add_actions(flatten=True)["path"].to_pylist()]
+
+    def read(self, files: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Rows of data files, a row group at a time, in the order they were written."""
+        assert self._files is not None
+        for path in files:
+            with self._files.open_input_file(unquote(path)) as source, pq.ParquetFile(source) as file:
+                present = [name for name in columns if name in file.schema_arrow.names]
+                for group in range(file.num_row_groups):
+                    yield file.read_row_group(group, columns=present)
+
+    def rows_of(self, source: str, offset: int) -> pa.Table:
+        """The rows of one batch, found by the bookkeeping columns; reads the table, for repairs only."""
+        wanted = (pc.field(SOURCE_COLUMN) == source) & (pc.field(OFFSET_COLUMN) == offset)
+        return self._open_table.to_pyarrow_dataset().to_table(filter=wanted)
+
+    def rows(self) -> int:
+        """Rows of the snapshot, from the log's statistics."""
+        return int(self._open_table.count())
+
+    def maintain(self) -> None:
+        """Merge small files and load the snapshot anew: both keep the cost of a commit from growing with the table."""
+        self._open_table.optimize.compact(target_size=self._compact_target_bytes)
+        self._table = DeltaTable(self.url, storage_options=self._options)
+
+
+def aligned(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """`rows` with exactly the columns of `schema`; absent ones are null."""
+    columns = [
+        rows.column(field.name) if field.name in rows.column_names else pa.nulls(rows.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def _commit(version: int, content: bytes) -> Commit:
+    group_id, files = "", []
+    for line in content.splitlines():
+        action = json.loads(line)
+        if "commitInfo" in action:
+            group_id = str(action["commitInfo"].get(GROUP_KEY, ""))
+        elif "add" in action and action["add"]["dataChange"]:
+            files.append(str(action["add"]["path"]))
+    return Commit(version, group_id, tuple(files))

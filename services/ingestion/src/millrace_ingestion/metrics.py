@@ -1,0 +1,36 @@
+"""Prometheus metrics of the ingestion service."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+RECORDS = Counter(
+    "millrace_ingestion_records_total",
+    "Records of landed batches by what became of them: accepted, duplicate or rejected.",
+    ["contract", "result"],
+)
+REJECTED = Counter("millrace_ingestion_rejected_total", "Dead letters by reason.", ["contract", "reason"])
+BATCHES = Counter(
+    "millrace_ingestion_batches_total", "Batches answered: landed, replayed or failed.", ["contract", "result"]
+)
+REPLAYED_LETTERS = Counter(
+    "millrace_ingestion_dead_letters_replayed_total", "Dead letters that a replay landed.", ["contract"]
+)
+COMMIT_SECONDS = Histogram(
+    "millrace_ingestion_commit_seconds",
+    "Time from taking a group of batches to its answers.",
+    ["contract"],
+    buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30),
+)
+COMMIT_ROWS = Histogram(
+    "millrace_ingestion_commit_rows",
+    "Records of one Delta commit.",
+    ["contract"],
+    buckets=(1, 10, 100, 1_000, 10_000, 50_000, 100_000, 200_000, 500_000),
+)
+QUEUED_BATCHES = Gauge("millrace_ingestion_queued_batches", "Batches accepted and not yet answered.")
+QUEUED_BYTES = Gauge("millrace_ingestion_queued_bytes", "Payload bytes of these batches.")
+TABLE_VERSION = Gauge("millrace_ingestion_table_version", "Newest Delta version.", ["contract"])
+IGNORED_COLUMNS = Counter(
+    "millrace_ingestion_ignored_columns_total",
+    "Columns of Arrow batches that their contract does not have.",
+    ["contract"],
+)

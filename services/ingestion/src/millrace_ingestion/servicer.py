@@ -1,0 +1,148 @@
+"""The gRPC edge: check the request, call the domain, convert the answer."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import grpc
+from millrace_api.ingestion.v1 import ingestion_pb2 as pb
+from millrace_api.ingestion.v1.ingestion_pb2_grpc import IngestionServiceServicer
+from millrace_kit import check
+from millrace_kit.errors import UnavailableError
+
+from millrace_ingestion import convert
+from millrace_ingestion.ingestor import Ingestor
+from millrace_ingestion.models import Outcome
+
+_Answer = asyncio.Future[Outcome] | Exception | None
+# An answer of `ListDeadLetters` stays below gRPC's message limit whatever the records' size.
+_PAGE_BYTES = 16 << 20
+
+
+class IngestionServicer(IngestionServiceServicer):
+    """The service's RPCs.
+
+    Args:
+        ingestor: the domain.
+        stream_window: unanswered batches of one stream.
+    """
+
+    def __init__(self, ingestor: Ingestor, *, stream_window: int) -> None:
+        self._ingestor = ingestor
+        self._stream_window = stream_window
+
+    async def RegisterContract(
+        self, request: pb.RegisterContractRequest, context: grpc.aio.ServicerContext
+    ) -> pb.RegisterContractResponse:
+        contract, created = await self._ingestor.register(convert.contract_from(request.contract, "contract"))
+        return pb.RegisterContractResponse(contract=convert.contract_to(contract), created=created)
+
+    async def GetContract(
+        self, request: pb.GetContractRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetContractResponse:
+        contract = self._ingestor.contract(check.table(request.name, "name"))
+        return pb.GetContractResponse(contract=convert.contract_to(contract))
+
+    async def ListContracts(
+        self, request: pb.ListContractsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListContractsResponse:
+        return pb.ListContractsResponse(contracts=map(convert.contract_to, self._ingestor.contracts()))
+
+    async def Write(self, request: pb.WriteRequest, context: grpc.aio.ServicerContext) -> pb.WriteResponse:
+        return convert.outcome_to(await self._ingestor.write(convert.incoming_from(request.batch, "batch")))
+
+    async def WriteStream(
+        self, request_iterator: AsyncIterator[pb.WriteStreamRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.WriteStreamResponse]:
+        answers: asyncio.Queue[_Answer] = asyncio.Queue(self._stream_window)
+        reading = asyncio.create_task(self._read_stream(request_iterator, answers))
+        try:
+            while (answer := await answers.get()) is not None:
+                if isinstance(answer, Exception):
+                    raise answer
+                yield pb.WriteStreamResponse(result=convert.outcome_to(await answer))
+        finally:
+            reading.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reading
+
+    async def _read_stream(
+        self, request_iterator: AsyncIterator[pb.WriteStreamRequest], answers: asyncio.Queue[_Answer]
+    ) -> None:
+        """Queue each batch's answer, then None; an error is the last one queued, so the answers before it still go out."""
+        epochs: dict[str, int] = {}
+        stopping = asyncio.create_task(self._ingestor.stopped())
+        iterator = aiter(request_iterator)
+        try:
+            while True:
+                request = await _next(iterator, stopping)
+                if request is None:
+                    await answers.put(None)
+                    return
+                incoming = convert.incoming_from(request.batch, "batch")
+                if incoming.contract not in epochs:
+                    epochs[incoming.contract] = self._ingestor.epoch(incoming.contract)
+                await answers.put(await self._ingestor.accept(incoming, epoch=epochs[incoming.contract]))
+        except Exception as error:
+            await answers.put(error)
+        finally:
+            stopping.cancel()
+
+    async def ListDeadLetters(
+        self, request: pb.ListDeadLettersRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListDeadLettersResponse:
+        contract = check.table(request.contract, "contract")
+        reason = convert.reason_from(request.reason, "reason")
+        limit = check.page_size(request.page_size, "page_size")
+        after = check.page_token(request.page_token, "page_token")
+        letters = await self._ingestor.letters(contract, reason, after=after, limit=limit)
+        page = pb.ListDeadLettersResponse()
+        size = 0
+        for letter in letters:
+            message = convert.letter_to(letter)
+            size += message.ByteSize()
+            if page.dead_letters and size > _PAGE_BYTES:
+                break
+            page.dead_letters.append(message)
+        if page.dead_letters and (len(page.dead_letters) < len(letters) or len(letters) == limit):
+            page.next_page_token = str(page.dead_letters[-1].id)
+        return page
+
+    async def CountDeadLetters(
+        self, request: pb.CountDeadLettersRequest, context: grpc.aio.ServicerContext
+    ) -> pb.CountDeadLettersResponse:
+        contract = check.table(request.contract, "contract") if request.contract else ""
+        return pb.CountDeadLettersResponse(counts=map(convert.count_to, await self._ingestor.counts(contract)))
+
+    async def ReplayDeadLetters(
+        self, request: pb.ReplayDeadLettersRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ReplayDeadLettersResponse:
+        contract = check.table(request.contract, "contract")
+        replayed, refused = await self._ingestor.replay(contract, convert.reason_from(request.reason, "reason"))
+        return pb.ReplayDeadLettersResponse(replayed=replayed, still_rejected=refused)
+
+    async def GetTable(self, request: pb.GetTableRequest, context: grpc.aio.ServicerContext) -> pb.GetTableResponse:
+        return convert.table_to(await self._ingestor.table(check.table(request.contract, "contract")))
+
+
+async def _next(
+    iterator: AsyncIterator[pb.WriteStreamRequest], stopping: asyncio.Task[None]
+) -> pb.WriteStreamRequest | None:
+    """The next request, None at the end.
+
+    Raises:
+        UnavailableError: the service stops.
+    """
+    following = asyncio.create_task(_read(iterator))
+    try:
+        await asyncio.wait([following, stopping], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        if not following.done():
+            following.cancel()
+    if stopping.done() and not following.done():
+        raise UnavailableError("STOPPING", "the service stops; go on from the first unanswered batch")
+    return await following
+
+
+async def _read(iterator: AsyncIterator[pb.WriteStreamRequest]) -> pb.WriteStreamRequest | None:
+    return await anext(iterator, None)

@@ -1,0 +1,53 @@
+"""Settings of the ingestion service; every queue, batch and wait has its limit here."""
+
+from millrace_kit.settings import ServiceSettings
+from pydantic import Field
+
+
+class IngestionSettings(ServiceSettings):
+    """What `millrace-ingestion --config FILE` reads."""
+
+    lake_url: str = ""
+    """Folder of the lake (path or URL of an object store); one Delta table a contract. Empty takes `<state_dir>/lake`."""
+    lake_options: dict[str, str] = Field(default_factory=dict)
+    """Options of the object store (delta-rs names, for example `AWS_REGION`); empty for local disk."""
+    database_url: str = ""
+    """SQLAlchemy URL of contracts, batches and dead letters. Empty takes SQLite in `state_dir`."""
+    max_contracts: int = Field(default=500, ge=1, le=10_000)
+    """Contracts one service keeps; each has its own landing task."""
+    max_batch_rows: int = Field(default=100_000, ge=1, le=1_000_000)
+    """Records in one batch; more is RESOURCE_EXHAUSTED (`max_batch_rows`)."""
+    max_batch_mib: int = Field(default=32, ge=1, le=60)
+    """Size of one batch, as sent and as decoded, in MiB; a bus message (at most 64 MiB) has to hold it."""
+    max_queued_batches: int = Field(default=1024, ge=1, le=100_000)
+    """Batches accepted and not yet answered, over all contracts; unary writes then get RESOURCE_EXHAUSTED, streams wait."""
+    max_queued_mib: int = Field(default=256, ge=1, le=65_536)
+    """The same in MiB of decoded records."""
+    stream_window: int = Field(default=32, ge=1, le=1024)
+    """Batches of one stream that may be unanswered; the stream is read no further until one is answered."""
+    max_commit_rows: int = Field(default=400_000, ge=1, le=5_000_000)
+    """Records merged into one Delta commit at most (a single batch may be larger)."""
+    max_commit_batches: int = Field(default=512, ge=1, le=10_000)
+    """Batches merged into one Delta commit at most."""
+    linger_ms: float = Field(default=2.0, ge=0, le=1000)
+    """Longest wait for more batches before a commit; while a commit runs, batches gather anyway."""
+    publish_timeout_s: float = Field(default=10.0, gt=0, le=300)
+    """Longest time the bus is tried for one commit; then its batches get UNAVAILABLE and the publish is made up for later."""
+    maintain_every_commits: int = Field(default=64, ge=1, le=10_000)
+    """Commits between two compactions of small files; a commit costs about 0.1 ms for each file in the table."""
+    compact_target_mib: int = Field(default=32, ge=1, le=1024)
+    """Files at least this large are left alone by compaction."""
+    index_flush_ids: int = Field(default=262_144, ge=1, le=16_777_216)
+    """Event ids kept in memory before the duplicate index writes a segment."""
+    replay_rows: int = Field(default=5_000, ge=1, le=100_000)
+    """Dead letters replayed in one batch."""
+    max_dead_letters: int = Field(default=10_000_000, ge=1)
+    """Dead letters kept; a batch that would add more is refused with RESOURCE_EXHAUSTED, nothing is dropped silently."""
+
+    def lake(self) -> str:
+        """The lake's URL without a slash at the end."""
+        return (self.lake_url or f"{self.state_dir}/lake").rstrip("/")
+
+    def database(self) -> str:
+        """The database's URL."""
+        return self.database_url or f"sqlite:///{self.state_dir}/ingestion.sqlite"
