@@ -9,6 +9,7 @@ from millrace_kit.client import channel_options
 from millrace_kit.errors import MillraceError
 from millrace_kit.settings import TlsSettings
 from opentelemetry.instrumentation.grpc import client_interceptor
+from opentelemetry.instrumentation.grpc.grpcext import intercept_channel
 
 T = TypeVar("T")
 
@@ -26,7 +27,9 @@ def open_sync_channel(target: str, tls: TlsSettings | None = None) -> grpc.Chann
             Path(tls.ca_file).read_bytes(), Path(tls.key_file).read_bytes(), Path(tls.cert_file).read_bytes()
         )
         channel = grpc.secure_channel(target, credentials, options=channel_options())
-    return grpc.intercept_channel(channel, client_interceptor())  # type: ignore[no-untyped-call]
+    # OpenTelemetry's interceptor for blocking channels is of its own kind, with its own way of being put in front.
+    traced: grpc.Channel = intercept_channel(channel, client_interceptor())  # type: ignore[no-untyped-call]
+    return traced
 
 
 def call(method: Callable[..., Any], request: Any, timeout_s: float = DEFAULT_TIMEOUT_S) -> Any:
