@@ -230,7 +230,7 @@ class Replica:
         await asyncio.to_thread(triton.terminate, record.pid, record.since)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.stop_timeout_s
-        while await asyncio.to_thread(self.alive) and loop.time() < deadline:
+        while await asyncio.to_thread(self.alive) and loop.time() < deadline:  # noqa: ASYNC110 - a process gives no event
             await asyncio.sleep(0.05)
         await asyncio.to_thread(triton.sweep, record.pid, record.since, record.id)
         if self._child is not None:

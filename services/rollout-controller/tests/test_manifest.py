@@ -1,0 +1,135 @@
+"""Manifests: every wrong thing is refused with its path."""
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from millrace_kit.errors import InvalidArgumentError
+from millrace_rollout_controller import manifest
+
+GOOD = yaml.safe_load("""
+apiVersion: millrace.dev/v1alpha1
+kind: ModelDeployment
+metadata: {name: flight-delay}
+spec:
+  model: flight-delay
+  version: 1.4.0
+  server: {replicas: 2, resources: {limits: {cpu: 2, memory: 1Gi}}, maxBatchSize: 64, timeoutMs: 100}
+  routing:
+    sticky: {header: x-user-id}
+    rules: [{when: "request.headers['x-user-type'] == 'premium'", to: candidate}]
+  balancing: LeastRequest
+  rollout:
+    strategy: Canary
+    steps: [{weight: 5, minRequests: 500}, {weight: 20, pause: {duration: 1h30m}}, {weight: 50.5, pause: {}}]
+    gates:
+      - {metric: errorRate, max: 0.05}
+      - {metric: latencyP99Ms, max: 500, required: Promotion}
+      - {metric: outcome/accuracy, compare: notWorseThanStable, margin: 0.01, confidence: 0.99}
+      - {metric: outcome/brier, max: 0.2, required: Never}
+    onFailure: Rollback
+""")
+
+
+def changed(path: str, value: Any) -> str:
+    made = copy.deepcopy(GOOD)
+    *parents, last = [int(p) if p.isdigit() else p for p in path.split("/")]
+    at: Any = made
+    for part in parents:
+        at = at[part]
+    if value is ...:
+        del at[last]
+    else:
+        at[last] = value
+    return yaml.safe_dump(made)
+
+
+def test_a_whole_manifest() -> None:
+    spec = manifest.parse(yaml.safe_dump(GOOD)).spec
+    assert manifest.parse(json.dumps(GOOD)).spec == spec
+    assert [step.weight for step in spec.steps] == [5, 20, 50.5, 100]
+    assert spec.steps[1].pause is not None
+    assert spec.steps[1].pause.seconds == 5400
+    assert spec.steps[2].pause is not None
+    assert spec.steps[2].pause.seconds is None
+    assert [gate.text for gate in spec.rollout.gates] == [
+        "errorRate <= 0.05",
+        "latencyP99Ms <= 500",
+        "outcome/accuracy notWorseThanStable (margin 0.01)",
+        "outcome/brier <= 0.2",
+    ]
+
+
+def test_defaults_bring_a_version_straight_to_all_traffic() -> None:
+    text = "apiVersion: millrace.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {name: a}\nspec: {model: a, version: 1.0.0}"
+    assert [step.weight for step in manifest.parse(text).spec.steps] == [100]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        ("apiVersion", "v1", "apiVersion"),
+        ("kind", "Deployment", "kind"),
+        ("metadata/name", "Bad Name", "metadata.name"),
+        ("spec/model", "", "spec.model"),
+        ("spec/version", 1.4, "spec.version"),
+        ("spec/version", "latest", "spec.version"),
+        ("spec/version", ..., "spec.version"),
+        ("spec/replicas", 2, "spec.replicas"),
+        ("spec/server/replicas", 0, "spec.server.replicas"),
+        ("spec/server/replicas", True, "spec.server.replicas"),
+        ("spec/server/autoscaling", {}, "spec.server.autoscaling"),
+        ("spec/server/maxBatchSize", "64", "spec.server.maxBatchSize"),
+        ("spec/server/max_batch_size", 64, "spec.server.max_batch_size"),
+        ("spec/routing/sticky/header", "X User", "spec.routing.sticky.header"),
+        ("spec/routing/rules/0/when", "request.headers[", "spec.routing.rules[0].when"),
+        ("spec/routing/rules/0/to", "nobody", "spec.routing.rules[0].to"),
+        ("spec/balancing", "Random", "spec.balancing"),
+        ("spec/rollout/strategy", "BlueGreen", "spec.rollout.strategy"),
+        ("spec/rollout/strategy", "Sideways", "spec.rollout.strategy"),
+        ("spec/rollout/steps", [], "spec.rollout.steps"),
+        ("spec/rollout/steps/1/weight", 5, "spec.rollout.steps[1].weight"),
+        ("spec/rollout/steps/1/weight", 101, "spec.rollout.steps[1].weight"),
+        ("spec/rollout/steps/1/weight", 20.001, "spec.rollout.steps[1].weight"),
+        ("spec/rollout/steps/1/weight", "20", "spec.rollout.steps[1].weight"),
+        ("spec/rollout/steps/0/minRequests", -1, "spec.rollout.steps[0].minRequests"),
+        ("spec/rollout/steps/1/pause/duration", "soon", "spec.rollout.steps[1].pause.duration"),
+        ("spec/rollout/steps/1/pause/duration", "0s", "spec.rollout.steps[1].pause.duration"),
+        ("spec/rollout/steps/1/pause/duration", "", "spec.rollout.steps[1].pause.duration"),
+        ("spec/rollout/gates/0/metric", "vibes", "spec.rollout.gates[0].metric"),
+        ("spec/rollout/gates/0/max", 0, "spec.rollout.gates[0].max"),
+        ("spec/rollout/gates/0/min", 0.1, "spec.rollout.gates[0]"),
+        ("spec/rollout/gates/0", {"metric": "errorRate", "min": 0.1}, "spec.rollout.gates[0].min"),
+        ("spec/rollout/gates/0/margin", 0.1, "spec.rollout.gates[0].margin"),
+        ("spec/rollout/gates/2/margin", ..., "spec.rollout.gates[2].margin"),
+        ("spec/rollout/gates/2/confidence", 1, "spec.rollout.gates[2].confidence"),
+        ("spec/rollout/gates/0/promql", "up", "spec.rollout.gates[0].promql"),
+        ("spec/rollout/onFailure", "Shrug", "spec.rollout.onFailure"),
+    ],
+)
+def test_a_wrong_value_names_its_path(path: str, value: Any, field: str) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        manifest.parse(changed(path, value))
+    assert caught.value.field == field, caught.value.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "a: [", "- 1", "x" * 70_000, "[" * 60_000, "a: &a [1]\nb: *a", "a: .nan", "a: 1\na: 2", "? [1]\n: 2",
+        "a: 2020-01-01", "!!python/object/apply:os.system ['true']", "\x00", "a: " + "9" * 5000,
+    ],
+)  # fmt: skip
+def test_what_is_no_manifest_is_refused(text: str) -> None:
+    with pytest.raises(InvalidArgumentError):
+        manifest.parse(text)
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_manifest_or_refused(text: str) -> None:
+    with pytest.raises(InvalidArgumentError):
+        manifest.parse(text)

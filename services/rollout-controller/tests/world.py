@@ -1,0 +1,176 @@
+"""A world for the reconciler: servers and gateways that follow its actions, as late as the test wants."""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+import yaml
+from millrace_rollout_controller import manifest
+from millrace_rollout_controller.evidence import Evidence
+from millrace_rollout_controller.gates import Counts, GateState, Sums
+from millrace_rollout_controller.reconciler import (
+    Action,
+    ArmSeen,
+    Forget,
+    Item,
+    Limits,
+    Observed,
+    Refusal,
+    RunServers,
+    SetRoute,
+    reconcile,
+)
+from millrace_rollout_controller.state import Route, Status, VersionRef
+
+from .support import version_ref
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+ROLLOUT = """
+steps: [{weight: 5, minRequests: 100}, {weight: 50}, {weight: 100}]
+gates: [{metric: errorRate, max: 0.05}]
+progressDeadlineSeconds: 60
+"""
+
+
+def spec(version: str, rollout: str = ROLLOUT, **fields: object) -> manifest.Spec:
+    document = {
+        "apiVersion": "millrace.dev/v1alpha1",
+        "kind": "ModelDeployment",
+        "metadata": {"name": "flights"},
+        "spec": {
+            "model": "flight-delay",
+            "version": version,
+            "server": {"replicas": 2},
+            "rollout": yaml.safe_load(rollout),
+        }
+        | fields,
+    }
+    return manifest.parse(yaml.safe_dump(document)).spec
+
+
+def gate_state(verdict: str) -> GateState:
+    """What a gate knows that gives this verdict."""
+    logs = [9.0] * 7
+    return GateState(
+        fail_logs=[logs if verdict == "fail" else [0.0] * 7],
+        pass_logs=logs if verdict == "pass" else [0.0] * 7,
+        candidate=Sums(n=0 if verdict == "nothing" else 500),
+    )
+
+
+@dataclass
+class World:
+    """Everything around `reconcile`; `tick` is one look."""
+
+    wanted: manifest.Spec
+    generation: int = 1
+    deleting: bool = False
+    now: datetime = START
+    status: Status = field(default_factory=Status)
+    registry: dict[str, VersionRef | Refusal] = field(default_factory=dict)
+    broken: set[str] = field(default_factory=set)
+    """Versions whose servers never get ready."""
+    refusals: dict[str, Refusal] = field(default_factory=dict)
+    running: dict[str, int] = field(default_factory=dict)
+    published: Route | None = None
+    in_force: Route | None = None
+    acknowledges: bool = True
+    verdict: str = "undecided"
+    requests: int = 0
+    """Candidate requests in the present step."""
+    actions: tuple[Action, ...] = ()
+    gone: bool = False
+    restart: bool = True
+    """Send the status through JSON between looks, as a restart does."""
+
+    def __post_init__(self) -> None:
+        for version in ("1.0.0", "1.1.0", "1.2.0"):
+            self.registry.setdefault(version, version_ref(version, version.encode()))
+
+    def apply(self, wanted: manifest.Spec) -> None:
+        self.wanted, self.generation = wanted, self.generation + 1
+
+    def tick(self, seconds: float = 1.0) -> Status:
+        self.now += timedelta(seconds=seconds)
+        if self.restart:
+            self.status = Status.model_validate_json(self.status.model_dump_json())
+        before = self.status.model_copy(deep=True)
+        self.status, self.actions = reconcile(
+            Item("flights", self.wanted, self.generation, self.deleting), self.status, self.observed(), self.evidence(),
+            self.now, limits=Limits(drain_s=5),
+        )  # fmt: skip
+        self.check(before)
+        self.do()
+        return self.status
+
+    def observed(self) -> Observed:
+        arms = {
+            version: ArmSeen(
+                () if version in self.broken else tuple(f"{version}:{i}" for i in range(count)),
+                count,
+                self.refusals.get(version),
+            )
+            for version, count in self.running.items()
+        }
+        settled = self.in_force == self.published and self.published == self.status.route
+        return Observed(self.registry, arms, settled)
+
+    def evidence(self) -> Evidence:
+        return Evidence(
+            trial=self.status.trial,
+            step=self.status.step,
+            gates=[gate_state(self.verdict) for _ in self.wanted.rollout.gates],
+            step_candidate=Counts(requests=self.requests),
+        )
+
+    def do(self) -> None:
+        wanted = {}
+        for action in self.actions:
+            match action:
+                case SetRoute(route=route):
+                    self.published = route
+                case RunServers(ref=ref, replicas=replicas):
+                    wanted[ref.version] = replicas
+                case Forget():
+                    self.gone = True
+        # Nothing is stopped that a gateway may still send to.
+        for version in self.running.keys() - wanted.keys():
+            for route in (self.in_force, self.published):
+                assert route is None or all(arm.version != version for arm in route.arms), f"{version} stopped in use"
+        self.running = wanted
+        if self.acknowledges:
+            self.in_force = self.published
+
+    def check(self, before: Status) -> None:
+        """What must hold after every look, whatever happened."""
+        s = self.status
+        if s.route is not None:
+            assert abs(sum(arm.weight for arm in s.route.arms) - 100) < 1e-9
+            versions = [arm.version for arm in s.route.arms]
+            assert len(set(versions)) == len(versions)
+            if s.failed is not None:
+                assert s.route.weight(s.failed.version) == 0 or s.stable.ref.version == s.failed.version
+        on_trial = before.candidate is not None and before.weight > 0 and s.trial == before.trial
+        if on_trial and self.verdict == "fail" and not self.deleting:
+            assert s.candidate is None or s.trial != before.trial
+            assert s.route is None or s.route.weight(before.candidate.ref.version) == 0
+        promoted = before.stable and s.stable and before.stable.ref.version != s.stable.ref.version
+        if promoted:
+            assert before.weight == 100
+            assert before.candidate is not None
+            assert self.in_force is not None
+            assert self.in_force.weight(s.stable.ref.version) == 100
+        raised = before.candidate and s.candidate and s.weight > before.weight > 0 and s.trial == before.trial
+        if raised and not before.forced:
+            assert self.verdict == "pass"
+            assert not before.paused
+
+    def until(self, phase: str, ticks: int = 60) -> Status:
+        for _ in range(ticks):
+            if self.tick().phase == phase:
+                return self.status
+        raise AssertionError(f"phase {self.status.phase} ({self.status.waiting}), not {phase}")
+
+    def served(self) -> "World":
+        """With 1.0.0 stable."""
+        self.until("Promoted")
+        return self
