@@ -21,7 +21,7 @@ from millrace_kit.settings import BusSettings
 from millrace_training_coordinator.app import build
 from millrace_training_coordinator.settings import TrainingSettings
 
-DEADLINE_S = 60.0
+DEADLINE_S = 150.0
 
 
 def archive(files: Mapping[str, str]) -> bytes:

@@ -106,7 +106,7 @@ class ProcessExecutor:
         (folder / supervisor.OUTPUT).mkdir(parents=True)
         (folder / "tmp").mkdir()
         spec = {
-            "command": command_line(launch),
+            "command": command_line(launch, folder.absolute() / "tmp"),
             "code": str(launch.code.absolute()),
             "environment": self._environment(launch, gpus),
             "timeout_s": launch.timeout_s,
@@ -155,8 +155,6 @@ class ProcessExecutor:
 
     def _recover(self, place: Place) -> Found:
         folder = self.folder(place)
-        if (folder / supervisor.EXIT).exists():
-            return Found.ENDED
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / supervisor.LOCK).open("ab") as lock:
             try:
@@ -248,11 +246,13 @@ class ProcessExecutor:
         shutil.rmtree(self._runs / run_id, ignore_errors=True)
 
 
-def command_line(launch: Launch) -> list[str]:
+def command_line(launch: Launch, scratch: Path) -> list[str]:
     """The command as it is started: `python` replaced, torchrun in front of a distributed one."""
     command = list(launch.command)
     if launch.workers:
-        # "--no-python" is never used: the manifest lets only Python scripts and modules be distributed.
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        # Workers write to files of their own, which torchrun copies line by line with the rank in front: on one shared pipe
+        # their lines would run into each other.
+        own_logs = ["--tee", "3", "--log-dir", str(scratch / "torchrun")]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", *own_logs]
         return [*torchrun, "--nproc-per-node", str(launch.workers), *command[1:]]
     return [sys.executable, *command[1:]] if command[0] == "python" else command
