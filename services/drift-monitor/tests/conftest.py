@@ -129,6 +129,7 @@ class World:
             feature_names=FEATURES,
             label_column="late",
             reference_predictions=rng.beta(2, 6, 4000),
+            reference_correct=rng.random(4000) < 0.8,
             reference_accuracy=0.8,
         )
 

@@ -47,6 +47,7 @@ REFERENCE_CHANGES = [
     ("label_column", lambda r: setattr(r, "label_column", "nothing")),
     ("label_column", lambda r: setattr(r, "label_column", "wind")),
     ("reference_predictions[1]", lambda r: r.reference_predictions.__setitem__(1, float("nan"))),
+    ("reference_correct", lambda r: r.reference_correct.append(True)),
     ("reference_accuracy", lambda r: setattr(r, "reference_accuracy", 1.1)),
     ("reference_accuracy", lambda r: setattr(r, "reference_accuracy", float("nan"))),
 ]

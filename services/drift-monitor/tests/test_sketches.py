@@ -13,6 +13,7 @@ from millrace_drift_monitor.profiles import (
     dump_profile,
     group_rows,
     load_profile,
+    natural_effect,
     profile_column,
 )
 from millrace_drift_monitor.sketches import MAX_CATEGORIES, MAX_EDGES, Layout, fit_bins, pack, unpack
@@ -82,11 +83,13 @@ def test_a_profile_survives_bytes() -> None:
         predictions=0,
         natural=np.stack([c.natural for c in columns]),
         natural_label=0.25,
+        natural_accuracy=0.125,
         natural_windows=count,
     )
     again = load_profile(dump_profile(profile))
     assert again.feature_names == profile.feature_names
     assert (again.accuracy, again.labels, again.natural_windows) == (None, 3990, 40)
+    assert (again.natural_label, again.natural_accuracy) == (0.25, 0.125)
     np.testing.assert_array_equal(again.sketch, profile.sketch)
     np.testing.assert_array_equal(again.natural, profile.natural)
     for mine, theirs in zip(again.layout.columns, profile.layout.columns, strict=True):
@@ -105,6 +108,17 @@ def test_natural_effects_are_those_of_each_window_against_the_others() -> None:
     assert profile_column(fast, groups, 20).natural[DISTANCE] < 0.12
     assert profile_column(fast, groups, 20).natural[RANGE] < 0.02
     np.testing.assert_array_equal(profile_column(slow, groups, 0).natural, np.zeros(4))
+
+
+def test_natural_effects_of_few_windows_are_extrapolated() -> None:
+    """Of exponential effects, the level one window in 200 reaches is found from 15 windows about as from 200."""
+    rng = np.random.default_rng(3)
+    for windows in (15, 50, 200):
+        levels = [natural_effect(rng.exponential(0.01, windows)) for _ in range(400)]
+        exceeded = np.exp(-np.array(levels) / 0.01).mean()
+        assert 1 / 600 < exceeded < 1 / 60, windows
+    assert natural_effect(np.array([0.1, 0.9])) == pytest.approx(0.95)
+    assert natural_effect(np.array([0.0, 3.0]), bounded=False) > 3.0
 
 
 def test_windows_with_few_rows_say_nothing() -> None:

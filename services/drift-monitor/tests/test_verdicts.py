@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from millrace_drift_monitor.profiles import Profile, group_rows, natural_label_difference, profile_column
+from millrace_drift_monitor.profiles import Profile, group_rows, profile_column
 from millrace_drift_monitor.settings import Thresholds
 from millrace_drift_monitor.sketches import Layout
 from millrace_drift_monitor.verdicts import Kind, WindowCounts, judge, natural_threshold, summarize
@@ -31,7 +31,8 @@ def profile_of(x: np.ndarray, *, times=None, labels=None, scores=None, accuracy=
         accuracy=accuracy,
         predictions=0 if scores is None else len(scores),
         natural=np.stack([c.natural for c in columns]),
-        natural_label=natural_label_difference(labels, owner, count) if count and len(labels) else 0.0,
+        natural_label=0.0,
+        natural_accuracy=0.0,
         natural_windows=count,
     )
 

@@ -2,7 +2,7 @@
 
 Days differ from each other, so one window of slowly moving features (a seven-day mean, the weather) is far from a half-year
 reference although nothing is wrong. The profile therefore cuts the reference into windows of the monitor's length, compares each
-with all the others, and keeps the largest effect per column and test: what is natural for this data.
+with all the others, and keeps how large an effect one window in `RETURN_WINDOWS` shows: what is natural for this data.
 """
 
 import io
@@ -14,6 +14,8 @@ import numpy.typing as npt
 from millrace_drift_monitor.comparisons import cramers_v, ks_distance, psi_groups, psi_value
 from millrace_drift_monitor.sketches import Bins, Counts, Floats, Layout, fit_bins
 
+# An effect that one window in this many shows is natural.
+RETURN_WINDOWS = 200
 # Columns of `Profile.natural`.
 DISTANCE, PSI, NULLS, RANGE = range(4)
 
@@ -31,8 +33,9 @@ class Profile:
         positives: of these, true ones.
         accuracy: on held-out rows; None when not given.
         predictions: held-out predictions behind the output's bins and the accuracy.
-        natural: largest effect among the reference's own windows, shape (columns, 4): distance, PSI, null rate, out of range.
+        natural: natural effects, shape (columns, 4): distance, PSI, null rate, out of range.
         natural_label: the same for the label rate.
+        natural_accuracy: the same for a loss of accuracy.
         natural_windows: windows the natural effects come from; 0 says nothing is known.
     """
 
@@ -46,6 +49,7 @@ class Profile:
     predictions: int
     natural: Floats
     natural_label: float
+    natural_accuracy: float
     natural_windows: int
 
     @property
@@ -75,10 +79,22 @@ def profile_column(values: Floats, groups: npt.NDArray[np.int64], group_count: i
     if group_count:
         table = _group_counts(bins, values, groups, group_count)
         rest = table.sum(axis=0) - table
-        for index in range(group_count):
-            natural = np.maximum(natural, _effects(bins, rest[index], table[index]))
-        natural[RANGE] = _natural_range(bins, values, groups, table)
+        effects = np.stack([_effects(bins, rest[index], table[index]) for index in range(group_count)])
+        effects[:, RANGE] = _range_exits(bins, values, groups, table)
+        natural = np.array([natural_effect(effects[:, test], bounded=test != PSI) for test in range(4)])
     return Column(bins, counts, natural)
+
+
+def natural_effect(effects: Floats, *, bounded: bool = True) -> float:
+    """The effect one window in `RETURN_WINDOWS` reaches, from the effects of the reference's windows, shape (windows,).
+
+    With as many windows this is their largest effect. With fewer, the tail beyond the median is taken as exponential and
+    extrapolated; an effect that ends at 1 (`bounded`) by at most half of what is left to 1.
+    """
+    largest, middle = float(np.max(effects)), float(np.median(effects))
+    stretch = max(1.0, float(np.log(RETURN_WINDOWS) / np.log(max(2, len(effects)))))
+    level = middle + stretch * (largest - middle)
+    return min(level, (largest + 1) / 2) if bounded else level
 
 
 def _group_counts(bins: Bins, values: Floats, groups: npt.NDArray[np.int64], group_count: int) -> Counts:
@@ -103,20 +119,21 @@ def _effects(bins: Bins, rest: Counts, part: Counts) -> Floats:
     return effects
 
 
-def _natural_range(bins: Bins, values: Floats, groups: npt.NDArray[np.int64], table: Counts) -> float:
-    """Largest share of one window's values that lie outside the range of all the other windows."""
+def _range_exits(bins: Bins, values: Floats, groups: npt.NDArray[np.int64], table: Counts) -> Floats:
+    """Per window, the share of its values that lie outside the range of all the other windows."""
     rows = np.maximum(1, table[:, : bins.size].sum(axis=1))
     if bins.discrete:
         alone = (table[:, : bins.size] > 0) & (np.count_nonzero(table[:, : bins.size], axis=0) == 1)
-        return float(np.max((table[:, : bins.size] * alone).sum(axis=1) / rows, initial=0.0))
+        lonely: Floats = (table[:, : bins.size] * alone).sum(axis=1) / rows
+        return lonely
     inside = (groups >= 0) & ~np.isnan(values)
     kept, owner = values[inside], groups[inside]
     highs, lows = np.full(len(table), -np.inf), np.full(len(table), np.inf)
     np.maximum.at(highs, owner, kept)
     np.minimum.at(lows, owner, kept)
     second_high, second_low = np.sort(highs)[-2], np.sort(lows)[1]
-    shares = np.bincount(owner[(kept > second_high) | (kept < second_low)], minlength=len(table)) / rows
-    return float(np.max(shares, initial=0.0))
+    shares: Floats = np.bincount(owner[(kept > second_high) | (kept < second_low)], minlength=len(table)) / rows
+    return shares
 
 
 def group_rows(
@@ -149,14 +166,14 @@ def block_rows(rows: int, window_rows: int, min_windows: int) -> tuple[npt.NDArr
     return np.where(numbers < count, numbers, -1), count
 
 
-def natural_label_difference(labels: Floats, groups: npt.NDArray[np.int64], group_count: int) -> float:
-    """Largest difference between one window's label rate and that of the others; NaN labels are left out."""
-    known = ~np.isnan(labels) & (groups >= 0)
+def rate_differences(hits: Floats, groups: npt.NDArray[np.int64], group_count: int) -> Floats:
+    """Rate of each window less that of all the others; `hits` holds 0, 1 or NaN (left out), windows without rows give 0."""
+    known = ~np.isnan(hits) & (groups >= 0)
     counts = np.bincount(groups[known], minlength=group_count).astype(np.float64)
-    hits = np.bincount(groups[known], weights=labels[known], minlength=group_count)
+    sums = np.bincount(groups[known], weights=hits[known], minlength=group_count)
     with np.errstate(invalid="ignore", divide="ignore"):
-        differences = np.abs(hits / counts - (hits.sum() - hits) / (counts.sum() - counts))
-    return float(np.nanmax(differences, initial=0.0))
+        differences: Floats = sums / counts - (sums.sum() - sums) / (counts.sum() - counts)
+    return np.nan_to_num(differences)
 
 
 def dump_profile(profile: Profile) -> bytes:
@@ -177,7 +194,7 @@ def dump_profile(profile: Profile) -> bytes:
         ),
         accuracy=np.array([np.nan if profile.accuracy is None else profile.accuracy]),
         natural=profile.natural,
-        natural_label=np.array([profile.natural_label]),
+        natural_rates=np.array([profile.natural_label, profile.natural_accuracy]),
     )
     return buffer.getvalue()
 
@@ -202,6 +219,7 @@ def load_profile(content: bytes) -> Profile:
             accuracy=None if np.isnan(accuracy) else accuracy,
             predictions=predictions,
             natural=file["natural"],
-            natural_label=float(file["natural_label"][0]),
+            natural_label=float(file["natural_rates"][0]),
+            natural_accuracy=float(file["natural_rates"][1]),
             natural_windows=windows,
         )

@@ -12,7 +12,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from millrace_kit.errors import InvalidArgumentError
 
-from millrace_drift_monitor.profiles import Profile, block_rows, group_rows, natural_label_difference, profile_column
+from millrace_drift_monitor.profiles import (
+    Profile,
+    block_rows,
+    group_rows,
+    natural_effect,
+    profile_column,
+    rate_differences,
+)
 from millrace_drift_monitor.records import MICROS
 from millrace_drift_monitor.sketches import Floats, Layout
 
@@ -27,6 +34,7 @@ class ReferenceSpec:
         feature_names: columns in vector order.
         label_column: bool or 0/1 column; empty for none.
         predictions: held-out predictions, shape (n,).
+        correct: 1 where a held-out prediction was right, shape (n,) or empty.
         accuracy: on held-out rows.
         window_s: length of the monitor's windows.
         min_count: rows a window needs.
@@ -37,6 +45,7 @@ class ReferenceSpec:
     feature_names: Sequence[str]
     label_column: str
     predictions: Floats
+    correct: Floats
     accuracy: float | None
     window_s: int
     min_count: int
@@ -76,8 +85,12 @@ def _profile(file: pq.ParquetFile, spec: ReferenceSpec) -> Profile:
     ]
     # Held-out predictions carry no times: blocks as long as the reference's windows stand in for them.
     blocks, block_count = block_rows(len(spec.predictions), rows // count if count else 0, spec.min_windows)
-    no_blocks = np.full(len(spec.predictions), -1, dtype=np.int64)
-    columns.append(profile_column(spec.predictions, no_blocks if blocks is None else blocks, block_count))
+    if blocks is None:
+        blocks = np.full(len(spec.predictions), -1, dtype=np.int64)
+    columns.append(profile_column(spec.predictions, blocks, block_count))
+    natural_accuracy = 0.0
+    if block_count and len(spec.correct):
+        natural_accuracy = max(0.0, natural_effect(-rate_differences(spec.correct, blocks, block_count)))
     labels = _labels(file, spec.label_column) if spec.label_column else np.empty(0)
     known = labels[~np.isnan(labels)]
     return Profile(
@@ -90,7 +103,8 @@ def _profile(file: pq.ParquetFile, spec: ReferenceSpec) -> Profile:
         accuracy=spec.accuracy,
         predictions=len(spec.predictions),
         natural=np.stack([column.natural for column in columns]),
-        natural_label=natural_label_difference(labels, owner, count) if count and len(known) else 0.0,
+        natural_label=natural_effect(np.abs(rate_differences(labels, owner, count))) if count and len(known) else 0.0,
+        natural_accuracy=natural_accuracy,
         natural_windows=count,
     )
 

@@ -87,6 +87,10 @@ class DriftServicer(drift_pb2_grpc.DriftServiceServicer):
         if not np.all(np.isfinite(predictions)):
             index = int(np.flatnonzero(~np.isfinite(predictions))[0])
             raise InvalidArgumentError(f"reference_predictions[{index}]", "must be a finite number")
+        correct = np.array(request.reference_correct, dtype=np.float64)
+        if len(correct) not in {0, len(predictions)}:
+            problem = f"has {len(correct)} entries for {len(predictions)} predictions"
+            raise InvalidArgumentError("reference_correct", problem)
         accuracy = request.reference_accuracy if request.HasField("reference_accuracy") else None
         if accuracy is not None and not 0 <= accuracy <= 1:
             raise InvalidArgumentError("reference_accuracy", "must be 0 to 1")
@@ -94,6 +98,7 @@ class DriftServicer(drift_pb2_grpc.DriftServiceServicer):
             feature_names=[*request.feature_names],
             label_column=request.label_column,
             predictions=predictions,
+            correct=correct,
             accuracy=accuracy,
             window_s=self._settings.window_s,
             min_count=self._settings.min_count,

@@ -63,7 +63,6 @@ class Verdict:
     adjusted_p: float
     threshold: float
     natural: float
-    natural_windows: int
     is_finding: bool
 
 
@@ -93,7 +92,6 @@ def judge(profile: Profile, window: WindowCounts, thresholds: Thresholds, min_co
             float(p_value),
             test.threshold,
             test.natural,
-            profile.natural_windows,
             bool(p_value <= thresholds.false_discovery_rate and test.comparison.effect >= test.threshold),
         )
         for test, p_value in zip(tests, adjusted, strict=True)
@@ -150,7 +148,9 @@ def _outcome_tests(profile: Profile, window: WindowCounts, thresholds: Threshold
         yield _Test(Kind.LABEL, "", "label_rate", comparison, threshold, natural)
     if profile.accuracy is not None:
         comparison = accuracy_drop(profile.accuracy, profile.predictions, window.correct, window.outcomes)
-        yield _Test(Kind.PERFORMANCE, "", "accuracy", comparison, thresholds.accuracy_drop, 0.0)
+        natural = profile.natural_accuracy
+        threshold = natural_threshold(thresholds.accuracy_drop, natural, thresholds.natural_margin)
+        yield _Test(Kind.PERFORMANCE, "", "accuracy", comparison, threshold, natural)
 
 
 def natural_threshold(base: float, natural: float, margin: float) -> float:
@@ -182,7 +182,7 @@ def summarize(verdict: Verdict) -> str:
     comparison = verdict.comparison
     natural = ""
     if verdict.natural > 0:
-        natural = f", the reference's own {verdict.natural_windows} windows reach {verdict.natural:.3g}"
+        natural = f", up to {verdict.natural:.3g} is natural in the reference"
     against = (
         f"against {comparison.reference_count} of the reference"
         if comparison.reference_count
