@@ -31,9 +31,11 @@ class InferenceCall:
     """gRPC status."""
     latency_ms: float
     """From the first byte sent to the model server to the last byte it answered; without an answer, the whole call."""
-    finished_at: datetime
+    finished_ns: int
+    """Unix time."""
     subject: str
-    event_time: datetime | None
+    event_time_ns: int
+    """Unix time; when the caller gave none, that of the answer."""
     trace_id: str
     request: bytes
     """gRPC body, when it was sampled."""
@@ -47,9 +49,9 @@ def read_entry(entry: accesslog_pb2.HTTPAccessLogEntry) -> InferenceCall | None:
     if arm is None:
         return None
     headers = entry.request.request_headers
-    event_time = _time(headers.get("x-millrace-event-time", ""))
     trace = _TRACE.fullmatch(headers.get("traceparent", ""))
-    started = common.start_time.ToDatetime(tzinfo=UTC)
+    start, took = common.start_time, common.duration
+    finished_ns = (start.seconds + took.seconds) * 1_000_000_000 + start.nanos + took.nanos
     return InferenceCall(
         prediction_id=entry.request.request_id,
         model=arm[0],
@@ -57,9 +59,9 @@ def read_entry(entry: accesslog_pb2.HTTPAccessLogEntry) -> InferenceCall | None:
         digest=entry.response.response_headers.get("x-millrace-digest", ""),
         status=_status(entry),
         latency_ms=_latency_ms(common),
-        finished_at=started + common.duration.ToTimedelta(),
+        finished_ns=finished_ns,
         subject=headers.get("x-millrace-subject", "")[:MAX_SUBJECT],
-        event_time=event_time,
+        event_time_ns=_time_ns(headers.get("x-millrace-event-time", ""), finished_ns),
         trace_id=trace[1] if trace else "",
         request=_payload(common, "request"),
         response=_payload(common, "response"),
@@ -86,12 +88,15 @@ def _ms(value: Duration) -> float:
     return value.seconds * 1e3 + value.nanos / 1e6
 
 
-def _time(text: str) -> datetime | None:
+def _time_ns(text: str, otherwise: int) -> int:
+    if not text:
+        return otherwise
     try:
         found = datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+        aware = found if found.tzinfo else found.replace(tzinfo=UTC)
+        return round(aware.timestamp() * 1000) * 1_000_000
+    except (ValueError, OverflowError):
+        return otherwise
 
 
 def _payload(common: accesslog_pb2.AccessLogCommon, key: str) -> bytes:

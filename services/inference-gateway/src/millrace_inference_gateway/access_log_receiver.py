@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 import grpc
 import grpc.aio
 from envoy.service.accesslog.v3 import als_pb2
-from prometheus_client import Counter, Histogram
 
 from millrace_inference_gateway.access_log import OK, InferenceCall, read_entry
 from millrace_inference_gateway.envoy_bootstrap import PUBLIC
@@ -19,15 +18,6 @@ from millrace_inference_gateway.prediction_log import PredictionLog
 log = logging.getLogger(__name__)
 
 SERVICE = "envoy.service.accesslog.v3.AccessLogService"
-REQUESTS = Counter(
-    "millrace_gateway_requests_total", "Inference calls finished.", ["model", "version", "path", "grpc_status"]
-)
-SECONDS = Histogram(
-    "millrace_gateway_model_seconds",
-    "Time a model server took for a call.",
-    ["model", "version"],
-    buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60),
-)
 
 
 class AccessLogReceiver:
@@ -89,8 +79,6 @@ class AccessLogReceiver:
             if call is None:
                 continue
             self._figures.record(call.model, call.version, call.status, call.latency_ms)
-            REQUESTS.labels(call.model, call.version, path, call.status).inc()
-            SECONDS.labels(call.model, call.version).observe(max(0.0, call.latency_ms / 1000))
             if call.status == OK and path == PUBLIC:
                 reported += 1
                 answered.append(call)

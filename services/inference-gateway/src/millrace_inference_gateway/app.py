@@ -9,6 +9,7 @@ from millrace_kit.client import open_channel
 from millrace_kit.clock import Clock, SystemClock, uuid7
 from millrace_kit.entry import run_service
 from millrace_kit.server import Service, Worker
+from prometheus_client import REGISTRY
 from tritonclient.grpc import service_pb2_grpc
 
 from millrace_inference_gateway.access_log_receiver import AccessLogReceiver
@@ -18,6 +19,7 @@ from millrace_inference_gateway.envoy_files import envoy_files
 from millrace_inference_gateway.figures import Figures
 from millrace_inference_gateway.journal import Journal
 from millrace_inference_gateway.ledger import Ledger
+from millrace_inference_gateway.metrics import FiguresCollector
 from millrace_inference_gateway.prediction_log import PredictionLog
 from millrace_inference_gateway.publisher import Publisher
 from millrace_inference_gateway.route_watch import RouteWatch
@@ -56,6 +58,8 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
         interval_s=kept.publish_interval_s,
     )
     figures = Figures()
+    collector = FiguresCollector(figures)
+    REGISTRY.register(collector)
     receiver = AccessLogReceiver(figures, log)
     ledger = Ledger(admin, log)
 
@@ -79,8 +83,9 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(server, to)
         to.add_generic_rpc_handlers((receiver.handler(),))
 
-    async def close_journal() -> None:
+    async def close_log() -> None:
         journal.close()
+        REGISTRY.unregister(collector)
 
     return Service(
         name="inference-gateway",
@@ -93,7 +98,7 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
             Worker("publisher", lambda stop: publisher.run(folder, stop)),
             Worker("ledger", ledger.run),
         ],
-        closers=[close_journal, bus.close, rollout.close, features.close, models.close],
+        closers=[close_log, bus.close, rollout.close, features.close, models.close],
     )
 
 

@@ -95,7 +95,7 @@ def write_clusters(files: EnvoyFiles, table: RouteTable, settings: GatewaySettin
 
 def write_routes(files: EnvoyFiles, table: RouteTable, settings: GatewaySettings) -> str:
     """RDS; returns its version."""
-    return write_resources(files.routes, [route_configuration(table, settings.envoy, settings.max_message_mib)])
+    return write_resources(files.routes, [route_configuration(table, settings)])
 
 
 def remove_endpoints(files: EnvoyFiles, keep: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from envoy.config.route.v3 import route_components_pb2, route_pb2
 from envoy.extensions.filters.http.lua.v3 import lua_pb2
 from envoy.extensions.retry.host.previous_hosts.v3 import previous_hosts_pb2
 from envoy.type.matcher.v3 import regex_pb2, string_pb2
+from google.protobuf.any_pb2 import Any
 from google.protobuf.wrappers_pb2 import UInt32Value, UInt64Value
 from google.rpc import error_details_pb2, status_pb2
 from xds.core.v3 import extension_pb2
@@ -16,7 +17,7 @@ from xds.type.matcher.v3 import matcher_pb2
 from millrace_inference_gateway.envoy_clusters import PYTHON_CLUSTER, SERVER_CLUSTER, duration, packed
 from millrace_inference_gateway.envoy_rules import both, header_equals, rule_predicate
 from millrace_inference_gateway.routes import WEIGHT_UNITS, Arm, Route, RouteTable, Rule
-from millrace_inference_gateway.settings import EnvoySettings
+from millrace_inference_gateway.settings import GatewaySettings
 
 ROUTES_NAME = "routes"
 MODEL_HEADER = "x-millrace-model"
@@ -39,9 +40,7 @@ _RETRY_UNPROCESSED = "connect-failure,refused-stream,reset-before-request,unavai
 RouteMessage: TypeAlias = route_components_pb2.Route
 
 
-def route_configuration(
-    table: RouteTable, settings: EnvoySettings, max_message_mib: int
-) -> route_pb2.RouteConfiguration:
+def route_configuration(table: RouteTable, settings: GatewaySettings) -> route_pb2.RouteConfiguration:
     """Every route. The matcher tries the rules first, then the plain routes in order."""
     plain = [
         *(message for route in table.routes.values() for message in _model_routes(route, settings)),
@@ -66,7 +65,7 @@ def route_configuration(
         domains=["*"],
         matcher=matcher,
         # A client without metadata has its body held until it is whole, for the model's name; never more than a message may have.
-        request_body_buffer_limit=UInt64Value(value=max_message_mib << 20),
+        request_body_buffer_limit=UInt64Value(value=settings.max_message_mib << 20),
         response_headers_to_add=[_header("x-millrace-prediction-id", "%REQ(x-request-id)%")],
     )
     return route_pb2.RouteConfiguration(
@@ -95,10 +94,10 @@ def _arm_headers(arm: Arm) -> list[base_pb2.HeaderValueOption]:
     return [*headers, _header("x-millrace-digest", arm.digest)] if arm.digest else headers
 
 
-def _retry(settings: EnvoySettings) -> route_components_pb2.RetryPolicy:
+def _retry(settings: GatewaySettings) -> route_components_pb2.RetryPolicy:
     return route_components_pb2.RetryPolicy(
-        retry_on=_RETRY_UNPROCESSED + (",reset" if settings.retry_lost_calls else ""),
-        num_retries=UInt32Value(value=settings.max_retries),
+        retry_on=_RETRY_UNPROCESSED + (",reset" if settings.envoy.retry_lost_calls else ""),
+        num_retries=UInt32Value(value=settings.envoy.max_retries),
         retry_host_predicate=[
             route_components_pb2.RetryPolicy.RetryHostPredicate(
                 name="envoy.retry_host_predicates.previous_hosts",
@@ -109,15 +108,15 @@ def _retry(settings: EnvoySettings) -> route_components_pb2.RetryPolicy:
     )
 
 
-def _action(route: Route, settings: EnvoySettings) -> route_components_pb2.RouteAction:
+def _action(route: Route, settings: GatewaySettings) -> route_components_pb2.RouteAction:
     timeout = duration(route.timeout_ms / 1000)
     action = route_components_pb2.RouteAction(
         timeout=timeout,
-        idle_timeout=duration(settings.stream_idle_s),
+        idle_timeout=duration(settings.envoy.stream_idle_s),
         # A caller's own, shorter deadline (grpc-timeout) counts too.
         max_stream_duration=route_components_pb2.RouteAction.MaxStreamDuration(grpc_timeout_header_max=timeout),
     )
-    if settings.max_retries:
+    if settings.envoy.max_retries:
         action.retry_policy.CopyFrom(_retry(settings))
     if route.sticky_header:
         action.hash_policy.append(
@@ -151,7 +150,7 @@ def _model_match(route: Route, match: route_components_pb2.RouteMatch) -> route_
     return match
 
 
-def _model_routes(route: Route, settings: EnvoySettings, only: Arm | None = None) -> list[RouteMessage]:
+def _model_routes(route: Route, settings: GatewaySettings, only: Arm | None = None) -> list[RouteMessage]:
     """Routes of one model: unary methods, and the stream whose life no request deadline may end. `only` sends all to one arm."""
     found = []
     unary = _MODEL_METHODS.replace("ModelStreamInfer|", "")
@@ -164,6 +163,8 @@ def _model_routes(route: Route, settings: EnvoySettings, only: Arm | None = None
         message = RouteMessage(
             name=f"{route.model}/{name}", match=_model_match(route, _regex(V2, methods)), route=action
         )
+        if not settings.prediction_log.samples_payloads:
+            message.typed_per_filter_config[LUA_FILTER].CopyFrom(_without_lua()[LUA_FILTER])
         if only is None:
             message.route.weighted_clusters.CopyFrom(_split(route))
         else:
@@ -173,7 +174,7 @@ def _model_routes(route: Route, settings: EnvoySettings, only: Arm | None = None
     return found
 
 
-def _rule_matcher(route: Route, rule: Rule, settings: EnvoySettings) -> matcher_pb2.Matcher.MatcherList.FieldMatcher:
+def _rule_matcher(route: Route, rule: Rule, settings: GatewaySettings) -> matcher_pb2.Matcher.MatcherList.FieldMatcher:
     arm = next(arm for arm in route.arms if arm.candidate == rule.candidate)
     refusal = _refusal(
         "unknown method",
@@ -225,7 +226,7 @@ def _python_route(service: str) -> RouteMessage:
     )
 
 
-def _without_lua() -> dict[str, "object"]:
+def _without_lua() -> dict[str, Any]:
     return {LUA_FILTER: packed(lua_pb2.LuaPerRoute(disabled=True))}
 
 

@@ -1,5 +1,6 @@
 """Feature and output rows of a sampled V2 call, from the bytes that passed."""
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,12 +61,12 @@ def _rows(message: object | None, tensors: str, raws: str) -> Rows | None:
     for index, tensor in enumerate(getattr(message, tensors)):
         values = _values(tensor, raw[index] if index < len(raw) else None)
         shape = tuple(tensor.shape)
-        if values is None or not shape or shape[0] < 1 or int(np.prod(shape)) != values.size:
+        if values is None or not shape or shape[0] < 1 or math.prod(shape) != values.size:
             return None
         found.append(values.reshape(shape[0], -1))
     if not found or any(len(rows) != len(found[0]) for rows in found):
         return None
-    return np.concatenate(found, axis=1)
+    return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
 
 
 def _values(tensor: object, raw: bytes | None) -> Rows | None:

@@ -93,7 +93,7 @@ def call_predictions(call: InferenceCall, max_rows: int) -> list[events_pb2.Pred
             trace_id=call.trace_id,
             path="v2",
         )
-        prediction.predicted_at.FromDatetime(call.finished_at)
-        prediction.event_time.FromDatetime(call.event_time or call.finished_at)
+        prediction.predicted_at.seconds, prediction.predicted_at.nanos = divmod(call.finished_ns, 1_000_000_000)
+        prediction.event_time.seconds, prediction.event_time.nanos = divmod(call.event_time_ns, 1_000_000_000)
         found.append(prediction)
     return found

@@ -66,6 +66,11 @@ class PredictionLogSettings(Settings):
     publish_interval_s: float = Field(default=0.2, gt=0, le=60)
     """Longest time an entry waits for others to share its message."""
 
+    @property
+    def samples_payloads(self) -> bool:
+        """Whether any payload is logged."""
+        return self.sample_ratio > 0 and self.samples_per_s > 0 and self.sample_max_bytes > 0
+
 
 class GatewaySettings(ServiceSettings):
     """The gateway."""
