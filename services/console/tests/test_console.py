@@ -7,17 +7,20 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 
 import pytest
 import uvicorn
-from millrace_api.drift.v1 import drift_pb2
+from millrace_api.drift.v1 import drift_pb2, drift_pb2_grpc
 from millrace_api.prediction.v1 import prediction_pb2
-from millrace_api.registry.v1 import registry_pb2
-from millrace_api.rollout.v1 import rollout_pb2
+from millrace_api.registry.v1 import registry_pb2, registry_pb2_grpc
+from millrace_api.rollout.v1 import rollout_pb2, rollout_pb2_grpc
 from millrace_console.app import build
 from millrace_console.settings import ConsoleSettings
 from millrace_console.sources import SERVICES, Answers, Sources
 from millrace_console.view import latency_quantile, page
+from millrace_kit.server import Service, running
+from millrace_kit.settings import ServiceSettings
 
 EVIL = "<img src=x onerror=document.title='owned'>"
 
@@ -64,6 +67,69 @@ def test_view_model() -> None:
     assert shown["figures"][0]["accuracy"] == 0.8
     assert shown["facts"]["gateway"] == {"predictions": 100, "errors": 1}
     json.dumps(shown, allow_nan=False)
+
+
+def test_what_json_or_this_build_has_no_word_for_breaks_nothing() -> None:
+    """NaN and infinity have no place in JSON, and a newer service may send an enum value this console does not know."""
+    given = answers()
+    assert given.versions is not None
+    assert given.deployments is not None
+    given.versions[0].metrics["auc"] = float("nan")
+    given.versions[0].stage = 99
+    given.deployments.deployments[0].gates[0].verdict = 99
+    finding = drift_pb2.Finding(model="m", kind=99, p_value=float("nan"), effect_size=float("inf"))
+    finding.window.start.seconds = 1 << 60
+    given.findings = drift_pb2.ListFindingsResponse(findings=[finding])
+    shown = page(given)
+    json.dumps(shown, allow_nan=False)
+    assert shown["versions"][0]["metrics"] == {"auc": None}
+    assert shown["versions"][0]["stage"] == "99"
+    assert (shown["findings"][0]["kind"], shown["findings"][0]["effect"]) == ("99", None)
+
+
+class Registry(registry_pb2_grpc.RegistryServiceServicer):
+    async def ListModels(self, request, context):
+        return registry_pb2.ListModelsResponse(models=[registry_pb2.Model(name="flight-delay")])
+
+    async def ListVersions(self, request, context):
+        version = registry_pb2.ModelVersion(model=request.model, version="1.0.0", stage=registry_pb2.STAGE_STAGING)
+        return registry_pb2.ListVersionsResponse(versions=[version])
+
+
+class Drift(drift_pb2_grpc.DriftServiceServicer):
+    async def ListFindings(self, request, context):
+        return drift_pb2.ListFindingsResponse(findings=[drift_pb2.Finding(model="flight-delay", effect_size=0.5)])
+
+    async def GetOutcomes(self, request, context):
+        return drift_pb2.GetOutcomesResponse(
+            versions=[drift_pb2.OutcomeFigures(model=request.model, version="1.0.0", outcomes=4, correct=3)]
+        )
+
+
+async def test_answers_come_over_grpc_and_one_hanging_service_hides_nothing() -> None:
+    class Hanging(rollout_pb2_grpc.RolloutServiceServicer):
+        async def ListDeployments(self, request, context):
+            await asyncio.Event().wait()
+
+    def one(add) -> Service:
+        return Service("fake", [add])
+
+    services = {
+        "registry": one(lambda s: registry_pb2_grpc.add_RegistryServiceServicer_to_server(Registry(), s)),
+        "drift": one(lambda s: drift_pb2_grpc.add_DriftServiceServicer_to_server(Drift(), s)),
+        "rollout": one(lambda s: rollout_pb2_grpc.add_RolloutServiceServicer_to_server(Hanging(), s)),
+    }
+    async with AsyncExitStack() as stack:
+        addresses = {f"{name}_address": "127.0.0.1:1" for name in SERVICES}
+        for name, service in services.items():
+            addresses[f"{name}_address"] = await stack.enter_async_context(running(service, ServiceSettings(drain_s=0)))
+        sources = Sources(ConsoleSettings(call_timeout_s=0.7, refresh_s=0.2, **addresses))
+        stack.push_async_callback(sources.close)
+        shown = page(await asyncio.wait_for(sources.latest(), 10))
+    assert {name for name, service in shown["services"].items() if service["up"]} == {"registry", "drift"}
+    assert shown["versions"][0]["stage"] == "Staging"
+    assert shown["facts"]["drift"] == {"findings": 1, "outcomes": 4}
+    assert shown["findings"][0]["effect"] == 0.5
 
 
 def test_latency_quantile() -> None:

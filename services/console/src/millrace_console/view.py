@@ -1,7 +1,10 @@
 """The page's data, from the services' answers: a pure function, tested without a server."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
+from google.protobuf.timestamp_pb2 import Timestamp
 from millrace_api.drift.v1.drift_pb2 import DriftKind
 from millrace_api.prediction.v1.prediction_pb2 import VersionFigures
 from millrace_api.registry.v1.registry_pb2 import Stage
@@ -11,6 +14,27 @@ from millrace_api.training.v1.training_pb2 import RunState, StageState
 from millrace_console.sources import SERVICES, Answers
 
 QUANTILE = 0.99
+
+
+def word(name: Callable[[Any], str], number: int, prefix: str) -> str:
+    """An enum value's `name` in lower case without `prefix`; the number where a newer service sent one not known here."""
+    try:
+        return name(number).removeprefix(prefix).lower()
+    except ValueError:
+        return str(number)
+
+
+def finite(value: float) -> float | None:
+    """`value`, or None where JSON has no number for it."""
+    return value if math.isfinite(value) else None
+
+
+def instant(value: Timestamp) -> str:
+    """RFC 3339; empty for one outside years 1 to 9999."""
+    try:
+        return value.ToJsonString()
+    except ValueError:
+        return ""
 
 
 def page(answers: Answers) -> dict[str, Any]:
@@ -73,14 +97,14 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
         "ready": deployment.ready,
         "stable": deployment.stable_version,
         "candidate": deployment.candidate_version,
-        "weight": deployment.candidate_weight,
+        "weight": finite(deployment.candidate_weight),
         "step": deployment.step + 1 if deployment.candidate_version else 0,
         "steps": deployment.steps,
         "arms": [
             {
                 "version": arm.version,
-                "role": ArmRole.Name(arm.role).removeprefix("ARM_ROLE_").lower(),
-                "weight": arm.weight,
+                "role": word(ArmRole.Name, arm.role, "ARM_ROLE_"),
+                "weight": finite(arm.weight),
                 "servers": len(arm.endpoints),
             }
             for arm in deployment.arms
@@ -88,7 +112,7 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
         "gates": [
             {
                 "gate": gate.gate,
-                "verdict": Verdict.Name(gate.verdict).removeprefix("VERDICT_").lower(),
+                "verdict": word(Verdict.Name, gate.verdict, "VERDICT_"),
                 "evidence": gate.evidence,
             }
             for gate in deployment.gates
@@ -112,10 +136,10 @@ def _version(answers: Answers, index: int) -> dict[str, Any]:
     return {
         "model": version.model,
         "version": version.version,
-        "stage": Stage.Name(version.stage).removeprefix("STAGE_").capitalize(),
-        "weight": weight,
+        "stage": word(Stage.Name, version.stage, "STAGE_").capitalize(),
+        "weight": finite(weight),
         "digest": version.digest,
-        "metrics": dict(sorted(version.metrics.items())),
+        "metrics": {name: finite(value) for name, value in sorted(version.metrics.items())},
         "run": version.lineage.run_id,
     }
 
@@ -140,7 +164,7 @@ def latency_quantile(figures: VersionFigures, q: float) -> float | None:
     for bucket in figures.latency:
         seen += bucket.count
         if total and seen >= q * total:
-            return None if bucket.le_ms == float("inf") else bucket.le_ms
+            return finite(bucket.le_ms)
     return None
 
 
@@ -149,13 +173,13 @@ def _findings(answers: Answers) -> list[dict[str, Any]]:
         {
             "model": f.model,
             "version": f.version,
-            "kind": DriftKind.Name(f.kind).removeprefix("DRIFT_KIND_").lower(),
+            "kind": word(DriftKind.Name, f.kind, "DRIFT_KIND_"),
             "feature": f.feature,
             "test": f.test,
-            "effect": f.effect_size,
-            "threshold": f.effect_threshold,
-            "p": f.p_value,
-            "window": [f.window.start.ToJsonString(), f.window.end.ToJsonString()],
+            "effect": finite(f.effect_size),
+            "threshold": finite(f.effect_threshold),
+            "p": finite(f.p_value),
+            "window": [instant(f.window.start), instant(f.window.end)],
             "summary": f.summary,
         }
         for f in (answers.findings.findings if answers.findings else ())
@@ -167,14 +191,14 @@ def _runs(answers: Answers) -> list[dict[str, Any]]:
         {
             "id": run.id,
             "pipeline": run.pipeline,
-            "state": RunState.Name(run.state).removeprefix("RUN_STATE_").lower(),
+            "state": word(RunState.Name, run.state, "RUN_STATE_"),
             "cause": run.cause,
             "version": run.model_version,
-            "created": run.created_at.ToJsonString(),
+            "created": instant(run.created_at),
             "stages": [
                 {
                     "name": s.name,
-                    "state": StageState.Name(s.state).removeprefix("STAGE_STATE_").lower(),
+                    "state": word(StageState.Name, s.state, "STAGE_STATE_"),
                     "attempts": s.attempts,
                 }
                 for s in run.stages

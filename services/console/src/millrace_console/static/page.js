@@ -18,11 +18,12 @@ const EDGES = [
   ["approved", "M1020 118V244", 1028, 186, ["rollout", "deployments"]],
   ["routes, weights", "M936 306H650", 780, 326, ["rollout", "deployments"]],
   ["features", "M545 118V244", 552, 186, ["feature", "entities"]],
-  ["predictions", "M644 270C690 262 690 220 735 230", 596, 236, ["gateway", "predictions"]],
+  ["predictions", "M644 276C706 276 734 268 742 234", 652, 262, ["gateway", "predictions"]],
   ["retrain", "M790 142V124", 798, 136, ["drift", "findings"]],
   ["answers", "M476 292H100V124", 200, 282, ["gateway", "predictions"]],
 ];
 let before = {};
+const shown = {};
 
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -37,7 +38,15 @@ function shape(tag, attributes = {}, text = "") {
   return made;
 }
 const number = (value) => value.toLocaleString("en");
+const decimal = (value, digits = 3) => (value === null ? "–" : value.toFixed(digits));
 const short = (digest) => digest.slice(0, 12);
+const day = (instant) => instant.slice(0, 16).replace("T", " ").replace(" 00:00", "");
+// What is counted, as people say it of one.
+const ONE = { records: "record", contracts: "contract", "dead letters": "dead letter", entities: "entity", "messages behind": "message behind",
+  runs: "run", versions: "version", models: "model", deployments: "deployment", predictions: "prediction", errors: "error", findings: "finding", outcomes: "outcome" };
+const counted = (value, what) => `${number(value)} ${value === 1 ? ONE[what] || what : what}`;
+// State is said by a sign too, not by colour alone.
+const SIGNS = { succeeded: "✓", failed: "✗", running: "▸", retrying: "↻", skipped: "–", waiting: "·" };
 
 function drawLoop(page) {
   const edges = document.getElementById("edges"), nodes = document.getElementById("nodes");
@@ -56,7 +65,7 @@ function drawLoop(page) {
     group.append(shape("rect", { x, y, width: 168, height: 84, rx: 10 }));
     group.append(shape("text", { x: x + 12, y: y + 25, class: "name" }, title));
     const facts = !service ? ["your producers", "and callers"] : !service.up ? ["down"] :
-      Object.entries(page.facts[name]).map(([fact, value]) => `${number(value)} ${fact}`);
+      Object.entries(page.facts[name]).map(([fact, value]) => counted(value, fact));
     facts.forEach((fact, row) => group.append(shape("text", { x: x + 12, y: y + 44 + 16 * row, class: "fact" }, fact)));
     if (service && !service.up) group.append(shape("title", {}, service.problem));
     return group;
@@ -79,12 +88,13 @@ function rollout(deployment, figures) {
   const bar = element("div", { class: "bar", role: "img", "aria-label": deployment.arms.map((a) => `${a.version} ${a.weight} percent`).join(", ") });
   for (const arm of deployment.arms) {
     if (!arm.weight) continue;
-    const part = element("span", { class: arm.role }, `${arm.version}  ${arm.weight} %  (${arm.servers} servers)`);
+    const servers = arm.servers === 1 ? "1 server" : `${arm.servers} servers`;
+    const part = element("span", { class: arm.role, title: `${arm.version}, ${arm.role}, ${servers}` }, `${arm.version}  ${arm.weight} %  (${servers})`);
     part.style.flex = `${arm.weight} 1 0`;
     bar.append(part);
   }
   box.append(bar);
-  const rows = figures.map((f) => [f.version, number(f.requests), number(f.errors), f.p99_ms === null ? "–" : f.p99_ms.toFixed(1), number(f.outcomes), f.accuracy === null ? "–" : f.accuracy.toFixed(3)]);
+  const rows = figures.map((f) => [f.version, number(f.requests), number(f.errors), decimal(f.p99_ms, 1), number(f.outcomes), decimal(f.accuracy)]);
   const gates = deployment.gates.map((g) => [g.gate, word(g.verdict), g.evidence]);
   const events = deployment.events.slice(0, 8).map((e) => [e.at.slice(11, 19), word(e.reason, e.type), e.message]);
   const left = element("div", {}, table([["gate"], ["verdict"], ["evidence"]], gates, "no gate is being weighed"), element("p", {}),
@@ -95,25 +105,36 @@ function rollout(deployment, figures) {
 
 function draw(page) {
   drawLoop(page);
-  const place = (id, ...made) => document.getElementById(id).replaceChildren(...made);
+  const place = (id, ...made) => {
+    // Left alone while nothing changes, so that a selection or a screen reader is not thrown out every second.
+    const home = document.getElementById(id), fresh = made.map((part) => part.outerHTML).join("");
+    if (shown[id] !== fresh) home.replaceChildren(...made);
+    shown[id] = fresh;
+  };
   const none = element("p", { class: "empty" }, "nothing is deployed; millrace apply -f manifest.yaml");
   place("rollouts", ...(page.deployments.length ? page.deployments.map((d) => rollout(d, page.figures.filter((f) => f.model === d.name || page.deployments.length === 1))) : [none]));
   place("versions", table([["model"], ["version"], ["stage"], ["weight", "number"], ["metrics"], ["digest"]], page.versions.map((v) => [
     v.model, v.version, v.stage, v.weight ? `${v.weight} %` : "–",
-    Object.entries(v.metrics).slice(0, 4).map(([name, value]) => `${name} ${value.toFixed(3)}`).join(", "), element("code", {}, short(v.digest)),
+    Object.entries(v.metrics).slice(0, 4).map(([name, value]) => `${name} ${decimal(value)}`).join(", "), element("code", {}, short(v.digest)),
   ]), "no versions yet"));
-  place("findings", table([["kind"], ["feature"], ["effect", "number"], ["p", "number"], ["what"]], page.findings.map((f) => [
-    word(f.kind, "bad"), f.feature || "–", f.effect.toFixed(3), f.p.toExponential(1), f.summary,
+  place("findings", table([["kind"], ["version"], ["feature"], ["test"], ["effect", "number"], ["counts from", "number"], ["p", "number"], ["window from"], ["what"]], page.findings.map((f) => [
+    word(f.kind, "bad"), f.version, f.feature || "–", f.test, decimal(f.effect), decimal(f.threshold), f.p === null ? "–" : f.p.toExponential(1), word(day(f.window[0]), "number"), word(f.summary, "what"),
   ]), "no drift found"));
   place("runs", table([["run"], ["state"], ["version"], ["stages"], ["cause"]], page.runs.map((r) => [
     element("code", {}, r.id.slice(-8)), word(r.state), r.version || "–",
-    element("span", {}, ...r.stages.flatMap((s) => [word(s.attempts > 1 ? `${s.name} ×${s.attempts}` : s.name, s.state), " "])), r.cause || "–",
+    element("span", {}, ...r.stages.flatMap((s) => [word(`${SIGNS[s.state] || ""} ${s.name}${s.attempts > 1 ? ` ×${s.attempts}` : ""}`, `stage ${s.state}`), " "])), r.cause || "–",
   ]), "no runs yet"));
   place("letters", table([["contract"], ["reason"], ["records", "number"], ["replayed", "number"]], page.dead_letters.map((l) => [
     l.contract, l.reason, number(l.count), number(l.replayed),
   ]), "no record was refused"));
   const down = Object.entries(page.services).filter(([, service]) => !service.up).map(([name]) => name);
-  document.getElementById("state").textContent = down.length ? `down: ${down.join(", ")}` : "every service answers";
+  say(down.length ? `down: ${down.join(", ")}` : "every service answers", down.length);
+}
+
+function say(text, isBad) {
+  const state = document.getElementById("state");
+  if (state.textContent !== text) state.textContent = text;
+  state.classList.toggle("bad", Boolean(isBad));
 }
 
 async function follow() {
@@ -122,7 +143,7 @@ async function follow() {
     if (!answer.ok) throw new Error(`status ${answer.status}`);
     draw(await answer.json());
   } catch (error) {
-    document.getElementById("state").textContent = `the console does not answer (${error.message})`;
+    say(`the console does not answer (${error.message})`, true);
   }
   setTimeout(follow, PERIOD_MS);
 }
