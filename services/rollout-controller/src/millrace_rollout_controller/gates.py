@@ -24,6 +24,8 @@ from millrace_rollout_controller.state import GateView, Verdict
 
 P99_SHARE = 0.01
 """Share of requests that may be slower than a 99th percentile."""
+BUCKET_WIDTH = 1.1
+"""Most that a latency bucket's upper edge is above its lower one; the gateways' are 5 % wide."""
 BURN_IN = 30
 """Values of stable that only teach its mean, before the first bet of a comparison."""
 MEMORY = 1000.0
@@ -101,8 +103,9 @@ class GateState(BaseModel):
 def measure(gate: Gate, counts: Counts) -> tuple[Sums, Sums]:
     """The gate's values in `counts`, as its failing and as its passing side see them.
 
-    They differ for a latency bound inside a histogram bucket only: such requests count as slow where that makes passing harder, and as fast
-    where that makes failing harder.
+    They differ for latency only, which is known to the width of a histogram bucket (empty buckets are not sent, so lower edges are not known):
+    a request whose bucket ends above the bound counts as slow where that makes passing harder, and one whose bucket ends more than a bucket's
+    width above it where that makes failing easier.
     """
     match gate.metric:
         case "errorRate":
@@ -115,14 +118,10 @@ def measure(gate: Gate, counts: Counts) -> tuple[Sums, Sums]:
             sums = Sums(n=counts.outcomes, total=counts.brier_sum, square=counts.brier_square_sum)
             return sums, sums
     bound = gate.max or 0.0
-    edges = sorted((float(edge), count) for edge, count in counts.latency.items())
+    edges = [(float(edge), count) for edge, count in counts.latency.items()]
     n = float(sum(count for _, count in edges))
-    sure = maybe = 0.0
-    lower = 0.0
-    for upper, count in edges:
-        sure += count if lower >= bound else 0
-        maybe += count if upper > bound else 0
-        lower = upper
+    sure = float(sum(count for upper, count in edges if upper > bound * BUCKET_WIDTH))
+    maybe = float(sum(count for upper, count in edges if upper > bound))
     return Sums(n=n, total=sure, square=sure), Sums(n=n, total=maybe, square=maybe)
 
 
