@@ -179,8 +179,10 @@ def _names(names: Sequence[str]) -> None:
 def _store_url(url: str, schemes: Sequence[str]) -> None:
     check.text(url, "store_url", limit=MAX_URL)
     scheme, separator, _rest = url.partition("://")
-    if not separator or scheme not in schemes or "::" in url:
-        raise InvalidArgumentError("store_url", f"needs a URL with one of the schemes {', '.join(schemes)}")
+    if not separator and ":" not in url:
+        scheme = "file"  # a plain path
+    if scheme not in schemes or "::" in url:
+        raise InvalidArgumentError("store_url", f"needs a path or a URL with one of the schemes {', '.join(schemes)}")
 
 
 def _read_profile(store_url: str, data: Any, spec: ReferenceSpec) -> Profile:
