@@ -11,7 +11,6 @@ from envoy.service.accesslog.v3 import als_pb2
 from millrace_inference_gateway.access_log import OK, InferenceCall, read_entry
 from millrace_inference_gateway.envoy_bootstrap import PUBLIC
 from millrace_inference_gateway.figures import Figures
-from millrace_inference_gateway.journal import Received
 from millrace_inference_gateway.ledger import instance_key
 from millrace_inference_gateway.prediction_log import PredictionLog
 
@@ -64,12 +63,13 @@ class AccessLogReceiver:
                 self.take(found, instance, path)
         finally:
             closing.cancel()
-        yield als_pb2.StreamAccessLogsResponse()
+        # An Envoy that went away takes no answer.
+        if self._closing.is_set():
+            yield als_pb2.StreamAccessLogsResponse()
 
     def take(self, message: als_pb2.StreamAccessLogsMessage, instance: int, path: str) -> None:
         """Count and log the calls of one message."""
         answered: list[InferenceCall] = []
-        reported = 0
         for entry in message.http_logs.log_entry:
             try:
                 call = read_entry(entry)
@@ -80,9 +80,6 @@ class AccessLogReceiver:
                 continue
             self._figures.record(call.model, call.version, call.status, call.latency_ms)
             if call.status == OK and path == PUBLIC:
-                reported += 1
                 answered.append(call)
         if answered:
-            before = self._log.received
-            calls = (before.calls if before.instance == instance else 0) + reported
-            self._log.write_calls(answered, Received(instance, calls))
+            self._log.write_calls(answered, instance)

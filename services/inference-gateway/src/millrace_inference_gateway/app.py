@@ -61,7 +61,7 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
     collector = FiguresCollector(figures)
     REGISTRY.register(collector)
     receiver = AccessLogReceiver(figures, log)
-    ledger = Ledger(admin, log)
+    ledger = Ledger(settings.ledger, log)
 
     features = Channels(settings.feature_address, FEATURE_CHANNELS, settings.max_message_mib)
     models = Channels(f"unix:{settings.socket}", settings.predict_channels, settings.max_message_mib)

@@ -1,4 +1,4 @@
-"""Questions to Envoy's admin page: what is in force, who is healthy, how many calls were answered."""
+"""Questions to Envoy's admin page: what is in force, who is healthy."""
 
 import asyncio
 import http.client
@@ -48,15 +48,6 @@ class EnvoyAdmin:
             elif isinstance(value, str):
                 texts[entry["name"]] = value
         return EnvoyStats(numbers, texts)
-
-    async def instance(self) -> str:
-        """The id of this start of Envoy.
-
-        Raises:
-            EnvoyDownError: no answer.
-        """
-        body = await asyncio.to_thread(self._get, "/server_info")
-        return str(body.get("node", {}).get("id", ""))
 
     async def healthy_servers(self) -> set[tuple[str, str]]:
         """Cluster and `host:port` of every server that takes traffic.

@@ -13,8 +13,8 @@ from envoy.config.core.v3 import address_pb2, base_pb2, extension_pb2, protocol_
 from envoy.config.core.v3.config_source_pb2 import ApiVersion
 from envoy.config.listener.v3 import listener_components_pb2, listener_pb2
 from envoy.config.route.v3 import route_components_pb2
+from envoy.extensions.access_loggers.file.v3 import file_pb2
 from envoy.extensions.access_loggers.grpc.v3 import als_pb2
-from envoy.extensions.access_loggers.stats.v3 import stats_pb2
 from envoy.extensions.filters.http.lua.v3 import lua_pb2
 from envoy.extensions.filters.http.router.v3 import router_pb2
 from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2 as hcm_pb2
@@ -22,7 +22,7 @@ from envoy.extensions.http.early_header_mutation.header_mutation.v3 import heade
 from envoy.extensions.request_id.uuid.v3 import uuid_pb2
 from envoy.type.matcher.v3 import regex_pb2
 from google.protobuf.message import Message
-from google.protobuf.wrappers_pb2 import BoolValue, UInt32Value, UInt64Value
+from google.protobuf.wrappers_pb2 import BoolValue, UInt32Value
 
 from millrace_inference_gateway.envoy_clusters import (
     access_log_service,
@@ -39,8 +39,8 @@ from millrace_inference_gateway.settings import GatewaySettings, split_address
 PUBLIC, INNER = "v2", "predict"
 EVENT_TIME_HEADER = "x-millrace-event-time"
 SUBJECT_HEADER = "x-millrace-subject"
-# Counter of finished V2 inference calls that were answered OK, the ledger the prediction log is held against.
-LEDGER_STAT = "answered"
+# What Envoy appends to the ledger for each V2 inference call it answered OK: one byte, so the file's size is the count.
+LEDGER_MARK = "."
 CONNECTION_BUFFER_BYTES = 1 << 20
 
 
@@ -54,13 +54,14 @@ def bootstrap(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> bo
     message.admin.address.CopyFrom(address(admin_host, admin_port))
     message.dynamic_resources.cds_config.CopyFrom(file_source(str(files.clusters)))
     message.static_resources.clusters.extend(own_clusters(host, port, settings.envoy))
-    message.static_resources.listeners.extend([_public(settings, files), _inner(settings, files)])
+    message.static_resources.listeners.extend([_public(settings, files, instance), _inner(settings, files)])
     return message
 
 
-def _public(settings: GatewaySettings, files: EnvoyFiles) -> listener_pb2.Listener:
+def _public(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> listener_pb2.Listener:
     host, port = split_address(settings.public_listen, "public_listen")
     manager = _manager(PUBLIC, settings, files)
+    manager.access_log.append(_ledger(settings, instance))
     # A client's own request id is no prediction id: two calls may carry the same one.
     manager.early_header_mutation_extensions.append(
         _extension(
@@ -131,16 +132,7 @@ def _manager(name: str, settings: GatewaySettings, files: EnvoyFiles) -> hcm_pb2
 
 
 def _access_logs(name: str, settings: GatewaySettings) -> list[accesslog_pb2.AccessLog]:
-    """Every finished inference call to the receiver, and those answered OK into a counter."""
-    path = route_components_pb2.HeaderMatcher(name=":path")
-    path.string_match.safe_regex.CopyFrom(
-        regex_pb2.RegexMatcher(regex=r"/inference\.GRPCInferenceService/(ModelInfer|ModelStreamInfer)")
-    )
-    inference = accesslog_pb2.AccessLogFilter(header_filter=accesslog_pb2.HeaderFilter(header=path))
-    answered = accesslog_pb2.AccessLogFilter(
-        grpc_status_filter=accesslog_pb2.GrpcStatusFilter(statuses=[accesslog_pb2.GrpcStatusFilter.OK])
-    )
-    both = accesslog_pb2.AccessLogFilter(and_filter=accesslog_pb2.AndFilter(filters=[inference, answered]))
+    """Every finished inference call to the receiver."""
     service = als_pb2.HttpGrpcAccessLogConfig(
         common_config=als_pb2.CommonGrpcAccessLogConfig(
             log_name=name,
@@ -153,13 +145,27 @@ def _access_logs(name: str, settings: GatewaySettings) -> list[accesslog_pb2.Acc
         additional_response_headers_to_log=["grpc-status", "x-millrace-version", "x-millrace-digest"],
         additional_response_trailers_to_log=["grpc-status"],
     )
-    counter = stats_pb2.Config(
-        stat_prefix=name,
-        counters=[
-            stats_pb2.Config.Counter(stat=stats_pb2.Config.Stat(name=LEDGER_STAT), value_fixed=UInt64Value(value=1))
-        ],
-    )
     return [
-        accesslog_pb2.AccessLog(name="envoy.access_loggers.http_grpc", filter=inference, typed_config=packed(service)),
-        accesslog_pb2.AccessLog(name="envoy.access_loggers.stats", filter=both, typed_config=packed(counter)),
+        accesslog_pb2.AccessLog(
+            name="envoy.access_loggers.http_grpc", filter=_inference(), typed_config=packed(service)
+        )
     ]
+
+
+def _ledger(settings: GatewaySettings, instance: str) -> accesslog_pb2.AccessLog:
+    """One byte for each inference call that was answered OK, into the file of this start of Envoy."""
+    answered = accesslog_pb2.AccessLogFilter(
+        grpc_status_filter=accesslog_pb2.GrpcStatusFilter(statuses=[accesslog_pb2.GrpcStatusFilter.OK])
+    )
+    both = accesslog_pb2.AccessLogFilter(and_filter=accesslog_pb2.AndFilter(filters=[_inference(), answered]))
+    file = file_pb2.FileAccessLog(path=str(settings.ledger / instance))
+    file.log_format.text_format_source.inline_string = LEDGER_MARK
+    return accesslog_pb2.AccessLog(name="envoy.access_loggers.file", filter=both, typed_config=packed(file))
+
+
+def _inference() -> accesslog_pb2.AccessLogFilter:
+    path = route_components_pb2.HeaderMatcher(name=":path")
+    path.string_match.safe_regex.CopyFrom(
+        regex_pb2.RegexMatcher(regex=r"/inference\.GRPCInferenceService/(ModelInfer|ModelStreamInfer)")
+    )
+    return accesslog_pb2.AccessLogFilter(header_filter=accesslog_pb2.HeaderFilter(header=path))

@@ -50,6 +50,7 @@ def prepare(settings: GatewaySettings) -> EnvoyFiles:
         write_endpoints(files, table)
         write_clusters(files, table, settings)
         write_routes(files, table, settings)
+    settings.ledger.mkdir(parents=True, exist_ok=True)
     message = bootstrap(settings, files, uuid7())
     write_atomically(files.bootstrap, MessageToJson(message, preserving_proto_field_name=True, indent=1).encode())
     # What a killed Envoy left; a listener cannot bind to it.
@@ -62,6 +63,7 @@ def command(settings: GatewaySettings, files: EnvoyFiles) -> list[str]:
     workers = settings.envoy.workers or os.cpu_count() or 1
     return [
         str(envoy_binary()), "--config-path", str(files.bootstrap), "--concurrency", str(workers), "--disable-hot-restart",
+        "--file-flush-min-size-kb", "0", "--file-flush-interval-msec", "10",
         "--log-level", settings.envoy.log_level, "--drain-time-s", str(max(1, round(settings.drain_s))),
     ]  # fmt: skip
 

@@ -43,7 +43,7 @@ class Journal:
     """The files in `folder`; one writer."""
 
     def __init__(self, folder: Path, *, segment_bytes: int, max_segments: int) -> None:
-        self._folder = folder
+        self.folder = folder
         self._segment_bytes = segment_bytes
         self._max_segments = max_segments
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ class Journal:
         return self._end
 
     def _path(self, base: int) -> Path:
-        return self._folder / f"{base:020d}.log"
+        return self.folder / f"{base:020d}.log"
 
     def _recover(self) -> int:
         """Cut a torn tail off the newest file; returns the end."""

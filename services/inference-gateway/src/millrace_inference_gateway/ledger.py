@@ -1,23 +1,26 @@
-"""Holds the prediction log against an independent count: Envoy's own counter of answered V2 calls.
+"""Holds the prediction log against an independent count: what Envoy itself wrote down as answered.
 
-Envoy drops access-log entries while nobody takes them (this process is down, or too slow). Its counter does not forget. Calls it
-answered before one look and has not reported by the next are missing from the log; while traffic flows this is a lower bound,
-after a second of quiet it is exact.
+Envoy drops access-log entries while nobody takes them (this process is down, or too slow), and those it still holds when it is killed.
+For each V2 call it answers it also appends one byte to a file, one file a start of Envoy; the file's size is the count, and it outlives
+both processes. Calls counted there and not reported after some time are missing from the log: while traffic flows a lower bound,
+after a moment of quiet exact.
 """
 
 import asyncio
 import logging
 import zlib
+from pathlib import Path
 
-from millrace_inference_gateway.envoy_admin import EnvoyAdmin, EnvoyDownError
-from millrace_inference_gateway.envoy_bootstrap import LEDGER_STAT, PUBLIC
+from millrace_inference_gateway.envoy_files import write_atomically
 from millrace_inference_gateway.prediction_log import PredictionLog
 
 log = logging.getLogger(__name__)
 
 # Longer than Envoy keeps an entry to itself.
 SETTLE_S = 1.0
-STAT = f"{PUBLIC}.{LEDGER_STAT}"
+# Looks at an Envoy that ended without any change, before its count is closed.
+QUIET_LOOKS = 3
+CLOSED = "closed"
 
 
 def instance_key(instance: str) -> int:
@@ -27,42 +30,61 @@ def instance_key(instance: str) -> int:
 
 
 class Ledger:
-    """Compares what Envoy answered with what it reported."""
+    """Compares what Envoy answered with what it reported.
 
-    def __init__(self, admin: EnvoyAdmin, log_: PredictionLog) -> None:
-        self._admin = admin
+    Args:
+        folder: where Envoy counts.
+        log_: what was reported, and where missing calls are counted.
+    """
+
+    def __init__(self, folder: Path, log_: PredictionLog) -> None:
+        self._folder = folder
         self._log = log_
-        self._instance = 0
-        self._answered = 0
-        self._missed = 0
+        self._answered: dict[str, int] = {}
+        self._missed: dict[str, int] = {}
+        self._quiet: dict[str, int] = {}
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Look once a second until `stop`."""
+        """Look once a second until `stop`; what earlier processes found missing counts on."""
+        self._log.missed(await asyncio.to_thread(self._closed))
         while not stop.is_set():
-            try:
-                await self.look()
-            except EnvoyDownError:
-                log.debug("Envoy does not answer; the ledger waits")
+            self.look()
             try:
                 await asyncio.wait_for(stop.wait(), SETTLE_S)
             except TimeoutError:
                 continue
 
-    async def look(self) -> None:
-        """Compare now with the look before.
+    def look(self) -> None:
+        """Compare now with the look before; a few `stat` calls."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # Instances are named by time (UUID 7): the last one is the running one.
+        instances = sorted(path.name for path in self._folder.iterdir() if path.name != CLOSED)
+        for instance in instances:
+            before = self._answered.get(instance, 0)
+            missing = before - self._log.reported(instance_key(instance))
+            new = missing - self._missed.get(instance, 0)
+            if new > 0:
+                self._log.missed(new)
+                self._missed[instance] = missing
+            size = (self._folder / instance).stat().st_size
+            self._quiet[instance] = self._quiet.get(instance, 0) + 1 if size == before and new <= 0 else 0
+            self._answered[instance] = size
+            if instance != instances[-1] and self._quiet[instance] >= QUIET_LOOKS:
+                self._close(instance)
 
-        Raises:
-            EnvoyDownError: Envoy does not answer.
-        """
-        instance = instance_key(await self._admin.instance())
-        stats = await self._admin.stats(f"{LEDGER_STAT}$")
-        received = self._log.received
-        if instance == self._instance:
-            calls = received.calls if received.instance == instance else 0
-            missing = self._answered - calls
-            if missing > self._missed:
-                self._log.missed(missing - self._missed)
-                self._missed = missing
-        else:
-            self._instance, self._missed = instance, 0
-        self._answered = next((value for name, value in stats.numbers.items() if name.endswith(STAT)), 0)
+    def _closed(self) -> int:
+        try:
+            return int((self._folder / CLOSED).read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            return 0
+
+    def _close(self, instance: str) -> None:
+        """An Envoy that ended: its figure becomes part of the sum, its file goes."""
+        missed = self._missed.pop(instance, 0)
+        if missed:
+            log.warning("an Envoy that ended had answered %d calls it never reported", missed)
+            write_atomically(self._folder / CLOSED, str(self._closed() + missed).encode())
+        (self._folder / instance).unlink(missing_ok=True)
+        self._log.forget(instance_key(instance))
+        for counts in (self._answered, self._quiet):
+            counts.pop(instance, None)

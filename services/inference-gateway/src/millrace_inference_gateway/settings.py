@@ -106,6 +106,11 @@ class GatewaySettings(ServiceSettings):
         return Path(self.state_dir).absolute()
 
     @property
+    def ledger(self) -> Path:
+        """Envoy's own counts of answered calls, one file a start."""
+        return self.folder / "ledger"
+
+    @property
     def socket(self) -> Path:
         """Envoy's inner listener, for Predict's model calls only."""
         return self.folder / "envoy.sock"
