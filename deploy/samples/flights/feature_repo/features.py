@@ -82,6 +82,10 @@ dest_departures = _windows("dest_departures", [dest], departures, "dep_delay", f
 carrier_origin_departures = _windows(
     "carrier_origin_departures", [carrier, origin], departures, "dep_delay", functions=DELAY, labels=DAY
 )
+# Minutes lost in the air and on taxiways.
+origin_enroute = _windows("origin_enroute", [origin], outcomes, "enroute_delay", functions=["mean"], labels=DAY)
+route_enroute = _windows("route_enroute", [origin, dest], outcomes, "enroute_delay", functions=["mean"], labels=DAY)
+dest_enroute = _windows("dest_enroute", [dest], outcomes, "enroute_delay", functions=["mean"], labels=DAY)
 # How many flights were scheduled: those that have not departed are overdue.
 origin_schedule = _windows("origin_schedule", [origin], flights, "distance", functions=["count"], labels=HOURS)
 carrier_origin_schedule = _windows(
@@ -212,6 +216,9 @@ flight_delay = FeatureService(
         carrier_origin_schedule,
         dest_schedule,
         turnaround,
+        origin_enroute,
+        route_enroute,
+        dest_enroute,
     ],
     description="Will a flight arrive more than 15 minutes late, asked at its scheduled departure",
 )

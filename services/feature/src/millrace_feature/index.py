@@ -28,8 +28,10 @@ class WindowReader:
         columns, windows = view.columns, view.windows_us
         self.name = view.name
         self.hop_us = view.hop_us
-        self.starts = np.array([-(w // view.hop_us) for w in windows], np.int64)
+        self.bounds = np.array([*(-(w // view.hop_us) for w in windows), 0], np.int64)
+        """Start of each window, then the end of all, in hops from the asked one."""
         self._wanted = [(a.function, columns.index(a.column), windows.index(a.window_us)) for a in view.aggregates]
+        self.functions = frozenset(a.function for a in view.aggregates)
         self.empty = [0.0 if a.function == "count" else NAN for a in view.aggregates]
         self.missing = [NAN] * len(view.aggregates)
 
@@ -112,10 +114,10 @@ class TileSeries:
         cached = self._cached.get(reader.name)
         if cached is not None and cached[0] == end_hop:
             return cached[1]
-        bounds = self.hops[: self.size].searchsorted(np.append(reader.starts + end_hop, end_hop))
+        bounds = self.hops[: self.size].searchsorted(reader.bounds + end_hop)
         starts = bounds[:-1]
         ends = np.full(len(starts), bounds[-1], np.int64)
-        values = reader.finish(merge_ranges(self.stats.part(0, self.size + 1), starts, ends))
+        values = reader.finish(merge_ranges(self.stats.part(0, self.size + 1), starts, ends, reader.functions))
         self._cached[reader.name] = (end_hop, values)
         return values
 

@@ -6,7 +6,7 @@ are exact up to 2^53; sums of fractions agree between the stream and the lake to
 another order rounds otherwise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -140,18 +140,24 @@ def reduce_rows(table: pa.Table, *, keys: Sequence[str], event_time: str, column
     return Tiles(words, codes[starts], hops[starts], stats)
 
 
-def merge_ranges(stats: Stats, starts: Ints, ends: Ints) -> Stats:
-    """Merge the tiles [start, end) of each range. A neutral tile must stand after the last that is named."""
+def merge_ranges(stats: Stats, starts: Ints, ends: Ints, functions: Collection[str]) -> Stats:
+    """Merge the tiles [start, end) of each range. A neutral tile must stand after the last that is named.
+
+    Sums, lows and highs are merged only where one of `functions` needs them; else they come back without windows.
+    """
     pairs = np.empty(2 * len(starts), np.int64)
     pairs[::2], pairs[1::2] = starts, ends
     merged = Stats(
         np.add.reduceat(stats.counts, pairs, axis=1)[:, ::2],
-        np.add.reduceat(stats.sums, pairs, axis=1)[:, ::2],
-        np.minimum.reduceat(stats.lows, pairs, axis=1)[:, ::2],
-        np.maximum.reduceat(stats.highs, pairs, axis=1)[:, ::2],
+        np.add.reduceat(stats.sums, pairs, axis=1)[:, ::2]
+        if "sum" in functions or "mean" in functions
+        else stats.sums[:, :0],
+        np.minimum.reduceat(stats.lows, pairs, axis=1)[:, ::2] if "min" in functions else stats.lows[:, :0],
+        np.maximum.reduceat(stats.highs, pairs, axis=1)[:, ::2] if "max" in functions else stats.highs[:, :0],
     )
     empty = starts >= ends
     if empty.any():  # reduceat gives the tile at `start` for an empty range
         for array, neutral in zip(merged, NEUTRAL, strict=True):
-            array[:, empty] = neutral
+            if array.shape[1]:
+                array[:, empty] = neutral
     return merged

@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 from millrace_kit.errors import FailedPreconditionError, ResourceExhaustedError
 
 from millrace_feature.lake import NO_TABLE, Lake, Query, quoted
-from millrace_feature.plan import Definitions, LatestView, ServicePlan, ViewUse, WindowView
+from millrace_feature.plan import Definitions, Function, LatestView, ServicePlan, ViewUse, WindowView
 from millrace_feature.rows import known
 from millrace_feature.tiles import (
     Floats,
     Ints,
+    Stats,
     Tiles,
     encode_key,
     group_keys,
@@ -81,6 +82,8 @@ class Build:
         self._lock = threading.Lock()
         self._query: Query | None = None
         self._cancelled = False
+        self._carried: list[str] = []
+        self._encoded: dict[tuple[str, ...], list[str | None]] = {}
 
     def cancel(self) -> None:
         """Stop as soon as possible; `run` then raises."""
@@ -183,10 +186,11 @@ class Build:
 
     def _entity_codes(self, use: ViewUse, entities: pa.Table, keys: Mapping[str, int]) -> Ints:
         """Per row the code of its entity in `keys`; -1 for an unknown one, -2 where a join key is null."""
-        columns = [entities.column(f"in{self._carried.index(name)}").to_pylist() for name in use.keys]
-        return np.array(
-            [-2 if None in row else keys.get(encode_key(row), -1) for row in zip(*columns, strict=True)], np.int64
-        )
+        if use.keys not in self._encoded:
+            columns = [entities.column(f"in{self._carried.index(name)}").to_pylist() for name in use.keys]
+            rows = zip(*columns, strict=True)
+            self._encoded[use.keys] = [None if None in row else encode_key(row) for row in rows]
+        return np.array([-2 if key is None else keys.get(key, -1) for key in self._encoded[use.keys]], np.int64)
 
     def _windows(
         self, query: Query, use: ViewUse, view: WindowView, entities: pa.Table
@@ -207,7 +211,7 @@ class Build:
         times = np.asarray(rows.column("at_us").to_numpy(), np.int64)
         at = np.asarray(entities.column("at_us").to_numpy(), np.int64)
         found = newest_before(codes, times, wanted, at)
-        if view.ttl_us:  # an expired newest row hides older ones
+        if view.ttl_us and len(times):  # an expired newest row hides older ones
             found[(found >= 0) & (at - times[found] > view.ttl_us)] = -1
         places = pa.array(found, mask=found < 0)
         return {(use.alias, f): rows.column(f"f{i}").take(places) for i, f in enumerate(view.features)}
@@ -273,26 +277,35 @@ def window_features(view: WindowView, tiles: Tiles, codes: Ints, end_hops: Ints)
         starts, ends = np.where(known_points, starts, 0), np.where(known_points, ends, 0)
         for at in range(0, len(points), MERGE_POINTS):
             part = slice(at, at + MERGE_POINTS)
-            merged = merge_ranges(stats, starts[part], ends[part])
-            for aggregate in view.aggregates:
-                if aggregate.window_us != window_us:
-                    continue
+            chosen = [a for a in view.aggregates if a.window_us == window_us]
+            merged = merge_ranges(stats, starts[part], ends[part], {a.function for a in chosen})
+            for aggregate in chosen:
                 c = view.columns.index(aggregate.column)
                 counts = merged.counts[c]
-                with np.errstate(invalid="ignore", divide="ignore"):
-                    found = {
-                        "count": counts,
-                        "sum": merged.sums[c],
-                        "mean": merged.sums[c] / counts,
-                        "min": merged.lows[c],
-                        "max": merged.highs[c],
-                    }[aggregate.function]
+                found = _finished(aggregate.function, c, merged)
                 empty = 0.0 if aggregate.function == "count" else NAN
                 out[aggregate.feature][part] = np.where(counts > 0, found, empty)
     null = points == -2
     for column in out.values():
         column[null] = NAN
     return {name: column[inverse] for name, column in out.items()}
+
+
+def _finished(function: Function, column: int, merged: Stats) -> Floats:
+    found: Floats
+    match function:
+        case "count":
+            found = merged.counts[column]
+        case "sum":
+            found = merged.sums[column]
+        case "min":
+            found = merged.lows[column]
+        case "max":
+            found = merged.highs[column]
+        case "mean":
+            with np.errstate(invalid="ignore", divide="ignore"):
+                found = merged.sums[column] / merged.counts[column]
+    return found
 
 
 def newest_before(row_codes: Ints, row_times: Ints, codes: Ints, times: Ints) -> Ints:
