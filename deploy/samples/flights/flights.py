@@ -78,9 +78,13 @@ def outcomes(start: datetime, end: datetime) -> pa.Table:
 
 
 def weather(start: datetime, end: datetime) -> pa.Table:
-    """Observations with `start <= observed_at < end`; a reading beyond what can be is null."""
+    """Observations with `start <= observed_at < end`; a reading beyond what can be is null.
+
+    Readings are rounded to single precision, so that a value is the same number in the lake, in a profile and in a model's tensor.
+    """
     year = _weather()
     year = year.assign(wind_speed=year.wind_speed.where(~(year.wind_speed > MOST_WIND)))
+    year = year.assign(**{name: year[name].astype("float32").astype("float64") for name in WEATHER})
     return _between(year, "observed_at", _WEATHER_COLUMNS, start, end)
 
 

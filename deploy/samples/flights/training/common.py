@@ -25,7 +25,6 @@ CODE_SUFFIX = "_code"
 TEMPORARY, PERMANENT = 75, 78
 
 Floats = npt.NDArray[np.float32]
-Halves = npt.NDArray[np.float16]
 Doubles = npt.NDArray[np.float64]
 Places = npt.NDArray[np.int64]
 

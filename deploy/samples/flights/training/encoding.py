@@ -6,9 +6,10 @@ et al. 2022, which brings perceptrons level with boosted trees on tables). A cod
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
-from common import CODE_SUFFIX, Floats, Halves, Places
+from common import CODE_SUFFIX, Floats, Places
 
 FIT_ROWS = 40_000
 CUT = 4.0
@@ -81,7 +82,7 @@ def _bins(values: Floats, bins: int) -> tuple[Floats, Floats, Places]:
     for place in range(values.shape[1] if bins else 0):
         present = values[:, place][~np.isnan(values[:, place])]
         edges = np.unique(np.quantile(present, np.linspace(0, 1, bins + 1))) if len(present) else np.empty(0)
-        for low, high in zip(edges[:-1], edges[1:], strict=True):
+        for low, high in pairwise(edges):
             lows.append(float(low))
             highs.append(float(high))
             owners.append(place)
@@ -94,9 +95,9 @@ def signed_log(values: Floats) -> Floats:
     return logs
 
 
-def encode(encoding: Encoding, features: Floats) -> tuple[Halves, Places]:
-    """Numbers of shape (rows, width) in half precision, and embedding places of shape (rows, codes)."""
-    numbers = np.empty((len(features), encoding.width), np.float16)
+def encode(encoding: Encoding, features: Floats) -> tuple[Floats, Places]:
+    """Numbers of shape (rows, width), and embedding places of shape (rows, codes)."""
+    numbers = np.empty((len(features), encoding.width), np.float32)
     places = np.empty((len(features), len(encoding.code_columns)), np.int64)
     for start in range(0, len(features), CHUNK):
         rows = np.asarray(features[start : start + CHUNK], dtype=np.float32)

@@ -3,11 +3,12 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from common import Doubles, Floats, Halves, Places
+from common import Doubles, Floats, Places
 from encoding import Encoding
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -30,19 +31,19 @@ class Choice:
 class Rows:
     """Encoded rows of one process."""
 
-    numbers: Halves
+    numbers: Floats
     places: Places
     labels: Floats
 
 
-class Network(nn.Module):
+class Network(nn.Module):  # type: ignore[misc]  # torch is not followed
     """Embeddings beside encoded numbers, then fully connected layers with SiLU; gives a logit a row."""
 
     def __init__(self, encoding: Encoding, hidden: tuple[int, ...], dropout: float) -> None:
         super().__init__()
         self.embeddings = nn.ModuleList([nn.Embedding(int(rows), EMBEDDING) for rows in encoding.vocabulary])
         widths = [encoding.width + EMBEDDING * len(encoding.vocabulary), *hidden]
-        self.layers = nn.ModuleList([nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)])
+        self.layers = nn.ModuleList([nn.Linear(a, b) for a, b in pairwise(widths)])
         self.last = nn.Linear(widths[-1], 1)
         self.dropout = nn.Dropout(dropout)
 
@@ -84,7 +85,12 @@ def fit(
     """Train on every process's rows: AdamW, one-cycle learning rate, gradients averaged by gloo.
 
     Args:
+        encoding: gives the network's widths.
+        hidden: widths of the hidden layers.
+        choice: hyper-parameters.
         rows: this process's; all processes take as many steps as the one with the fewest rows allows.
+        seed: of the first weights, the order of rows and the dropout.
+        epochs: passes over the rows.
         batch: rows a step and process.
         on_epoch: told the epoch (from 1), this process's mean loss and the network.
     """
@@ -112,7 +118,7 @@ def fit(
         for step in range(steps):
             chosen = order[step * batch : (step + 1) * batch]
             optimizer.zero_grad()
-            loss = loss_of(parallel(numbers[chosen].float(), places[chosen]), labels[chosen])
+            loss = loss_of(parallel(numbers[chosen], places[chosen]), labels[chosen])
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -122,14 +128,14 @@ def fit(
     return network
 
 
-def predict(network: Network, numbers: Halves, places: Places) -> Doubles:
+def predict(network: Network, numbers: Floats, places: Places) -> Doubles:
     """Probabilities, shape (rows,)."""
     network.eval()
     parts = []
     with torch.inference_mode():
         for start in range(0, len(numbers), 8192):
             part = slice(start, start + 8192)
-            logits = network(torch.from_numpy(numbers[part]).float(), torch.from_numpy(places[part]))
+            logits = network(torch.from_numpy(numbers[part]), torch.from_numpy(places[part]))
             parts.append(torch.sigmoid(logits.double()).numpy())
     return np.concatenate(parts)
 

@@ -1,7 +1,6 @@
 """Stage register: records the version with its lineage, and gives the drift monitor what it looked like in training."""
 
 import os
-import re
 
 import numpy as np
 from common import FEATURE_SERVICE, LABEL, MODEL, THRESHOLD, Stage, read_json
@@ -19,6 +18,8 @@ def main() -> None:
     made = TrainingSet.FromString((stage.inputs["validate"] / "training_set.binpb").read_bytes())
     evaluation = read_json(stage.inputs["evaluate"] / "evaluation.json")
     measured = evaluation["candidates"][evaluation["chosen"]]
+    scores = np.load(stage.inputs["evaluate"] / "predictions.npy")
+    held_out = np.load(stage.inputs["validate"] / "labels.npy")[-len(scores) :]
     with Client.from_environment() as client:
         client.registry.create_model(_model())
         version = stage.parameters.get("version") or _next(client, stage.run_id)
@@ -46,8 +47,9 @@ def main() -> None:
                 store_url=made.store_url,
                 feature_names=made.feature_names,
                 label_column=LABEL,
-                reference_predictions=np.load(stage.inputs["evaluate"] / "predictions.npy"),
+                reference_predictions=scores,
                 reference_accuracy=measured["accuracy"],
+                reference_correct=(scores >= THRESHOLD) == (held_out > 0),
             )
         )
     print(f"{MODEL} {version} is registered, digest {registered.digest}", flush=True)
@@ -87,18 +89,17 @@ def _lineage(stage: Stage, made: TrainingSet) -> registry_pb2.Lineage:
 
 
 def _next(client: Client, run_id: str) -> str:
-    """The version this run registered before, else the next minor version."""
+    """The version this run registered before, else the next patch of the one in Production: the same kind of model, learnt anew."""
     versions = client.registry.versions(MODEL)
     for known in versions:
         if known.lineage.run_id == run_id:
             return str(known.version)
-    numbers = [
-        tuple(int(part) for part in known.version.split("."))
-        for known in versions
-        if re.fullmatch(r"\d+\.\d+\.\d+", known.version)
-    ]
-    major, minor, _ = max(numbers, default=(1, -1, 0))
-    return f"{major}.{minor + 1}.0"
+    production = [known.version for known in versions if known.stage == registry_pb2.STAGE_PRODUCTION]
+    if not production:
+        return "1.0.0"
+    major, minor = production[0].split(".")[:2]
+    patches = [known.version.removeprefix(f"{major}.{minor}.") for known in versions]
+    return f"{major}.{minor}.{max(int(patch) for patch in patches if patch.isdigit()) + 1}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import argparse
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.distributed as dist
@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # rank 0 alone imports it
     import optuna
 
 BATCH = 512
-TRIAL_ROWS = 30_000
-TRIAL_TAIL_ROWS = 8_000
+TRIAL_ROWS = 20_000
+TRIAL_TAIL_ROWS = 6_000
 # The last share of the training time scores the trials.
 TAIL = 0.1
 
@@ -39,8 +39,8 @@ class Variant:
 
 
 VARIANTS = {
-    "a": Variant((256, 128), 8, Choice(2e-3, 0.4, 0.02)),
-    "b": Variant((384, 192, 96), 0, Choice(2e-3, 0.2, 0.02)),
+    "a": Variant((192, 96), 6, Choice(3e-3, 0.3, 0.02)),
+    "b": Variant((256, 128, 64), 0, Choice(3e-3, 0.2, 0.02)),
 }
 
 
@@ -114,9 +114,9 @@ def _search(stage: Stage, variant: Variant, encoding: Encoding, rows: Rows) -> t
     trials: list[dict[str, float]] = []
     for _ in range(count):
         trial = study.ask() if study is not None else None
-        asked = [_suggest(trial) if trial is not None else None]
+        asked = [_suggest(trial) if trial is not None else variant.start]
         dist.broadcast_object_list(asked)
-        choice = Choice(*asked[0])
+        choice = asked[0]
         network = train(encoding, variant.hidden, choice, part, seed=stage.seed, epochs=1, batch=BATCH // 2)
         scores = predict(network, tail.numbers, tail.places)
         loss = mean_over_processes(figures(tail.labels.astype(np.float64), scores)["log_loss"], len(scores))
@@ -142,17 +142,17 @@ def _study(seed: int, start: Choice) -> "optuna.Study":
     return study
 
 
-def _suggest(trial: "optuna.Trial") -> tuple[float, float, float]:
-    return (
-        trial.suggest_float("learning_rate", 5e-4, 6e-3, log=True),
-        trial.suggest_float("dropout", 0.0, 0.6),
+def _suggest(trial: "optuna.Trial") -> Choice:
+    return Choice(
+        trial.suggest_float("learning_rate", 1.5e-3, 6e-3, log=True),
+        trial.suggest_float("dropout", 0.1, 0.4),
         trial.suggest_float("weight_decay", 1e-4, 0.3, log=True),
     )
 
 
 def _save(path: Path, encoding: Encoding, network: Network) -> None:
-    constants = {f"encoding.{name}": value for name, value in asdict(encoding).items()}
-    np.savez(path, **constants, **network.arrays())
+    arrays: dict[str, Any] = {f"encoding.{name}": value for name, value in asdict(encoding).items()}
+    np.savez(path, **(arrays | network.arrays()))
 
 
 def _say(text: str) -> None:
