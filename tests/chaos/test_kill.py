@@ -29,7 +29,9 @@ from tests.stack import MODEL, Stack, eventually, flights_module, running_stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-BATCH_ROWS = 50
+BATCH_ROWS = 10
+# Time between two batches: the rows must last for all kills, however long a process takes to come back.
+PACE_S = 0.03
 # Work that must be done between two kills, so that each kill meets a busy system.
 BATCHES_BETWEEN = 4
 PREDICTIONS_BETWEEN = 30
@@ -64,6 +66,7 @@ class Writer(threading.Thread):
                         continue
                     self.acknowledged.extend(rows["flight_id"].to_pylist())
                     self.batches += 1
+                    self.stop.wait(PACE_S)
                     break
                 if self.stop.is_set():
                     return
@@ -125,7 +128,7 @@ def test_kill_each_in_turn(stack: Stack) -> None:
     stack.register("1.0.0")
     stack.deploy("1.0.0")
     stack.wait_stable("1.0.0")
-    table = data.flights(*window)  # type: ignore[attr-defined]
+    table = data.flights(window[0], datetime(2013, 7, 1, tzinfo=UTC))  # type: ignore[attr-defined]
     writer = Writer(stack, table)
     predictor = Predictor(stack, table.slice(0, 500).to_pylist())
     writer.start()

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
+from flights import EVENT_TIMES
 from millrace import Client
 
 from loop.replay import Replay
@@ -18,6 +19,9 @@ ACTOR = "demo"
 WAIT_S = 120.0
 HISTORY_START = datetime(2013, 1, 1, tzinfo=UTC)
 SERVING_START = datetime(2013, 7, 1, tzinfo=UTC)
+# After Labor Day (2 September) delays fall: the history features leave what January to June showed. Nothing is injected.
+DRIFT_START = datetime(2013, 9, 4, tzinfo=UTC)
+DRIFT_REASON = "after Labor Day delays fall, unlike anything from January to June; a natural shift, nothing is injected"
 YEAR_END = datetime(2014, 1, 1, tzinfo=UTC)
 
 T = TypeVar("T")
@@ -61,6 +65,8 @@ def wait_for_features(client: Client) -> None:
 
     def caught_up() -> bool | None:
         contracts = client.features.progress().contracts
-        return all(contract.next_offset >= contract.end_offset for contract in contracts) or None
+        followed = {contract.contract for contract in contracts if contract.next_offset >= contract.end_offset}
+        # A contract appears once the history of its views is filled.
+        return followed >= set(EVENT_TIMES) or None
 
     until("the online store follows the records", caught_up)

@@ -3,6 +3,7 @@
 import json
 
 import flights as data
+import yaml
 from millrace.contracts import load_contract
 from millrace.feast_repo import registry_from_repo
 from millrace.packing import pack_folder
@@ -84,29 +85,29 @@ def define_features(loop: Loop) -> None:
             label_column="late", start=HISTORY_START, end=SERVING_START, known_at=SERVING_START,
         )  # fmt: skip
     versions = ", ".join(f"{t.table}@{t.version}" for t in made.table_versions)
-    story.say(
-        f"training set {made.digest[:16]}: {made.rows:,} rows", f"from {versions}; asked again it is the same bytes"
-    )
-    again = client.features.rebuild_training_set(made.request)
-    story.expect(again.digest == made.digest, "the same request gives the same digest")
+    story.say(f"training set {made.digest[:16]}: {made.rows:,} rows", f"point in time, from {versions}")
     loop.training_set_digest = made.digest
     story.keep(
         "data", "training set", f"{made.rows:,} rows x {len(made.feature_names)} features, digest {made.digest[:16]}"
     )
 
 
-def register_pipeline(loop: Loop) -> None:
-    """Hand the pipeline and its code to the coordinator."""
+def register_pipeline(loop: Loop, *, retrain: bool) -> None:
+    """Hand the pipeline and its code to the coordinator, with or without its policy of retraining on drift."""
     folder = SAMPLE / "training"
-    registered = loop.client.training.register_pipeline((folder / "pipeline.yaml").read_text(), pack_folder(folder))
-    loop.story.say(f"pipeline {registered.name}", f"manifest and code {registered.pipeline_hash[:16]}")
+    manifest = yaml.safe_load((folder / "pipeline.yaml").read_text())
+    if not retrain:
+        del manifest["retrain"]
+    registered = loop.client.training.register_pipeline(yaml.safe_dump(manifest, sort_keys=False), pack_folder(folder))
+    policy = "retrains on drift" if retrain else "retraining on drift is switched on in step 8"
+    loop.story.say(f"pipeline {registered.name}: {policy}", f"manifest and code {registered.pipeline_hash[:16]}")
 
 
 def train(loop: Loop, version: str, columns: str, *, fail_once: str = "") -> training_pb2.Run:
     """Run the pipeline for one version and tell what its stages do."""
     client, story = loop.client, loop.story
     parameters = {"version": version, "columns": columns, "fail_once": fail_once}
-    handle = client.training.start(PIPELINE, parameters, request_id=f"demo-{version}", cause=f"demo: train {version}")
+    handle = client.training.start(PIPELINE, parameters, cause=f"demo: train {version}")
     run = follow(loop, handle.id)
     story.expect(run.state == training_pb2.RUN_STATE_SUCCEEDED, f"the run for {version} succeeds ({_failures(run)})")
     made = client.registry.version(MODEL, version)
@@ -157,7 +158,7 @@ def _failures(run: training_pb2.Run) -> str:
 
 def train_first(loop: Loop) -> None:
     """Step 3: the first version, with a stage that fails once on purpose."""
-    register_pipeline(loop)
+    register_pipeline(loop, retrain=False)
     run = train(loop, "1.0.0", "base", fail_once="evaluate")
     retried = next(stage for stage in run.stages if stage.name == "evaluate")
     loop.story.expect(retried.attempts == 2, "the stage that failed once was tried a second time")

@@ -41,6 +41,8 @@ CALL_TIMEOUT_S = 10.0
 # One in this many flights is asked for by the plain Triton client.
 TRITON_EVERY = 10
 
+# An error is counted by its code and the beginning of its message.
+MESSAGE_LIMIT = 160
 CONTRACTS = data.EVENT_TIMES
 
 
@@ -173,8 +175,9 @@ class _Calls:
                 else:
                     await self._by_predict(row)
             except (grpc.aio.AioRpcError, triton.InferenceServerException) as error:
-                code = error.code().name if isinstance(error, grpc.aio.AioRpcError) else str(error.status())
-                self.tally.errors[code] += 1
+                plain = isinstance(error, triton.InferenceServerException)
+                said = f"{error.status()}: {error.message()}" if plain else f"{error.code().name}: {error.details()}"
+                self.tally.errors[said[:MESSAGE_LIMIT]] += 1
                 return
             self.tally.predictions += 1
             self.tally.latency_ms.append((time.perf_counter() - began) * 1e3)

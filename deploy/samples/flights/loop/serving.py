@@ -14,14 +14,14 @@ from millrace_api.registry.v1 import registry_pb2
 from millrace_api.rollout.v1.rollout_pb2 import Deployment
 from millrace_api.training.v1 import training_pb2
 
-from loop.common import ACTOR, SAMPLE, YEAR_END, Loop, until, wait_for_features
-from loop.learning import follow, promote_in_registry, train
+from loop.common import ACTOR, DRIFT_REASON, DRIFT_START, SAMPLE, YEAR_END, Loop, until, wait_for_features
+from loop.learning import follow, promote_in_registry, register_pipeline, train
 from loop.replay import MODEL, Replay, Tally
 
 FIRST_REQUESTS = 1500
 # A rollout that has not ended after this many requests is stuck.
 MOST_REQUESTS = 16_000
-DRIFT_DAYS = 4
+DRIFT_DAYS = 8
 RESTING = frozenset({"Promoted", "RolledBack", "Degraded"})
 
 
@@ -145,12 +145,12 @@ def _register_derived(loop: Loop, version: str, make: Callable[[bytes, list[str]
 def drift(loop: Loop) -> None:
     """Step 8: a later month differs; a finding is published and one retraining follows."""
     client, story = loop.client, loop.story
+    register_pipeline(loop, retrain=True)
     before = {finding.id for finding in client.drift.findings(MODEL)}
     runs_before = {run.id for run in client.training.runs()}
-    start: datetime = data.DRIFT_START
-    story.say(f"fast forward to {start:%d %B}", data.DRIFT_REASON)
-    end_of_gap = start
-    write_gap(loop, loop.replay.position, end_of_gap)
+    start = DRIFT_START
+    story.say(f"fast forward to {start:%d %B}", DRIFT_REASON)
+    write_gap(loop, loop.replay.position, start)
     wait_for_features(client)
     loop.replay = Replay(client.endpoints, start, YEAR_END, source="replay-drift")
 

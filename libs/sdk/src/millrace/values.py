@@ -25,8 +25,8 @@ def to_value(scalar: Scalar) -> Value:
 
 
 def to_values(scalars: Mapping[str, Scalar | None]) -> dict[str, Value]:
-    """Each scalar as a `Value`; None becomes a `Value` without a kind, which services read as null."""
-    return {name: Value() if scalar is None else to_value(scalar) for name, scalar in scalars.items()}
+    """Each scalar as a `Value`; what is None is left out, which services read as not known."""
+    return {name: to_value(scalar) for name, scalar in scalars.items() if scalar is not None}
 
 
 def to_timestamp(instant: datetime) -> Timestamp:
