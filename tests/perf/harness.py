@@ -98,7 +98,7 @@ def report(area: str, contestants: Sequence[Contestant], ratios: Sequence[Ratio]
     print(f"\n{area:<{width}}  requests/s  cpu ms/request   p50 ms   p99 ms")
     for one in contestants:
         print(
-            f"{one.name:<{width}}  {one.requests_per_s:>10.0f}  {one.cpu_ms_per_request:>14.3f} {one.p50_ms:>8.2f} {one.p99_ms:>8.2f}"
+            f"{one.name:<{width}}  {one.requests_per_s:>10.0f}  {one.cpu_ms_per_request:>14.4f} {one.p50_ms:>8.2f} {one.p99_ms:>8.2f}"
         )
     print(f"\n{'figure':<{width}}  value      goal       holds")
     for ratio in ratios:

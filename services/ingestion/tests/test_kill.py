@@ -172,7 +172,8 @@ async def test_random_kills_under_a_stream(process: Process) -> None:
         try:
             await stream()
         except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.UNAVAILABLE:
+            # grpc.aio's own client says INTERNAL when the connection goes while it sends; no server said so.
+            if error.code() is not grpc.StatusCode.UNAVAILABLE and error.details() != "Internal error from Core":
                 raise
         if killing is not None:
             await killing

@@ -5,7 +5,9 @@ import asyncio
 import grpc
 import grpc.aio
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable
 from millrace_api.ingestion.v1 import ingestion_pb2 as pb
 from millrace_kit.errors import MillraceError
 
@@ -184,3 +186,14 @@ async def test_compaction_and_checkpoints_keep_everything(tmp_path) -> None:
     assert sorted(client.lake()["event_id"].to_pylist()) == sorted(f"e{i}" for i in range(69))
     async with serving(tmp_path) as client:
         assert (await client.write(25, records(0, 69))).duplicates == 69
+
+
+async def test_rows_keep_their_order_in_the_lake(client: Client) -> None:
+    async def requests():
+        for i in range(20):
+            yield pb.WriteStreamRequest(batch=batch(i + 1, records(i * 10, 10)))
+
+    assert len([answer async for answer in client.stub.WriteStream(requests())]) == 20
+    for file in DeltaTable(str(client.folder / "lake" / "flights")).file_uris():
+        offsets = pq.read_table(file)["_offset"].to_pylist()
+        assert offsets == sorted(offsets)

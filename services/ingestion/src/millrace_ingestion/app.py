@@ -35,7 +35,11 @@ async def build(
     store = Store(engine, clock or SystemClock())
     bus = await open_bus(settings.bus)
     lane_limits = Limits(
-        settings.max_commit_rows, settings.max_commit_batches, settings.linger_ms / 1000, settings.publish_timeout_s
+        settings.max_commit_rows,
+        settings.max_commit_batches,
+        settings.max_commit_mib * MIB,
+        settings.linger_ms / 1000,
+        settings.publish_timeout_s,
     )
 
     def make_lane(contract: Contract) -> Lane:

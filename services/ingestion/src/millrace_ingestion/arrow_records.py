@@ -39,7 +39,6 @@ from millrace_ingestion.ipc_bounds import decoded_size
 
 FIELD = "batch.arrow_ipc"
 _EXACT_FLOAT = 2**53
-_MICROSECONDS = pa.timestamp("us")
 _UTC = pa.timestamp("us", "UTC")
 
 
@@ -57,6 +56,8 @@ def read_stream(payload: bytes, *, max_rows: int, max_bytes: int) -> pa.Table:
             raise _too_large("max_batch_mib", f"the batch is larger than {max_bytes >> 20} MiB when it is decompressed")
         with pa.ipc.open_stream(pa.py_buffer(payload)) as stream:
             schema = stream.schema
+            # Names are decoded here, so that none fails later: the columns', and those inside nested and zoned types.
+            names, _types = schema.names, [str(kind) for kind in schema.types]
             for batch in stream:
                 rows += batch.num_rows
                 if rows > max_rows:
@@ -71,7 +72,7 @@ def read_stream(payload: bytes, *, max_rows: int, max_bytes: int) -> pa.Table:
                 batches.append(batch)
     except (pa.ArrowException, OSError, ValueError, UnicodeDecodeError, MemoryError) as error:
         raise InvalidArgumentError(FIELD, f"is no Arrow IPC stream: {_brief(error)}") from None
-    if len(set(schema.names)) != len(schema.names):
+    if len(set(names)) != len(names):
         raise InvalidArgumentError(FIELD, "has two columns of one name")
     return pa.Table.from_batches(batches, schema)
 
@@ -110,6 +111,14 @@ def check_table(contract: Contract, raw: pa.Table, *, max_bytes: int) -> Checked
 
 def convert(given: pa.ChunkedArray, column: Column, *, max_bytes: int) -> tuple[pa.Array, Mask | None]:
     """A column in its contract's type, and which rows have a value that does not convert (they are null)."""
+    try:
+        return _converted(given, column, max_bytes)
+    except (pa.ArrowException, ValueError):
+        # An encoding Arrow itself cannot convert.
+        return empty_column(column, len(given)), np.ones(len(given), np.bool_)
+
+
+def _converted(given: pa.ChunkedArray, column: Column, max_bytes: int) -> tuple[pa.Array, Mask | None]:
     if pa.types.is_dictionary(given.type):
         _check_dictionary(given, max_bytes)
         given = given.cast(given.type.value_type)
@@ -153,7 +162,7 @@ def _microseconds(values: pa.Array) -> tuple[pa.Array, Mask | None]:
     if unit == "us":
         return values.view(_UTC), None
     if unit == "ns":
-        return values.cast(pa.timestamp("us", values.type.tz), safe=False).view(_UTC), None
+        return pc.divide(values.view(pa.int64()), 1_000).view(_UTC), None
     factor = 1_000_000 if unit == "s" else 1_000
     limit = (2**63 - 1) // factor
     numbers, wrong = _bounded(values.view(pa.int64()), pa.int64(), -limit, limit)
@@ -180,33 +189,36 @@ def _rejects(raw: pa.Table, verdict: Verdict) -> Sequence[Reject]:
     failed = verdict.failed()
     if not failed:
         return []
-    records = records_as_json(raw.take(pa.array([row for row, _failure in failed], pa.int64())))
+    records = records_as_json(raw, [row for row, _failure in failed])
     return [Reject(row, failure, record) for (row, failure), record in zip(failed, records, strict=True)]
 
 
-def records_as_json(table: pa.Table) -> list[str]:
-    """Each record as a JSON object; what JSON lacks (NaN, exotic types) becomes a string."""
+def records_as_json(table: pa.Table, rows: Sequence[int]) -> list[str]:
+    """Records of a table as JSON objects; what JSON lacks (NaN, exotic types) becomes a string."""
     names = table.column_names
-    columns = [_plain_values(table.column(index)) for index in range(table.num_columns)]
+    columns = [_plain_values(table.column(index), rows) for index in range(table.num_columns)]
     encoder = msgspec.json.Encoder(enc_hook=str)
     return [
         encoder.encode(dict(zip(names, values, strict=True))).decode()
-        for values in (zip(*columns, strict=True) if columns else [()] * table.num_rows)
+        for values in (zip(*columns, strict=True) if columns else [()] * len(rows))
     ]
 
 
-def _plain_values(values: pa.ChunkedArray) -> list[Any]:
+def _plain_values(values: pa.ChunkedArray, rows: Sequence[int]) -> list[Any]:
     kind = values.type
-    if pa.types.is_timestamp(kind) and kind.unit == "ns":
-        values = values.cast(pa.timestamp("us", kind.tz), safe=False)
-    with contextlib.suppress(pa.ArrowException, ValueError, OverflowError, TypeError, KeyError):
-        found: list[Any] = values.to_pylist()
+    # Arrow cannot take from, or turn into Python, every type a producer may send; such a value is replaced by its type's name.
+    with contextlib.suppress(Exception):
+        if pa.types.is_timestamp(kind) and kind.unit == "ns":
+            values = values.cast(pa.timestamp("us", kind.tz), safe=False)
+        if pa.types.is_string_view(kind):
+            values = values.cast(pa.string())
+        found: list[Any] = values.take(pa.array(rows, pa.int64())).to_pylist()
         if pa.types.is_floating(kind):
             return [float_as_json(value) for value in found]
         # A value that JSON cannot hold is found here, not when the record is encoded.
         msgspec.json.encode(found, enc_hook=str)
         return found
-    return [str(kind) if valid else None for valid in values.is_valid().to_pylist()]
+    return [str(kind)] * len(rows)
 
 
 def float_as_json(value: float | None) -> float | str | None:

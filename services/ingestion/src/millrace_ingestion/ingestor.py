@@ -158,6 +158,9 @@ class Ingestor:
                 max_rows=self._limits.max_batch_rows,
                 max_bytes=self._limits.max_batch_bytes,
             )
+            extra = max(0, pending.checked.size - size)
+            self._budget.grow(extra)
+            size += extra
             self._count_letters(len(pending.checked.rejects))
             answer = self._lanes[contract.name].submit(pending, epoch)
         except BaseException:

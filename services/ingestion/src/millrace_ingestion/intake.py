@@ -54,6 +54,11 @@ class Budget:
                 self._wake()
             raise
 
+    def grow(self, extra: int) -> None:
+        """Count a batch that was taken as larger; it has been decoded, so it is not refused any more."""
+        self._bytes += extra
+        self._show()
+
     def give(self, size: int) -> None:
         """Give room back."""
         self._batches -= 1

@@ -124,7 +124,8 @@ class LakeTable:
         try:
             write_deltalake(
                 table,
-                aligned(rows, schema),
+                # One chunk: delta-rs writes the chunks of a table in any order.
+                aligned(rows, schema).combine_chunks(),
                 mode="append",
                 writer_properties=self._properties,
                 commit_properties=self._commit_properties(group_id, offsets),

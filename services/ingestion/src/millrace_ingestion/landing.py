@@ -289,14 +289,15 @@ def _with_bookkeeping(piece: Piece) -> pa.Table:
 
 
 def _by_batch(rows: pa.Table) -> Iterator[pa.Table]:
-    """Consecutive rows of one batch each."""
+    """The rows of each batch; a source's batches by offset, rows in their order."""
     if rows.num_rows == 0:
         return
-    sources = rows.column(SOURCE_COLUMN).combine_chunks().dictionary_encode()
-    codes = sources.combine_chunks().indices if isinstance(sources, pa.ChunkedArray) else sources.indices
-    source = codes.to_numpy(zero_copy_only=False)
+    rows = rows.combine_chunks()
+    source = rows.column(SOURCE_COLUMN).chunk(0).dictionary_encode().indices.to_numpy(zero_copy_only=False)
     offset = rows.column(OFFSET_COLUMN).to_numpy()
+    order = np.lexsort((offset, source))  # stable
+    source, offset = source[order], offset[order]
+    ordered = rows.take(pa.array(order))
     changes = np.flatnonzero((source[1:] != source[:-1]) | (offset[1:] != offset[:-1])) + 1
-    bounds = [0, *changes.tolist(), rows.num_rows]
-    for start, end in pairwise(bounds):
-        yield rows.slice(start, end - start)
+    for start, end in pairwise([0, *changes.tolist(), rows.num_rows]):
+        yield ordered.slice(start, end - start)

@@ -36,6 +36,7 @@ class Limits:
 
     max_commit_rows: int
     max_commit_batches: int
+    max_commit_bytes: int
     linger_s: float
     publish_timeout_s: float
 
@@ -180,10 +181,11 @@ class Lane:
 
     def _take(self) -> list[_Waiting]:
         group: list[_Waiting] = []
-        rows = 0
+        rows = size = 0
         while self._queue and len(group) < self._limits.max_commit_batches:
-            rows += self._queue[0].pending.checked.table.num_rows
-            if group and rows > self._limits.max_commit_rows:
+            checked = self._queue[0].pending.checked
+            rows, size = rows + checked.table.num_rows, size + checked.size
+            if group and (rows > self._limits.max_commit_rows or size > self._limits.max_commit_bytes):
                 break
             group.append(self._queue.popleft())
         return group

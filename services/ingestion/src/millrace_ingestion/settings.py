@@ -22,13 +22,15 @@ class IngestionSettings(ServiceSettings):
     max_queued_batches: int = Field(default=1024, ge=1, le=100_000)
     """Batches accepted and not yet answered, over all contracts; unary writes then get RESOURCE_EXHAUSTED, streams wait."""
     max_queued_mib: int = Field(default=256, ge=1, le=65_536)
-    """The same in MiB of decoded records."""
+    """The same in MiB, of the payload or of the decoded records, whichever is larger."""
     stream_window: int = Field(default=32, ge=1, le=1024)
     """Batches of one stream that may be unanswered; the stream is read no further until one is answered."""
     max_commit_rows: int = Field(default=400_000, ge=1, le=5_000_000)
     """Records merged into one Delta commit at most (a single batch may be larger)."""
     max_commit_batches: int = Field(default=512, ge=1, le=10_000)
     """Batches merged into one Delta commit at most."""
+    max_commit_mib: int = Field(default=128, ge=1, le=1024)
+    """Decoded size of one Delta commit at most, in MiB (a single batch may be larger)."""
     linger_ms: float = Field(default=2.0, ge=0, le=1000)
     """Longest wait for more batches before a commit; while a commit runs, batches gather anyway."""
     publish_timeout_s: float = Field(default=10.0, gt=0, le=300)
