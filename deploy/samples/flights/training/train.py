@@ -40,7 +40,7 @@ class Variant:
 
 VARIANTS = {
     "a": Variant((192, 96), 6, Choice(3e-3, 0.3, 0.02)),
-    "b": Variant((256, 128, 64), 0, Choice(3e-3, 0.2, 0.02)),
+    "b": Variant((128, 64, 32), 4, Choice(3e-3, 0.2, 0.02)),
 }
 
 
