@@ -131,3 +131,12 @@ def test_windows_with_few_rows_say_nothing() -> None:
     blocks, count = block_rows(1050, 100, 10)
     assert (count, blocks[0], blocks[999], blocks[1000]) == (10, 0, 9, -1)
     assert block_rows(50, 100, 2) == (None, 0)
+
+
+def test_values_rounded_to_the_models_precision_are_the_references_own() -> None:
+    speeds = np.tile([0.0, 3.45234, 4.60312, 5.7539, 6.90468], 100)
+    for reference in (speeds, np.random.default_rng(1).normal(size=5000)):
+        bins = fit_bins(reference)
+        served = reference.astype(np.float32).astype(np.float64)
+        assert bins.count(served).tolist() == bins.count(reference).tolist()
+        assert bins.count(served)[-1] == 0, "none is outside what the reference held"

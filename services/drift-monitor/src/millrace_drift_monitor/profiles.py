@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from millrace_drift_monitor.comparisons import cramers_v, ks_distance, psi_groups, psi_value
-from millrace_drift_monitor.sketches import Bins, Counts, Floats, Layout, fit_bins
+from millrace_drift_monitor.sketches import Bins, Counts, Floats, Layout, as_served, fit_bins
 
 # An effect that one window in this many shows is natural.
 RETURN_WINDOWS = 200
@@ -73,6 +73,7 @@ class Column:
 
 def profile_column(values: Floats, groups: npt.NDArray[np.int64], group_count: int) -> Column:
     """Freeze a column and measure its natural effects over `groups` (a window number per row, -1 for none)."""
+    values = as_served(values)
     bins = fit_bins(values)
     counts = bins.count(values)
     natural = np.zeros(4)

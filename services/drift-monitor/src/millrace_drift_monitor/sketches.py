@@ -58,6 +58,7 @@ class Bins:
 
     def count(self, column: Floats) -> Counts:
         """Counts of `column`, shape (slots,); NaN is null."""
+        column = as_served(column)
         present = column[~np.isnan(column)]
         counts = np.zeros(self.slots, dtype=np.int64)
         counts[: self.size] = np.bincount(self.indices(present), minlength=self.size)
@@ -72,9 +73,19 @@ class Bins:
         return int(np.count_nonzero((present < self.low) | (present > self.high)))
 
 
+def as_served(column: Floats) -> Floats:
+    """The values as a model is given them: FP32, the precision of its input tensor.
+
+    Training sets hold float64 and the prediction log what was sent; without this, every value that FP32 cannot hold exactly
+    (4.60312 and most others) would look like one the reference never had.
+    """
+    with np.errstate(over="ignore"):
+        return column.astype(np.float32).astype(np.float64)
+
+
 def fit_bins(column: Floats) -> Bins:
     """Freeze the bins of a reference column; NaN is left out, a column without values gets one bin."""
-    present = np.sort(column[~np.isnan(column)])
+    present = np.sort(as_served(column[~np.isnan(column)]))
     if len(present) == 0:
         return Bins(np.empty(0), discrete=True, low=0.0, high=0.0)
     distinct = np.unique(present)
