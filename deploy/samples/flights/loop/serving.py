@@ -214,7 +214,7 @@ def walk_back(loop: Loop) -> None:
 
     until("the prediction is in the log", known)
     found = trace_prediction(loop.client, prediction_id)
-    for depth, link in enumerate(found.links):
+    for depth, link in zip(found.depths(), found.links, strict=True):
         loop.story.say(f"{'  ' * depth}{'└ ' if depth else ''}{link.kind}: {link.identity}")
     loop.story.expect(not found.gaps, f"the chain is whole ({found.gaps})")
     kinds = [link.kind for link in found.links]

@@ -10,6 +10,8 @@ from millrace_kit.errors import DataLossError, MillraceError
 
 from millrace.client import Client
 
+SIDE_BY_SIDE = frozenset({"table", "definitions"})
+
 
 @dataclass
 class Link:
@@ -31,6 +33,11 @@ class Trace:
     links: list[Link]
     gaps: list[str]
     """Steps that could not be taken, with the reason; empty when the chain is whole."""
+
+    def depths(self) -> list[int]:
+        """How far each link is from the prediction; tables and definitions stand side by side below the training set."""
+        last = sum(link.kind not in SIDE_BY_SIDE for link in self.links)
+        return [last if link.kind in SIDE_BY_SIDE else depth for depth, link in enumerate(self.links)]
 
 
 def trace_prediction(client: Client, prediction_id: str) -> Trace:

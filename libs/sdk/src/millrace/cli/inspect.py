@@ -26,7 +26,7 @@ def trace(context: Context, prediction_id: str, output: str) -> None:
         links = [{"kind": link.kind, "identity": link.identity, **link.facts} for link in found.links]
         click.echo(json.dumps({"links": links, "gaps": found.gaps}, indent=2))
     else:
-        for depth, link in enumerate(found.links):
+        for depth, link in zip(found.depths(), found.links, strict=True):
             click.echo(f"{'   ' * depth}{'└─ ' if depth else ''}{link.kind}: {link.identity}")
             for name, fact in link.facts.items():
                 if fact:
