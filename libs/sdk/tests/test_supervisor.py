@@ -68,6 +68,7 @@ def test_a_process_that_ends_at_start_is_reported_with_its_log(tmp_path: Path) -
     with pytest.raises(LocalRunError, match="no such thing"):
         supervisor.start()
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", good.ports[0]))
 
 
