@@ -19,6 +19,7 @@ import validate
 from common import Dataset, Stage, write_json
 from export import run
 from graph import build
+from register import next_version
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
 SAMPLE = Path(__file__).resolve().parents[1]
@@ -140,6 +141,13 @@ def test_the_gate_judges() -> None:
     assert gate.judge(good, 0.76, 0.1, None) == []
     assert gate.judge(good, 0.76, 0.1, 0.82) == []
     assert len(gate.judge({"auc": 0.7, "ece": 0.2}, 0.76, 0.1, 0.82)) == 3
+
+
+def test_a_retrained_model_is_the_next_free_patch() -> None:
+    assert next_version([], "") == "1.0.0"
+    assert next_version(["1.0.0"], "") == "1.0.1"
+    assert next_version(["1.3.0", "1.2.0", "1.1.1", "1.1.0", "1.0.0"], "1.1.0") == "1.1.2"
+    assert next_version(["1.2.0-rc.1", "1.1.0"], "1.1.0") == "1.1.1"
 
 
 def environment(folder: Path, name: str, **parameters: str) -> dict[str, str]:

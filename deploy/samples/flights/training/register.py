@@ -89,16 +89,26 @@ def _lineage(stage: Stage, made: TrainingSet) -> registry_pb2.Lineage:
 
 
 def _next(client: Client, run_id: str) -> str:
-    """The version this run registered before, else the next patch of the one in Production: the same kind of model, learnt anew."""
+    """The version this run registered before, else a new one."""
     versions = client.registry.versions(MODEL)
     for known in versions:
         if known.lineage.run_id == run_id:
             return str(known.version)
     production = [known.version for known in versions if known.stage == registry_pb2.STAGE_PRODUCTION]
-    if not production:
+    return next_version([known.version for known in versions], production[0] if production else "")
+
+
+def next_version(versions: list[str], production: str) -> str:
+    """The next free patch of the version in Production, else of the newest: the same kind of model, learnt anew.
+
+    Args:
+        versions: every version there is, newest first.
+        production: the one in Production; empty when there is none.
+    """
+    if not versions:
         return "1.0.0"
-    major, minor = production[0].split(".")[:2]
-    patches = [known.version.removeprefix(f"{major}.{minor}.") for known in versions]
+    major, minor = (production or versions[0]).split(".")[:2]
+    patches = [version.removeprefix(f"{major}.{minor}.") for version in versions]
     return f"{major}.{minor}.{max(int(patch) for patch in patches if patch.isdigit()) + 1}"
 
 
