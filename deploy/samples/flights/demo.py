@@ -34,6 +34,9 @@ def main() -> int:
             try:
                 with story.step(number, title):
                     run(loop)
+            except KeyboardInterrupt:
+                story.console.print("   interrupted")
+                return 130
             except MillraceError as error:
                 story.console.print(f"   [bold red]{error.code.name} {error.reason}[/]: {error.message}")
                 ok = False

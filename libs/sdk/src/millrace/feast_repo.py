@@ -76,6 +76,8 @@ def _parse(root: Path) -> Any:
 
         from feast.repo_operations import get_repo_files, parse_repo, py_path_to_module
 
+        # Again: Feast's modules put their own filters in front while they are imported.
+        warnings.simplefilter("ignore")
         before = Path.cwd()
         sys.path.insert(0, str(root))
         os.chdir(root)  # Feast derives module names from paths relative to the working directory

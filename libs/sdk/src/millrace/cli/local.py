@@ -1,11 +1,11 @@
 """`up`, `down`, `status`, `demo`: the single machine."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from millrace.view import table
 
 STOP_WAIT_S = 90.0
 LOCK_NAME = "requirements.lock"
+# As a shell reports a program that Ctrl-C ended.
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,25 @@ def supervisor(context: Context) -> Supervisor:
     return Supervisor(processes, context.state_path, lambda name, what: click.echo(f"  {name:<21} {what}", err=True))
 
 
+def interrupt_on_sigterm() -> None:
+    """Make SIGTERM end what runs as Ctrl-C does, so that `millrace down` stops a run at any moment in order."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
 def wait_for_signal() -> None:
     """Block until SIGINT or SIGTERM."""
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda _number, _frame: ended.set())
-    # A wait with a timeout, so that the handler runs in the main thread.
-    while not ended.wait(0.5):
-        pass
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(3600)
 
 
 def start_or_exit(running: Supervisor) -> None:
     """Start a local run; a reason not to ends the program with 1."""
+    interrupt_on_sigterm()
     started = time.monotonic()
     click.echo("starting Millrace on this machine", err=True)
     try:
@@ -67,6 +76,9 @@ def start_or_exit(running: Supervisor) -> None:
     except LocalRunError as error:
         click.echo(f"millrace: {error}", err=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        click.echo("stopped", err=True)
+        sys.exit(INTERRUPTED)
     click.echo(f"up after {time.monotonic() - started:.1f} s", err=True)
 
 
@@ -161,8 +173,9 @@ def demo(context: Context, exit_after: bool, sample: str) -> None:
         try:
             code = driver.wait()
         except KeyboardInterrupt:
+            driver.terminate()
             driver.wait()
-            exit_after = True
+            code, exit_after = INTERRUPTED, True
         if not exit_after:
             click.echo("\nMillrace stays up; Ctrl-C stops everything.", err=True)
             wait_for_signal()
