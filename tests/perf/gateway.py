@@ -92,7 +92,7 @@ async def measure(case: Case) -> None:
 async def main() -> None:
     """Measure and report."""
     from gateway import FEATURES, MODEL, arm, gateway, route
-    from triton import triton
+    from real_triton import triton
 
     width = len(FEATURES)
     request = service_pb2.ModelInferRequest(model_name=MODEL)

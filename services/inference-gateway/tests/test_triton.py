@@ -16,7 +16,7 @@ pytest.importorskip("onnx")
 
 
 async def test_real_triton() -> None:
-    from triton import triton
+    from real_triton import triton
 
     async with contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gw-")))
