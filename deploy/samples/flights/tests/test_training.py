@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch.distributed as dist
-import validate
+import validation
 from common import Dataset, Stage, write_json
 from export import run
 from graph import build
@@ -122,18 +122,18 @@ def table(rows: int = 3000) -> pa.Table:
 def test_validate_accepts_a_good_set_and_names_what_is_wrong_with_a_bad_one() -> None:
     good = table()
     labels = np.asarray(good["late"].to_numpy(), dtype=np.float32)
-    features = validate.matrix(good, NAMES)
+    features = validation.matrix(good, NAMES)
     assert np.isnan(features[:, 4]).any()
-    assert validate.check(good, NAMES, features, labels, 2500) == []
+    assert validation.check(good, NAMES, features, labels, 2500) == []
     leaking = features.copy()
     leaking[:, 6] = labels * 10 + features[:, 6] * 0.1
     leaking[:, 3] = np.nan
     leaking[5, 7] = np.inf
     twice = good.set_column(1, "flight_id", pa.array(["same"] * good.num_rows))
-    problems = "; ".join(validate.check(twice, NAMES, leaking, labels, 100))
+    problems = "; ".join(validation.check(twice, NAMES, leaking, labels, 100))
     for part in ("100 of 3000 rows", "not unique", "count_1h alone", "temp is missing", "max_7d is infinite"):
         assert part in problems
-    assert "are late" in validate.check(good, NAMES, features, np.zeros_like(labels), 2500)[0]
+    assert "are late" in validation.check(good, NAMES, features, np.zeros_like(labels), 2500)[0]
 
 
 def test_the_gate_judges() -> None:
