@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -52,12 +52,8 @@ class Loop:
     client: Client
     story: Story
     replay: Replay
-    training_set_digest: str = ""
-    run_ids: dict[str, str] = field(default_factory=dict)
-    """Model version -> run that made it."""
     failed_requests: int = 0
     """Client requests that failed in any replay."""
-    prediction_id: str = ""
 
 
 def wait_for_features(client: Client) -> None:

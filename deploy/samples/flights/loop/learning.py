@@ -86,7 +86,6 @@ def define_features(loop: Loop) -> None:
         )  # fmt: skip
     versions = ", ".join(f"{t.table}@{t.version}" for t in made.table_versions)
     story.say(f"training set {made.digest[:16]}: {made.rows:,} rows", f"point in time, from {versions}")
-    loop.training_set_digest = made.digest
     story.keep(
         "data", "training set", f"{made.rows:,} rows x {len(made.feature_names)} features, digest {made.digest[:16]}"
     )
@@ -111,7 +110,6 @@ def train(loop: Loop, version: str, columns: str, *, fail_once: str = "") -> tra
     run = follow(loop, handle.id)
     story.expect(run.state == training_pb2.RUN_STATE_SUCCEEDED, f"the run for {version} succeeds ({_failures(run)})")
     made = client.registry.version(MODEL, version)
-    loop.run_ids[version] = run.id
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in sorted(made.metrics.items()))
     story.say(
         f"{MODEL} {version} is registered: {metrics}",

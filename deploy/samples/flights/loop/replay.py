@@ -71,12 +71,14 @@ class Replay:
     Args:
         endpoints: where the services are.
         start: first instant to replay.
-        shift: applied to the records of a slice before they are used; for the injected shift.
+        end: where the data end.
+        source: name the records are written under.
     """
 
     def __init__(self, endpoints: Endpoints, start: datetime, end: datetime, source: str = "replay") -> None:
         self.position = start
-        self.total = Tally()
+        self.answered: list[tuple[str, str]] = []
+        """(prediction id, version) of every answered Predict, in order."""
         self._end = end
         self._source = source
         self._tables = {
@@ -87,7 +89,6 @@ class Replay:
             name: self._tables[name][column].to_numpy().astype("datetime64[us]") for name, column in CONTRACTS.items()
         }
         self._endpoints = endpoints
-        self._feature_names: list[str] = []
 
     def run(self, until: Callable[["Replay", Tally], bool], on_slice: Callable[["Replay", Tally], None]) -> Tally:
         """Replay slices until `until` says so (asked after each slice) or the data ends; returns this stretch's tally."""
@@ -122,7 +123,7 @@ class Replay:
                 on_slice(self, tally)
                 if until(self, tally):
                     break
-        self._add(tally)
+        self.answered.extend(tally.ids)
         return tally
 
     def _rows(self, name: str, start: datetime, end: datetime) -> pa.Table:
@@ -145,16 +146,6 @@ class Replay:
                 if error.code() is not grpc.StatusCode.UNAVAILABLE or attempt == 19:
                     raise MillraceError.from_rpc(error) from None
                 await asyncio.sleep(0.25)
-
-    def _add(self, tally: Tally) -> None:
-        self.total.predictions += tally.predictions
-        self.total.by_triton_client += tally.by_triton_client
-        self.total.errors.update(tally.errors)
-        self.total.versions.update(tally.versions)
-        self.total.latency_ms.extend(tally.latency_ms)
-        self.total.ids.extend(tally.ids)
-        self.total.seconds += tally.seconds
-        self.total.records += tally.records
 
 
 @dataclass

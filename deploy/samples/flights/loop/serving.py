@@ -202,7 +202,7 @@ def write_gap(loop: Loop, start: datetime, end: datetime) -> None:
 
 def walk_back(loop: Loop) -> None:
     """Step 9: from one prediction to everything that made it."""
-    prediction_id, version = loop.replay.total.ids[-1]
+    prediction_id, version = loop.replay.answered[-1]
 
     def known() -> bool | None:
         from millrace import MillraceError
@@ -220,5 +220,4 @@ def walk_back(loop: Loop) -> None:
     kinds = [link.kind for link in found.links]
     for kind in ("prediction", "model version", "run", "training set", "table", "definitions"):
         loop.story.expect(kind in kinds, f"the chain names its {kind}")
-    loop.prediction_id = prediction_id
     loop.story.keep("trace", "try it", f"millrace trace {prediction_id}   (version {version})")

@@ -6,7 +6,7 @@ Everything else is reachable through the typed stubs of each area.
 from collections.abc import Mapping
 from datetime import datetime
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import grpc
 import grpc.aio
@@ -24,11 +24,9 @@ from millrace_kit.client import open_channel
 from millrace_kit.errors import MillraceError
 from millrace_kit.settings import TlsSettings
 
-from millrace.areas.serving import PREDICT_TIMEOUT_S
+from millrace.areas.serving import PREDICT_TIMEOUT_S, predict_request
 from millrace.endpoints import Endpoints
-from millrace.values import Scalar, to_timestamp, to_values
-
-T = TypeVar("T")
+from millrace.values import Scalar
 
 
 class Client:
@@ -67,13 +65,7 @@ class Client:
         Raises:
             MillraceError: the gateway refused or did not answer within `timeout_s`.
         """
-        request = prediction.PredictRequest(
-            model=model,
-            inputs=to_values(inputs),
-            subject=subject,
-            event_time=to_timestamp(event_time) if event_time else None,
-            sticky_key=sticky_key,
-        )
+        request = predict_request(model, inputs, subject=subject, event_time=event_time, sticky_key=sticky_key)
         try:
             answer: prediction.PredictResponse = await self.predictions.Predict(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:

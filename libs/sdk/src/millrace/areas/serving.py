@@ -17,6 +17,19 @@ from millrace.values import Scalar, to_timestamp, to_values
 PREDICT_TIMEOUT_S = 5.0
 
 
+def predict_request(
+    model: str, inputs: Mapping[str, Scalar | None], *, subject: str, event_time: datetime | None, sticky_key: str
+) -> prediction.PredictRequest:
+    """The request both clients send, the blocking and the asynchronous one."""
+    return prediction.PredictRequest(
+        model=model,
+        inputs=to_values(inputs),
+        subject=subject,
+        event_time=to_timestamp(event_time) if event_time else None,
+        sticky_key=sticky_key,
+    )
+
+
 class PredictionArea:
     """Predictions with feature look-up, through the gateway's public address."""
 
@@ -34,13 +47,7 @@ class PredictionArea:
         timeout_s: float = PREDICT_TIMEOUT_S,
     ) -> prediction.PredictResponse:
         """One prediction; `inputs` are the join keys and request-time fields of the model's feature service."""
-        request = prediction.PredictRequest(
-            model=model,
-            inputs=to_values(inputs),
-            subject=subject,
-            event_time=to_timestamp(event_time) if event_time else None,
-            sticky_key=sticky_key,
-        )
+        request = predict_request(model, inputs, subject=subject, event_time=event_time, sticky_key=sticky_key)
         answer: prediction.PredictResponse = call(self.stub.Predict, request, timeout_s)
         return answer
 
