@@ -1,4 +1,4 @@
-"""`python -m parts kafka|postgres|redis`: start one by hand; `missing`: what tests lack here, one a line; `fetch`: get Kafka's jars."""
+"""`python -m parts kafka|postgres|redis`: start one by hand; `missing`: what tests lack here, one a line; `fetch`: get or build it."""
 
 import signal
 import sys
@@ -6,10 +6,18 @@ import tempfile
 import threading
 from pathlib import Path
 
+from cluster import binaries, controlplane
+
 from parts import chromium, kafka, postgres, redis
 from parts.server import PartError
 
-CHECKS = {"kafka": kafka.missing, "postgres": postgres.missing, "redis": redis.missing, "browser": chromium.missing}
+CHECKS = {
+    "kafka": kafka.missing,
+    "postgres": postgres.missing,
+    "redis": redis.missing,
+    "browser": chromium.missing,
+    "kubernetes": controlplane.missing,
+}
 STARTS = {"kafka": kafka.start_kafka, "postgres": postgres.start_postgres, "redis": redis.start_redis}
 
 
@@ -45,13 +53,15 @@ def main() -> int:
 
 def _fetch() -> int:
     """Resolve what is resolved at the first use, so that no test waits for it."""
-    if kafka.missing():
-        return 0
     try:
-        kafka.fetch()
+        if not kafka.missing():
+            kafka.fetch()
     except PartError as error:
         print(error, file=sys.stderr)
         return 1
+    finally:
+        if not controlplane.missing():
+            binaries.build("kube-all")
     return 0
 
 

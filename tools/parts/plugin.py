@@ -2,7 +2,7 @@
 
 A server starts when the first test asks for it, is shared by all workers of a run (pytest-xdist too) and is stopped by pid when the
 run ends; a killed run leaves none, because each server's guard watches the run's main process. A test that needs one carries its
-marker (`kafka`, `postgres`, `redis`, `browser`). Where a part is missing such tests are left out and named, with the reason, after
+marker (`kafka`, `postgres`, `redis`, `browser`, `kubernetes`). Where a part is missing such tests are left out and named, with the reason, after
 pytest's closing line; with CI=true they fail instead, and so does a run that skipped anything.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from cluster import controlplane
 
 from parts import chromium, kafka, postgres, redis
 from parts.server import Server
@@ -25,6 +26,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "postgres": postgres.missing,
     "redis": redis.missing,
     "browser": chromium.missing,
+    "kubernetes": controlplane.missing,
 }
 FOLDER_VARIABLE = "MILLRACE_PARTS_FOLDER"
 OWNER_VARIABLE = "MILLRACE_PARTS_OWNER"
@@ -166,3 +168,9 @@ def redis_url() -> str:
 def chromium_program() -> str:
     """Path of the browser."""
     return chromium.program()
+
+
+@pytest.fixture(scope="session")
+def control_plane() -> Path:
+    """Admin's kubeconfig of a real control plane without nodes. Namespaces outlive a test: make your own."""
+    return Path(_shared("control-plane", controlplane.start_control_plane).address)
