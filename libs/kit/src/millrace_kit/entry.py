@@ -6,6 +6,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from millrace_kit.probes import Probes
 from millrace_kit.server import Service, WorkerFailedError, serve
 from millrace_kit.settings import ServiceSettings, Settings, SettingsError, load_settings
 from millrace_kit.telemetry import start_telemetry, stop_telemetry
@@ -40,10 +41,11 @@ def run_service(name: str, kind: type[T], build: Callable[[T], Awaitable[Service
     Exits with 0 after an orderly stop, 1 when a worker failed, 2 for a wrong settings file.
     """
     settings = read_arguments(name, kind)
-    start_telemetry(name, settings.telemetry)
+    probes = Probes()
+    start_telemetry(name, settings.telemetry, probes)
 
     async def run() -> None:
-        await serve(await build(settings), settings)
+        await serve(await build(settings), settings, probes)
 
     try:
         asyncio.run(run())

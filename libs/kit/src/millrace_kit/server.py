@@ -5,7 +5,7 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc
@@ -16,10 +16,15 @@ from opentelemetry.instrumentation.grpc import aio_server_interceptor
 
 from millrace_kit.client import channel_options
 from millrace_kit.interceptors import ServerEdge
+from millrace_kit.probes import DRAINING, Probes
 from millrace_kit.settings import ServiceSettings
 from millrace_kit.telemetry import WORKER_FAILURES
 
 log = logging.getLogger(__name__)
+
+# Time between two looks at whether the service is ready; each also shows that the event loop turns.
+PULSE_S = 0.25
+NOT_READY = "the service is not ready"
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,9 @@ class Service:
     workers: Sequence[Worker] = ()
     closers: Sequence[Callable[[], Awaitable[None]]] = field(default=())
     """Called in reverse order at the end."""
+    ready: Callable[[], bool] | None = None
+    """Whether it takes work now, asked in the event loop a few times a second: it must not wait. Health follows the answer.
+    None is ready from start to shutdown."""
 
 
 class WorkerFailedError(Exception):
@@ -50,8 +58,12 @@ class WorkerFailedError(Exception):
 
 
 @asynccontextmanager
-async def running(service: Service, settings: ServiceSettings) -> AsyncIterator[str]:
-    """Run `service` while the context is open; yields the bound `host:port`. A worker's failure is raised at the end."""
+async def running(service: Service, settings: ServiceSettings, probes: Probes | None = None) -> AsyncIterator[str]:
+    """Run `service` while the context is open; yields the bound `host:port`. A worker's failure is raised at the end.
+
+    gRPC health and `probes` (which outlive the call) say the same at any time.
+    """
+    probes = probes or Probes()
     stop = asyncio.Event()
     server = grpc.aio.server(
         interceptors=[
@@ -68,13 +80,18 @@ async def running(service: Service, settings: ServiceSettings) -> AsyncIterator[
     address = _bind(server, settings)
     await server.start()
     tasks = [asyncio.create_task(_guard(worker, stop), name=worker.name) for worker in service.workers]
-    for name in ("", *service.grpc_services):
-        await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    pulse = _Pulse(service, health_servicer, probes)
+    await pulse.look()
+    pulse_task = asyncio.create_task(pulse.run(), name="pulse")
     log.info("%s listens on %s", service.name, address)
     try:
         yield address
     finally:
+        pulse_task.cancel()
+        await asyncio.gather(pulse_task, return_exceptions=True)
+        probes.not_ready(DRAINING)
         await health_servicer.enter_graceful_shutdown()
+        await asyncio.sleep(settings.shutdown_delay_s)
         stop.set()
         await server.stop(settings.drain_s)
         _done, pending = await asyncio.wait(tasks, timeout=settings.drain_s) if tasks else (set(), set())
@@ -86,6 +103,54 @@ async def running(service: Service, settings: ServiceSettings) -> AsyncIterator[
         for result in results:
             if isinstance(result, WorkerFailedError):
                 raise result
+
+
+class _Pulse:
+    """Asks the service whether it is ready and tells gRPC health and the probes when that changes."""
+
+    def __init__(self, service: Service, servicer: health.aio.HealthServicer, probes: Probes) -> None:
+        self._service = service
+        self._servicer = servicer
+        self._probes = probes
+        self._told: bool | None = None
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        while True:
+            await asyncio.sleep(PULSE_S)
+            await self.look()
+
+    async def look(self) -> None:
+        """Ask once."""
+        self._probes.beat()
+        ready = self._ask()
+        if ready == self._told:
+            return
+        if self._told is not None:
+            log.log(
+                logging.INFO if ready else logging.WARNING,
+                "%s is %s",
+                self._service.name,
+                "ready" if ready else "not ready",
+            )
+        self._told = ready
+        if ready:
+            self._probes.ready()
+        else:
+            self._probes.not_ready(NOT_READY)
+        status = health_pb2.HealthCheckResponse
+        for name in ("", *self._service.grpc_services):
+            await self._servicer.set(name, status.SERVING if ready else status.NOT_SERVING)
+
+    def _ask(self) -> bool:
+        if self._service.ready is None:
+            return True
+        try:
+            return self._service.ready()
+        except Exception:
+            if self._told is not False:
+                log.exception("%s could not say whether it is ready", self._service.name)
+            return False
 
 
 async def _guard(worker: Worker, stop: asyncio.Event) -> None:
@@ -114,7 +179,7 @@ def _bind(server: grpc.aio.Server, settings: ServiceSettings) -> str:
     return f"{host}:{port}"
 
 
-async def serve(service: Service, settings: ServiceSettings) -> None:
+async def serve(service: Service, settings: ServiceSettings, probes: Probes | None = None) -> None:
     """Run `service` until SIGTERM, SIGINT or the failure of a worker.
 
     Raises:
@@ -135,13 +200,7 @@ async def serve(service: Service, settings: ServiceSettings) -> None:
 
         return Worker(worker.name, run)
 
-    guarded = Service(
-        service.name,
-        service.add_servicers,
-        service.grpc_services,
-        [watched(w) for w in service.workers],
-        service.closers,
-    )
-    async with running(guarded, settings):
+    guarded = replace(service, workers=[watched(w) for w in service.workers])
+    async with running(guarded, settings, probes):
         await ended.wait()
         log.info("%s stops", service.name)

@@ -49,7 +49,7 @@ class TelemetrySettings(Settings):
     """Where signals go."""
 
     metrics_listen: str = "127.0.0.1:0"
-    """Address of the Prometheus endpoint `/metrics`; port 0 takes a free one."""
+    """Address of the HTTP endpoint `/metrics`, `/livez` and `/readyz`; port 0 takes a free one."""
     otlp_endpoint: str = ""
     """OTLP/gRPC collector (`http://host:4317`); empty sends no spans there."""
     trace_file: str = ""
@@ -79,6 +79,8 @@ class ServiceSettings(Settings):
     """Calls served at once; the next one gets RESOURCE_EXHAUSTED."""
     drain_s: float = Field(default=10.0, ge=0, le=600)
     """Longest wait for running calls at shutdown."""
+    shutdown_delay_s: float = Field(default=0.0, ge=0, le=600)
+    """How long calls are still taken after SIGTERM while health says no, so that peers and kube-proxy turn away first."""
 
 
 S = TypeVar("S", bound=Settings)

@@ -1,7 +1,7 @@
 """Logs, traces and metrics, set up once per process.
 
 Traces follow a request across gRPC (W3C `traceparent` metadata, by OpenTelemetry's own instrumentation) and across the bus
-(the same header on messages). Metrics are Prometheus metrics on an HTTP endpoint of the process.
+(the same header on messages). Metrics are Prometheus metrics on the HTTP endpoint of `probes`.
 """
 
 import json
@@ -18,8 +18,9 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
-from prometheus_client import Counter, Histogram, start_http_server
+from prometheus_client import Counter, Histogram
 
+from millrace_kit.probes import Probes, serve_probes
 from millrace_kit.settings import TelemetrySettings
 
 RPC_SECONDS = Histogram(
@@ -96,11 +97,16 @@ class _JsonLog(logging.Formatter):
         return json.dumps(fields)
 
 
-def start_telemetry(service: str, settings: TelemetrySettings) -> str:
-    """Set up logging to stderr, tracing and the metrics endpoint for this process.
+def start_telemetry(service: str, settings: TelemetrySettings, probes: Probes | None = None) -> str:
+    """Set up logging to stderr, tracing and the HTTP endpoint for metrics and probes of this process.
+
+    Args:
+        service: name in logs and traces.
+        settings: where signals go.
+        probes: what `/livez` and `/readyz` answer; without them the process is never ready.
 
     Returns:
-        The `host:port` metrics are served on.
+        The `host:port` of the endpoint.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLog(service))
@@ -115,9 +121,7 @@ def start_telemetry(service: str, settings: TelemetrySettings) -> str:
         exporter = JsonLinesExporter(Path(settings.trace_file))
         provider.add_span_processor(BatchSpanProcessor(exporter, max_queue_size=8192, schedule_delay_millis=500))
     trace.set_tracer_provider(provider)
-    host, _, port = settings.metrics_listen.rpartition(":")
-    server, _thread = start_http_server(int(port), addr=host)
-    return f"{host}:{server.server_port}"
+    return serve_probes(settings.metrics_listen, probes or Probes())
 
 
 def stop_telemetry() -> None:

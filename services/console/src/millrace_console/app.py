@@ -1,11 +1,16 @@
 """Wires the console: a web server over the services' gRPC APIs."""
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from millrace_kit.entry import read_arguments
+from millrace_kit.probes import DRAINING, Probes
+from millrace_kit.server import PULSE_S
 from millrace_kit.telemetry import start_telemetry, stop_telemetry
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -35,14 +40,25 @@ async def _with_headers(request: Request, call: RequestResponseEndpoint) -> Resp
     return response
 
 
-def build(settings: ConsoleSettings) -> Starlette:
-    """The web application."""
+async def _pulse(probes: Probes) -> None:
+    while True:
+        probes.beat()
+        await asyncio.sleep(PULSE_S)
+
+
+def build(settings: ConsoleSettings, probes: Probes | None = None) -> Starlette:
+    """The web application; `probes` (which outlive the call) are ready while it runs."""
+    probes = probes or Probes()
     sources: list[Sources] = []
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         sources.append(Sources(settings))
+        pulse = asyncio.create_task(_pulse(probes))
+        probes.ready()
         yield
+        probes.not_ready(DRAINING)
+        pulse.cancel()
         await sources[0].close()
 
     async def loop(_request: Request) -> Response:
@@ -66,14 +82,38 @@ def build(settings: ConsoleSettings) -> Starlette:
     )
 
 
+class _Server(uvicorn.Server):
+    """Stops being ready at the signal, before its last answers."""
+
+    def __init__(self, config: uvicorn.Config, probes: Probes) -> None:
+        super().__init__(config)
+        self._probes = probes
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain."""
+        self._probes.not_ready(DRAINING)
+        super().handle_exit(sig, frame)
+
+
 def main() -> None:
     """Run the console until it is told to stop."""
     settings = read_arguments("console", ConsoleSettings)
-    start_telemetry("console", settings.telemetry)
+    probes = Probes()
+    start_telemetry("console", settings.telemetry, probes)
     host, _, port = settings.http_listen.rpartition(":")
+    config = uvicorn.Config(
+        build(settings, probes),
+        host=host,
+        port=int(port),
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=3,
+    )
+    server = _Server(config, probes)
     try:
-        uvicorn.run(
-            build(settings), host=host, port=int(port), log_config=None, access_log=False, timeout_graceful_shutdown=3
-        )
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again after an orderly stop
+            server.run()
     finally:
         stop_telemetry()
+    if not server.started:
+        raise SystemExit(1)
