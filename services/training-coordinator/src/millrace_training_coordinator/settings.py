@@ -6,6 +6,8 @@ from typing import Literal
 from millrace_kit.settings import ServiceSettings
 from pydantic import Field
 
+from millrace_training_coordinator.cluster_settings import KubernetesSettings
+
 
 class TrainingSettings(ServiceSettings):
     """What the coordinator keeps, how much of the machine its stages may use, and every limit."""
@@ -26,6 +28,9 @@ class TrainingSettings(ServiceSettings):
     """Drift monitor, handed to stages."""
     training_address: str = ""
     """This coordinator as stages reach it; empty takes `listen`."""
+    kubernetes: KubernetesSettings | None = None
+    """With it stages are Jobs of a cluster, and `cpus`, `memory_mib`, `gpus`, `orphan_grace_s` have no meaning; without it they
+    are processes of this machine."""
     cpus: float = Field(default=float(os.cpu_count() or 1), gt=0, le=1024)
     """CPUs that running stages may claim together; a stage that does not fit waits. Default: those of the machine."""
     memory_mib: int = Field(default=65_536, ge=64)
