@@ -16,7 +16,8 @@ T = TypeVar("T", bound=ServiceSettings)
 
 
 def read_arguments(name: str, kind: type[S]) -> S:
-    """Parse `--config FILE [--check]` and load the settings; `--check` ends the program with 0.
+    """Parse `--config FILE [--check]` and load the settings; `--check` ends the program with 0, even where the secrets that the file
+    refers to are not here.
 
     Exits with 2 for a wrong settings file.
     """
@@ -25,7 +26,7 @@ def read_arguments(name: str, kind: type[S]) -> S:
     parser.add_argument("--check", action="store_true", help="validate the settings file and exit")
     arguments = parser.parse_args()
     try:
-        settings = load_settings(kind, arguments.config)
+        settings = load_settings(kind, arguments.config, tolerant=arguments.check)
     except SettingsError as error:
         print(f"millrace-{name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,10 +1,13 @@
 """Strict, frozen settings from one YAML file: an unknown key is an error, and a file can be checked offline."""
 
+import json
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from millrace_kit.references import Expansion, mask
 
 
 class SettingsError(Exception):
@@ -14,7 +17,9 @@ class SettingsError(Exception):
 class Settings(BaseModel):
     """Base of every settings block."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, hide_input_in_errors=True
+    )
 
 
 class TlsSettings(Settings):
@@ -86,11 +91,17 @@ class ServiceSettings(Settings):
 S = TypeVar("S", bound=Settings)
 
 
-def load_settings(kind: type[S], path: str | Path) -> S:
-    """Read `path` (YAML) as settings of `kind`.
+def load_settings(kind: type[S], path: str | Path, *, tolerant: bool = False) -> S:
+    """Read `path` (YAML) as settings of `kind`, with the references in its strings replaced (see `references`).
+
+    Args:
+        kind: class of the settings.
+        path: file.
+        tolerant: leave references to files and variables that are not here as they stand: a check away from the cluster.
 
     Raises:
-        SettingsError: the file is missing, is no YAML mapping, or a key is unknown or wrong; the message names each.
+        SettingsError: the file is missing, is no YAML mapping, a reference leads nowhere, or a key is unknown or wrong; the message
+            names each key and shows no value that a reference stands for.
     """
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -98,7 +109,11 @@ def load_settings(kind: type[S], path: str | Path) -> S:
         raise SettingsError(f"{path}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise SettingsError(f"{path}: not YAML: {error}") from error
-    return parse_settings(kind, raw if raw is not None else {}, str(path))
+    expansion = Expansion(tolerant=tolerant)
+    expanded = expansion.expand(raw if raw is not None else {})
+    if expansion.problems:
+        raise SettingsError(f"{path}: {'; '.join(expansion.problems)}")
+    return parse_settings(kind, expanded, str(path))
 
 
 def parse_settings(kind: type[S], raw: object, origin: str) -> S:
@@ -109,11 +124,10 @@ def parse_settings(kind: type[S], raw: object, origin: str) -> S:
     """
     try:
         # Through JSON mode, so that YAML's lists are accepted for tuples while types stay strict.
-        import json
-
         return kind.model_validate_json(json.dumps(raw))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(str(p) for p in e['loc']) or '(top)'}: {e['msg']}" for e in error.errors())
-        raise SettingsError(f"{origin}: {problems}") from error
     except TypeError as error:
-        raise SettingsError(f"{origin}: {error}") from error
+        problems = str(error)
+    # Outside the handlers: pydantic's own error knows the values, and must not come along as this one's context.
+    raise SettingsError(mask(f"{origin}: {problems}"))

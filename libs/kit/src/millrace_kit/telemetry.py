@@ -21,6 +21,7 @@ from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from prometheus_client import Counter, Histogram
 
 from millrace_kit.probes import Probes, serve_probes
+from millrace_kit.references import mask
 from millrace_kit.settings import TelemetrySettings
 
 RPC_SECONDS = Histogram(
@@ -75,7 +76,7 @@ def _span_fields(span: ReadableSpan) -> dict[str, object]:
 
 
 class _JsonLog(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, trace id, error."""
+    """One JSON object a line: time, level, logger, message, trace id, error; secrets of the settings are masked."""
 
     def __init__(self, service: str) -> None:
         super().__init__()
@@ -87,13 +88,13 @@ class _JsonLog(logging.Formatter):
             "level": record.levelname,
             "service": self._service,
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": mask(record.getMessage()),
         }
         context = trace.get_current_span().get_span_context()
         if context.is_valid:
             fields["trace_id"] = trace.format_trace_id(context.trace_id)
         if record.exc_info:
-            fields["error"] = self.formatException(record.exc_info)
+            fields["error"] = mask(self.formatException(record.exc_info))
         return json.dumps(fields)
 
 
