@@ -35,6 +35,19 @@ perf: setup ## Measure AREA=gateway|features|ingestion and print the table (buil
 check: setup ## Lint, types and import rules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
+##@ On Kubernetes
+.PHONY: cluster
+cluster: setup ## Bring up a throw-away real cluster on this machine (Debian, root), with the images loaded
+	@PYTHONPATH=tools $(BIN)/python -m cluster up && PYTHONPATH=tools $(BIN)/python -m cluster.images
+
+.PHONY: cluster-test
+cluster-test: setup ## Install the chart on that cluster from nothing and run the tests on it
+	@CLUSTER=only tools/test
+
+.PHONY: cluster-down
+cluster-down: ## Remove the cluster and everything it made
+	@PYTHONPATH=tools $(BIN)/python -m cluster down
+
 ##@ Build it
 .PHONY: setup
 setup: $(VENV)/.installed protos/src/.generated ## Virtual environment, generated code and the services
@@ -73,4 +86,4 @@ clean: ## Remove what was built and what the local run left (not the virtual env
 
 .PHONY: help
 help: ## Print this help
-	@awk 'BEGIN {FS = ":.*##"} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*##/ {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*##"} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*##/ {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

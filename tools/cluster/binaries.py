@@ -56,6 +56,7 @@ PROGRAMS = {
             f"-s -w -X {_VERSION}.gitVersion={KUBERNETES} -X {_VERSION}.gitMajor=1 -X {_VERSION}.gitMinor=34",
         ),
         Program("coredns", "./coredns"),
+        Program("pause", "./pause"),
         Program("helm", "helm.sh/helm/v3/cmd/helm@v3.22.0"),
     )
 }

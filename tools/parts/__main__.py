@@ -1,4 +1,4 @@
-"""`python -m parts kafka|postgres|redis`: start one by hand; `missing`: what tests lack here, one a line; `fetch`: get or build it."""
+"""`python -m parts kafka|postgres|redis|s3`: start one by hand; `missing`: what tests lack here, one a line; `fetch`: get or build it."""
 
 import signal
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster import binaries, controlplane
 
-from parts import chromium, kafka, postgres, redis
+from parts import chromium, kafka, postgres, redis, s3
 from parts.server import PartError
 
 CHECKS = {
@@ -18,7 +18,7 @@ CHECKS = {
     "browser": chromium.missing,
     "kubernetes": controlplane.missing,
 }
-STARTS = {"kafka": kafka.start_kafka, "postgres": postgres.start_postgres, "redis": redis.start_redis}
+STARTS = {"kafka": kafka.start_kafka, "postgres": postgres.start_postgres, "redis": redis.start_redis, "s3": s3.start_s3}
 
 
 def main() -> int:

@@ -18,13 +18,14 @@ from uuid import uuid4
 import pytest
 from cluster import controlplane
 
-from parts import chromium, kafka, postgres, redis
+from parts import chromium, kafka, postgres, redis, s3
 from parts.server import Server
 
 CHECKS: dict[str, Callable[[], str]] = {
     "kafka": kafka.missing,
     "postgres": postgres.missing,
     "redis": redis.missing,
+    "s3": s3.missing,
     "browser": chromium.missing,
     "kubernetes": controlplane.missing,
 }
@@ -162,6 +163,14 @@ def redis_url() -> str:
     with client.Redis.from_url(url) as connection:
         connection.flushdb()
     return url
+
+
+@pytest.fixture
+def s3_url() -> Iterator[str]:
+    """`s3://bucket/prefix` that nothing is below yet on a real server, with the environment to reach it in this process and its children."""
+    server = _shared("s3", s3.start_s3)
+    with s3.in_environment(server.address):
+        yield f"s3://{s3.BUCKET}/{uuid4().hex}"
 
 
 @pytest.fixture(scope="session")
