@@ -51,6 +51,9 @@ class Service:
     ready: Callable[[], bool] | None = None
     """Whether it takes work now, asked in the event loop a few times a second: it must not wait. Health follows the answer.
     None is ready from start to shutdown."""
+    linger: Callable[[], Awaitable[None]] | None = None
+    """Awaited after SIGTERM while everything still runs and health says no, for a service whose callers have to end first. It has to
+    end by itself."""
 
 
 class WorkerFailedError(Exception):
@@ -92,6 +95,8 @@ async def running(service: Service, settings: ServiceSettings, probes: Probes | 
         probes.not_ready(DRAINING)
         await health_servicer.enter_graceful_shutdown()
         await asyncio.sleep(settings.shutdown_delay_s)
+        if service.linger is not None:
+            await service.linger()
         stop.set()
         await server.stop(settings.drain_s)
         _done, pending = await asyncio.wait(tasks, timeout=settings.drain_s) if tasks else (set(), set())
