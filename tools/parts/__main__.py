@@ -1,9 +1,12 @@
-"""`python -m parts kafka|postgres|redis|s3`: start one by hand; `missing`: what tests lack here, one a line; `fetch`: get or build it."""
+"""`python -m parts kafka|postgres|redis|s3`: start one by hand; `missing`: what tests lack here, one a line; `fetch NAME`: get or
+build what kafka, s3 or kubernetes runs.
+"""
 
 import signal
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster import binaries, controlplane
@@ -15,22 +18,33 @@ CHECKS = {
     "kafka": kafka.missing,
     "postgres": postgres.missing,
     "redis": redis.missing,
+    "s3": s3.missing,
     "browser": chromium.missing,
     "kubernetes": controlplane.missing,
 }
-STARTS = {"kafka": kafka.start_kafka, "postgres": postgres.start_postgres, "redis": redis.start_redis, "s3": s3.start_s3}
+STARTS = {
+    "kafka": kafka.start_kafka,
+    "postgres": postgres.start_postgres,
+    "redis": redis.start_redis,
+    "s3": s3.start_s3,
+}
+FETCHES: dict[str, Callable[[], object]] = {
+    "kafka": kafka.fetch,
+    "s3": s3.fetch,
+    "kubernetes": lambda: binaries.build("kube-all"),
+}
 
 
 def main() -> int:
     """Run the command."""
+    if len(sys.argv) == 3 and sys.argv[1] == "fetch" and sys.argv[2] in FETCHES:
+        return _fetch(sys.argv[2])
     wanted = sys.argv[1] if len(sys.argv) == 2 else ""
     if wanted == "missing":
         for name, check in CHECKS.items():
             if reason := check():
                 print(f"{name}: {reason}")
         return 0
-    if wanted == "fetch":
-        return _fetch()
     if wanted not in STARTS:
         print(__doc__, file=sys.stderr)
         return 2
@@ -51,17 +65,15 @@ def main() -> int:
     return 0
 
 
-def _fetch() -> int:
+def _fetch(name: str) -> int:
     """Resolve what is resolved at the first use, so that no test waits for it."""
+    if CHECKS[name]():
+        return 0
     try:
-        if not kafka.missing():
-            kafka.fetch()
+        FETCHES[name]()
     except PartError as error:
         print(error, file=sys.stderr)
         return 1
-    finally:
-        if not controlplane.missing():
-            binaries.build("kube-all")
     return 0
 
 
