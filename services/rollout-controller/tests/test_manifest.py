@@ -89,7 +89,10 @@ def test_defaults_bring_a_version_straight_to_all_traffic() -> None:
         ("spec/routing/rules/0/when", "request.headers[", "spec.routing.rules[0].when"),
         ("spec/routing/rules/0/to", "nobody", "spec.routing.rules[0].to"),
         ("spec/balancing", "Random", "spec.balancing"),
-        ("spec/rollout/strategy", "BlueGreen", "spec.rollout.strategy"),
+        ("spec/rollout/strategy", "BlueGreen", "spec.rollout.steps"),
+        ("spec/rollout/blueGreen", {}, "spec.rollout.blueGreen"),
+        ("spec/rollout/abTest", {}, "spec.rollout.abTest"),
+        ("spec/rollout/shadow", {}, "spec.rollout.shadow"),
         ("spec/rollout/strategy", "Sideways", "spec.rollout.strategy"),
         ("spec/rollout/steps", [], "spec.rollout.steps"),
         ("spec/rollout/steps/1/weight", 5, "spec.rollout.steps[1].weight"),
@@ -107,7 +110,17 @@ def test_defaults_bring_a_version_straight_to_all_traffic() -> None:
         ("spec/rollout/gates/0/margin", 0.1, "spec.rollout.gates[0].margin"),
         ("spec/rollout/gates/2/margin", ..., "spec.rollout.gates[2].margin"),
         ("spec/rollout/gates/2/confidence", 1, "spec.rollout.gates[2].confidence"),
-        ("spec/rollout/gates/0/promql", "up", "spec.rollout.gates[0].promql"),
+        ("spec/rollout/gates/0/promql", "up", "spec.rollout.gates[0]"),
+        ("spec/rollout/gates/0", {"max": 1}, "spec.rollout.gates[0]"),
+        ("spec/rollout/gates/0", {"promql": "up"}, "spec.rollout.gates[0]"),
+        ("spec/rollout/gates/0", {"promql": "up", "max": 1, "min": 0}, "spec.rollout.gates[0]"),
+        ("spec/rollout/gates/0", {"promql": "", "max": 1}, "spec.rollout.gates[0].promql"),
+        ("spec/rollout/gates/0", {"promql": "x" * 2001, "max": 1}, "spec.rollout.gates[0].promql"),
+        ("spec/rollout/gates/0", {"promql": "up{a='{{version}}'}", "max": 1}, "spec.rollout.gates[0].promql"),
+        ("spec/rollout/gates/0", {"promql": "up", "compare": "notWorseThanStable"}, "spec.rollout.gates[0].compare"),
+        ("spec/rollout/gates/0", {"promql": "up", "max": 1, "confidence": 0.9}, "spec.rollout.gates[0].confidence"),
+        ("spec/rollout/gates/0", {"promql": "up", "max": 1, "failureLimit": 0}, "spec.rollout.gates[0].failureLimit"),
+        ("spec/rollout/gates/0/failureLimit", 2, "spec.rollout.gates[0].failureLimit"),
         ("spec/rollout/onFailure", "Shrug", "spec.rollout.onFailure"),
     ],
 )
@@ -115,6 +128,76 @@ def test_a_wrong_value_names_its_path(path: str, value: Any, field: str) -> None
     with pytest.raises(InvalidArgumentError) as caught:
         manifest.parse(changed(path, value))
     assert caught.value.field == field, caught.value.message
+
+
+def of_strategy(rollout: dict[str, Any], **routing: Any) -> str:
+    made = copy.deepcopy(GOOD)
+    made["spec"] |= {"rollout": rollout, "routing": routing}
+    return yaml.safe_dump(made)
+
+
+STICKY = {"sticky": {"header": "x-user-id"}}
+
+
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        {"strategy": "BlueGreen"},
+        {
+            "strategy": "BlueGreen",
+            "blueGreen": {
+                "autoPromotion": False, "mirrorPercent": 5.5, "minRequests": 9, "pause": {}, "watchSeconds": 60,
+                "keepOldSeconds": 0,
+            },
+        },
+        {"strategy": "ABTest"},
+        {
+            "strategy": "ABTest",
+            "abTest": {
+                "split": 20, "minRequests": 5, "duration": "48h", "goal": "errorRate", "confidence": 0.9,
+                "onSuccess": "Promote",
+            },
+        },
+        {"strategy": "Shadow"},
+        {"strategy": "Shadow", "shadow": {"mirrorPercent": 1, "duration": "1h", "onSuccess": "Promote"}},
+        {"strategy": "Canary", "gates": [{"promql": 'x{model="{{model}}", version="{{candidate}}"}', "max": 1}]},
+    ],
+)  # fmt: skip
+def test_each_strategy_has_its_own_block(rollout: dict[str, Any]) -> None:
+    assert manifest.parse(of_strategy(rollout, **STICKY)).spec.rollout.strategy == rollout["strategy"]
+
+
+@pytest.mark.parametrize(
+    ("rollout", "field"),
+    [
+        ({"strategy": "BlueGreen", "blueGreen": {"split": 5}}, "blueGreen.split"),
+        ({"strategy": "BlueGreen", "blueGreen": {"mirrorPercent": 101}}, "blueGreen.mirrorPercent"),
+        ({"strategy": "BlueGreen", "blueGreen": {"mirrorPercent": 0.001}}, "blueGreen.mirrorPercent"),
+        ({"strategy": "BlueGreen", "blueGreen": {"keepOldSeconds": -1}}, "blueGreen.keepOldSeconds"),
+        ({"strategy": "BlueGreen", "blueGreen": {"pause": {"duration": "0s"}}}, "blueGreen.pause.duration"),
+        ({"strategy": "BlueGreen", "shadow": {}}, "shadow"),
+        ({"strategy": "ABTest", "abTest": {"split": 100}}, "abTest.split"),
+        ({"strategy": "ABTest", "abTest": {"split": 0}}, "abTest.split"),
+        ({"strategy": "ABTest", "abTest": {"duration": "721h"}}, "abTest.duration"),
+        ({"strategy": "ABTest", "abTest": {"goal": "joy"}}, "abTest.goal"),
+        ({"strategy": "ABTest", "abTest": {"onSuccess": "Promote"}}, "abTest.onSuccess"),
+        ({"strategy": "ABTest", "steps": [{"weight": 50}]}, "steps"),
+        ({"strategy": "Shadow", "shadow": {"mirrorPercent": 0}}, "shadow.mirrorPercent"),
+        ({"strategy": "Shadow", "shadow": {"onSuccess": "Promote"}}, "shadow.onSuccess"),
+        ({"strategy": "Shadow", "shadow": {"onSuccess": "Celebrate"}}, "shadow.onSuccess"),
+        ({"strategy": "Shadow", "abTest": {}}, "abTest"),
+    ],
+)
+def test_a_strategy_refuses_the_others_fields_by_name(rollout: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        manifest.parse(of_strategy(rollout, **STICKY))
+    assert caught.value.field == f"spec.rollout.{field}", caught.value.message
+
+
+def test_an_ab_test_needs_sticky_callers() -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        manifest.parse(of_strategy({"strategy": "ABTest"}))
+    assert caught.value.field == "spec.routing.sticky"
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def log_fail(state: GateState, steps: int) -> float:
 
 def judge(gate: Gate, state: GateState, steps: int) -> GateView:
     """The verdict on what is known now, with the figures in words."""
-    needed = -math.log(1.0 - gate.confidence)
+    needed = -math.log(1.0 - gate.level)
     against, for_it = log_fail(state, steps), float(log_mean(np.array(state.pass_logs)))
     loss, limit, words = _estimate(gate, state)
     step_loss = _step_loss(gate, state)

@@ -1,23 +1,30 @@
 """The `ModelDeployment` manifest: strict, with the path of whatever is wrong."""
 
-import json
-import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from millrace_kit import cel_rules, check
+from millrace_kit import check
 from millrace_kit.errors import InvalidArgumentError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
+
+from millrace_rollout_controller import documents, manifest_rules
+from millrace_rollout_controller.manifest_rules import seconds
 
 MAX_MANIFEST_CHARACTERS = 65_536
 MAX_STEPS = 20
 MAX_GATES = 20
 MAX_RULES = 64
 MAX_REPLICAS = 32
-MAX_PAUSE_S = 30 * 86_400
-_DURATION = re.compile(r"(?=.)(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?")
-_HEADER = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
+MAX_PROMQL_CHARACTERS = 2000
+MAX_KEEP_OLD_SECONDS = 7 * 86_400
+
+Duration = Annotated[str, Field(min_length=2, max_length=21, pattern=r"^([0-9]{1,6}h)?([0-9]{1,6}m)?([0-9]{1,6}s)?$")]
+"""A length of time like `30s`, `10m` or `1h30m`; more than 0 and at most 720h."""
+Confidence = Annotated[float, Field(ge=0.5, le=0.999999)]
+"""One minus the chance of a wrong answer, over the whole rollout and however often it is read."""
+Strategy = Literal["Canary", "BlueGreen", "ABTest", "Shadow"]
+Metric = Literal["errorRate", "latencyP99Ms", "outcome/accuracy", "outcome/brier"]
+DEFAULT_CONFIDENCE = 0.95
 
 
 class Block(BaseModel):
@@ -59,13 +66,14 @@ class Server(Block):
 class Sticky(Block):
     """Header whose value keeps a caller on one version."""
 
-    header: str
+    header: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,127}$")]
+    """In lower case."""
 
 
 class Rule(Block):
     """Requests for which a CEL expression holds go to one arm."""
 
-    when: str
+    when: Annotated[str, Field(min_length=1, max_length=2048)]
     to: Literal["stable", "candidate"]
 
 
@@ -79,12 +87,12 @@ class Routing(Block):
 class Pause(Block):
     """A wait; without a duration until `resume`."""
 
-    duration: str | None = None
+    duration: Duration | None = None
 
     @property
     def seconds(self) -> float | None:
         """Length in seconds; None waits for a person."""
-        return None if self.duration is None else _seconds(self.duration, "duration")
+        return None if self.duration is None else seconds(self.duration, "duration")
 
 
 class Step(Block):
@@ -96,33 +104,101 @@ class Step(Block):
     pause: Pause | None = None
 
 
-class Gate(Block):
-    """One condition on the candidate; exactly one of `max`, `min` and `compare`."""
+class BlueGreen(Block):
+    """A candidate beside stable without traffic of its own, then all traffic in one change."""
 
-    metric: Literal["errorRate", "latencyP99Ms", "outcome/accuracy", "outcome/brier"]
+    auto_promotion: bool = True
+    """Switch as soon as nothing is missing; otherwise a person promotes."""
+    mirror_percent: float = Field(default=0.0, ge=0, le=100)
+    """Percent of the requests copied to the candidate before the switch, so that gates have something to judge."""
+    min_requests: int = Field(default=0, ge=0, le=1_000_000_000)
+    """Requests of the preview (copies, and callers whom a rule sends to the candidate) before the switch."""
+    pause: Pause | None = None
+    """How long the preview lasts at least; without a duration until `resume`."""
+    watch_seconds: int = Field(default=0, ge=0, le=86_400)
+    """How long gates go on after the switch; a failing one switches back at once."""
+    keep_old_seconds: int = Field(default=600, ge=0, le=MAX_KEEP_OLD_SECONDS)
+    """How long the old version's servers stay up after the switch, so that `undo` is one change of the route."""
+
+
+class ABTest(Block):
+    """A fixed split between stable and candidate until there is an answer."""
+
+    split: Annotated[float, Field(gt=0, lt=100)] = 50.0
+    """Percent of the candidate."""
+    min_requests: int = Field(default=0, ge=0, le=1_000_000_000)
+    """Candidate requests before the test may end."""
+    duration: Duration | None = None
+    """Time before the test may end. Without `minRequests` and `duration` only a person ends it."""
+    goal: Metric = "outcome/accuracy"
+    """Metric that decides which version is better."""
+    confidence: Confidence = DEFAULT_CONFIDENCE
+    """Of every comparison in the status."""
+    on_success: Literal["Hold", "Promote"] = "Hold"
+    """When the test has ended and the goal says that the candidate is better: wait for a person, or promote."""
+
+
+class Shadow(Block):
+    """Copies of requests to the candidate, whose answers nobody gets."""
+
+    mirror_percent: Annotated[float, Field(gt=0, le=100)] = 100.0
+    """Percent of the requests that are copied."""
+    min_requests: int = Field(default=0, ge=0, le=1_000_000_000)
+    """Copies before the run may end."""
+    duration: Duration | None = None
+    """Time before the run may end. Without `minRequests` and `duration` only a person ends it."""
+    confidence: Confidence = DEFAULT_CONFIDENCE
+    """Of every comparison in the status."""
+    on_success: Literal["Hold", "Promote"] = "Hold"
+    """When the run has ended and its gates have passed: wait for a person, or promote."""
+
+
+class Gate(Block):
+    """One condition on the candidate: a metric of ours with exactly one of `max`, `min` and `compare`, or a PromQL query with `max` or `min`."""
+
+    metric: Metric | None = None
+    promql: Annotated[str, Field(min_length=1, max_length=MAX_PROMQL_CHARACTERS)] | None = None
+    """Query with one value as its answer; {{model}}, {{candidate}}, {{stable}} and {{namespace}} are filled in."""
     max: float | None = None
     min: float | None = None
     compare: Literal["notWorseThanStable"] | None = None
     margin: Annotated[float, Field(gt=0, lt=1)] | None = None
     """How much worse than stable the candidate may be."""
-    confidence: float = Field(default=0.95, ge=0.5, le=0.999999)
-    """One minus the chance of a wrong verdict in each direction, over the whole rollout and however often it is read."""
+    confidence: Confidence | None = None
+    """One minus the chance of a wrong verdict in each direction; of a metric only, where None is 0.95."""
+    failure_limit: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Answers beyond the bound in a row at which the gate fails; of a query only, where None is 3."""
     required: Literal["EveryStep", "Promotion", "Never"] = "EveryStep"
     """When it must have passed: to leave any step, to reach 100 %, or never. A fail rolls back in every case."""
 
     @property
+    def level(self) -> float:
+        """The confidence in force."""
+        return DEFAULT_CONFIDENCE if self.confidence is None else self.confidence
+
+    @property
+    def failures(self) -> int:
+        """The failure limit in force."""
+        return 3 if self.failure_limit is None else self.failure_limit
+
+    @property
     def text(self) -> str:
         """As people write it, for example "latencyP99Ms <= 80"."""
+        subject = self.metric or f"promql {' '.join((self.promql or '').split())[:80]}"
         if self.compare:
-            return f"{self.metric} notWorseThanStable (margin {self.margin:g})"
-        return f"{self.metric} <= {self.max:g}" if self.max is not None else f"{self.metric} >= {self.min:g}"
+            return f"{subject} notWorseThanStable (margin {self.margin:g})"
+        return f"{subject} <= {self.max:g}" if self.max is not None else f"{subject} >= {self.min:g}"
 
 
 class Rollout(Block):
-    """How a new version replaces the stable one."""
+    """How a new version replaces the stable one. Each strategy has its own block, and refuses the others'."""
 
-    strategy: str = "Canary"
-    steps: tuple[Step, ...] = Field(default=(Step(weight=100.0),), min_length=1, max_length=MAX_STEPS)
+    strategy: Strategy = "Canary"
+    steps: Annotated[tuple[Step, ...], Field(min_length=1, max_length=MAX_STEPS)] | None = None
+    """Canary only: rising weights; 100 is added at the end. None is one step of 100."""
+    blue_green: BlueGreen | None = None
+    ab_test: ABTest | None = None
+    shadow: Shadow | None = None
     gates: tuple[Gate, ...] = Field(default=(), max_length=MAX_GATES)
     on_failure: Literal["Rollback"] = "Rollback"
     progress_deadline_seconds: int = Field(default=120, ge=1, le=86_400)
@@ -142,7 +218,7 @@ class Spec(Block):
     @property
     def steps(self) -> tuple[Step, ...]:
         """The steps, ending with 100 %."""
-        steps = self.rollout.steps
+        steps = self.rollout.steps or (Step(weight=100.0),)
         return steps if steps[-1].weight == 100 else (*steps, Step(weight=100.0))
 
 
@@ -155,21 +231,6 @@ class Manifest(Block):
     spec: Spec
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases (a few lines of them can stand for gigabytes) and without repeated keys."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not accepted")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if len({str(key) for key in keys}) < len(keys):
-            raise yaml.YAMLError(f"a key is repeated at line {node.start_mark.line + 1}")
-        return super().construct_mapping(node, deep=deep)
-
-
 def parse(text: str) -> Manifest:
     """The manifest in `text` (YAML or JSON).
 
@@ -177,21 +238,15 @@ def parse(text: str) -> Manifest:
         InvalidArgumentError: names the path of the first thing that is wrong, for example `spec.rollout.steps[1].weight`.
     """
     check.text(text, "manifest_yaml", limit=MAX_MANIFEST_CHARACTERS)
-    try:
-        raw = yaml.load(text, _Loader)  # noqa: S506 - a safe loader
-        encoded = json.dumps(raw, allow_nan=False)
-    except (yaml.YAMLError, RecursionError, ValueError, TypeError, OverflowError) as error:
-        problem = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InvalidArgumentError("manifest_yaml", f"is not YAML of plain values: {problem}") from None
-    if not isinstance(raw, dict):
-        raise InvalidArgumentError("manifest_yaml", "must be a mapping")
+    encoded = documents.to_json(text, "manifest_yaml")
     try:
         manifest = Manifest.model_validate_json(encoded)
     except ValidationError as error:
         first = error.errors()[0]
         problem = "unknown key" if first["type"] == "extra_forbidden" else str(first["msg"])
         raise InvalidArgumentError(_path(first["loc"]), problem) from None
-    _check_spec(manifest)
+    check.name(manifest.metadata.name, "metadata.name")
+    manifest_rules.check_spec(manifest.spec)
     return manifest
 
 
@@ -200,73 +255,3 @@ def _path(location: tuple[int | str, ...]) -> str:
     for part in location:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
     return path[:200] or "manifest_yaml"
-
-
-def _check_spec(manifest: Manifest) -> None:
-    check.name(manifest.metadata.name, "metadata.name")
-    spec = manifest.spec
-    check.name(spec.model, "spec.model")
-    check.semver(spec.version, "spec.version")
-    sticky = spec.routing.sticky
-    if sticky is not None and not _HEADER.fullmatch(sticky.header):
-        raise InvalidArgumentError("spec.routing.sticky.header", "needs a header name in lower case")
-    for index, rule in enumerate(spec.routing.rules):
-        cel_rules.check_rule(rule.when, f"spec.routing.rules[{index}].when")
-    if spec.rollout.strategy != "Canary":
-        known = "BlueGreen", "ABTest", "Shadow"
-        problem = "is not available yet" if spec.rollout.strategy in known else "is not known"
-        raise InvalidArgumentError("spec.rollout.strategy", f"{problem}; use Canary")
-    _check_steps(spec.rollout.steps)
-    for index, gate in enumerate(spec.rollout.gates):
-        _check_gate(gate, f"spec.rollout.gates[{index}]")
-
-
-def _check_steps(steps: tuple[Step, ...]) -> None:
-    before = 0.0
-    for index, step in enumerate(steps):
-        where = f"spec.rollout.steps[{index}]"
-        if step.weight <= before:
-            raise InvalidArgumentError(f"{where}.weight", "must be greater than the step's before")
-        if round(step.weight, 2) != step.weight:
-            raise InvalidArgumentError(f"{where}.weight", "has more than two decimals")
-        before = step.weight
-        if step.pause is not None and step.pause.duration is not None:
-            _seconds(step.pause.duration, f"{where}.pause.duration")
-
-
-_FORMS: dict[str, tuple[str, ...]] = {
-    "errorRate": ("max", "compare"),
-    "latencyP99Ms": ("max",),
-    "outcome/accuracy": ("min", "compare"),
-    "outcome/brier": ("max", "compare"),
-}
-
-
-def _check_gate(gate: Gate, where: str) -> None:
-    allowed = _FORMS[gate.metric]
-    given = [form for form in ("max", "min", "compare") if getattr(gate, form) is not None]
-    if len(given) != 1:
-        raise InvalidArgumentError(where, f"needs exactly one of {', '.join(allowed)}")
-    if given[0] not in allowed:
-        raise InvalidArgumentError(f"{where}.{given[0]}", f"does not fit {gate.metric}; use {' or '.join(allowed)}")
-    if (gate.margin is not None) != (gate.compare is not None):
-        raise InvalidArgumentError(f"{where}.margin", "belongs to compare, and compare needs it")
-    bound = gate.max if gate.max is not None else gate.min
-    if bound is None:
-        return
-    if gate.metric == "latencyP99Ms":
-        if not 0 < bound <= 600_000:
-            raise InvalidArgumentError(f"{where}.max", "must be more than 0 and at most 600000 (milliseconds)")
-    elif not 0 < bound < 1:
-        raise InvalidArgumentError(f"{where}.{given[0]}", "must be between 0 and 1, both left out")
-
-
-def _seconds(text: str, where: str) -> float:
-    match = _DURATION.fullmatch(text)
-    if match is None or not any(match.groups()):
-        raise InvalidArgumentError(where, "needs a duration like 30s, 10m or 1h30m")
-    hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    total = hours * 3600 + minutes * 60 + seconds
-    if not 0 < total <= MAX_PAUSE_S:
-        raise InvalidArgumentError(where, "must be more than 0 and at most 720h")
-    return float(total)

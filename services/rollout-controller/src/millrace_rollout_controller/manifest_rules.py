@@ -1,0 +1,151 @@
+"""Rules of a manifest that concern more than one field. The CRD's CEL rules say the same; change both."""
+
+import re
+from typing import TYPE_CHECKING
+
+from millrace_kit import cel_rules, check
+from millrace_kit.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from millrace_rollout_controller.manifest import Gate, Rollout, Spec, Step
+
+MAX_DURATION_S = 30 * 86_400
+PLACEHOLDERS = ("model", "candidate", "stable", "namespace")
+"""What a query may name as `{{name}}`."""
+BLOCKS = {"Canary": "steps", "BlueGreen": "blueGreen", "ABTest": "abTest", "Shadow": "shadow"}
+"""The block of each strategy."""
+_DURATION = re.compile(r"(?=.)(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?")
+_FORMS: dict[str, tuple[str, ...]] = {
+    "errorRate": ("max", "compare"),
+    "latencyP99Ms": ("max",),
+    "outcome/accuracy": ("min", "compare"),
+    "outcome/brier": ("max", "compare"),
+}
+"""How each metric may be bounded."""
+
+
+def seconds(text: str, where: str) -> float:
+    """Length of a duration like 1h30m; `where` is named when it is none."""
+    match = _DURATION.fullmatch(text)
+    if match is None or not any(match.groups()):
+        raise InvalidArgumentError(where, "needs a duration like 30s, 10m or 1h30m")
+    hours, minutes, rest = (int(part or 0) for part in match.groups())
+    total = hours * 3600 + minutes * 60 + rest
+    if not 0 < total <= MAX_DURATION_S:
+        raise InvalidArgumentError(where, "must be more than 0 and at most 720h")
+    return float(total)
+
+
+def check_spec(spec: "Spec") -> None:
+    """Raise InvalidArgumentError that names the first field that does not fit the others."""
+    check.name(spec.model, "spec.model")
+    check.semver(spec.version, "spec.version")
+    for index, rule in enumerate(spec.routing.rules):
+        cel_rules.check_rule(rule.when, f"spec.routing.rules[{index}].when")
+    _check_strategy(spec)
+    for index, gate in enumerate(spec.rollout.gates):
+        _check_gate(gate, f"spec.rollout.gates[{index}]")
+
+
+def _check_strategy(spec: "Spec") -> None:
+    rollout = spec.rollout
+    given = {
+        "steps": rollout.steps, "blueGreen": rollout.blue_green, "abTest": rollout.ab_test, "shadow": rollout.shadow,
+    }  # fmt: skip
+    for strategy, block in BLOCKS.items():
+        if strategy != rollout.strategy and given[block] is not None:
+            raise InvalidArgumentError(f"spec.rollout.{block}", f"belongs to {strategy}, not to {rollout.strategy}")
+    _check_steps(rollout.steps or ())
+    _check_blue_green(rollout)
+    _check_split(spec)
+    _check_shadow(rollout)
+
+
+def _check_steps(steps: "tuple[Step, ...]") -> None:
+    before = 0.0
+    for index, step in enumerate(steps):
+        where = f"spec.rollout.steps[{index}]"
+        if step.weight <= before:
+            raise InvalidArgumentError(f"{where}.weight", "must be greater than the step's before")
+        _check_decimals(step.weight, f"{where}.weight")
+        before = step.weight
+        if step.pause is not None and step.pause.duration is not None:
+            seconds(step.pause.duration, f"{where}.pause.duration")
+
+
+def _check_blue_green(rollout: "Rollout") -> None:
+    if (block := rollout.blue_green) is None:
+        return
+    where = "spec.rollout.blueGreen"
+    _check_decimals(block.mirror_percent, f"{where}.mirrorPercent")
+    if block.pause is not None and block.pause.duration is not None:
+        seconds(block.pause.duration, f"{where}.pause.duration")
+
+
+def _check_split(spec: "Spec") -> None:
+    if spec.rollout.strategy != "ABTest":
+        return
+    if spec.routing.sticky is None:
+        raise InvalidArgumentError("spec.routing.sticky", "is needed by ABTest: a caller must stay on one version")
+    if (block := spec.rollout.ab_test) is None:
+        return
+    _check_decimals(block.split, "spec.rollout.abTest.split")
+    if block.duration is not None:
+        seconds(block.duration, "spec.rollout.abTest.duration")
+    if block.on_success == "Promote" and not block.min_requests and block.duration is None:
+        raise InvalidArgumentError("spec.rollout.abTest.onSuccess", "Promote needs minRequests or duration")
+
+
+def _check_shadow(rollout: "Rollout") -> None:
+    if (block := rollout.shadow) is None:
+        return
+    _check_decimals(block.mirror_percent, "spec.rollout.shadow.mirrorPercent")
+    if block.duration is not None:
+        seconds(block.duration, "spec.rollout.shadow.duration")
+    if block.on_success == "Promote" and not block.min_requests and block.duration is None:
+        raise InvalidArgumentError("spec.rollout.shadow.onSuccess", "Promote needs minRequests or duration")
+
+
+def _check_decimals(percent: float, where: str) -> None:
+    if round(percent, 2) != percent:
+        raise InvalidArgumentError(where, "has more than two decimals")
+
+
+def _check_gate(gate: "Gate", where: str) -> None:
+    if (gate.metric is None) == (gate.promql is None):
+        raise InvalidArgumentError(where, "needs exactly one of metric and promql")
+    allowed = _FORMS[gate.metric] if gate.metric else ("max", "min")
+    given = [form for form in ("max", "min", "compare") if getattr(gate, form) is not None]
+    if len(given) != 1:
+        raise InvalidArgumentError(where, f"needs exactly one of {', '.join(allowed)}")
+    if given[0] not in allowed:
+        subject = gate.metric or "promql"
+        raise InvalidArgumentError(f"{where}.{given[0]}", f"does not fit {subject}; use {' or '.join(allowed)}")
+    if (gate.margin is not None) != (gate.compare is not None):
+        raise InvalidArgumentError(f"{where}.margin", "belongs to compare, and compare needs it")
+    if gate.promql is not None:
+        _check_query(gate, where)
+        return
+    if gate.failure_limit is not None:
+        raise InvalidArgumentError(f"{where}.failureLimit", "belongs to promql")
+    _check_bound(gate, where, given[0])
+
+
+def _check_query(gate: "Gate", where: str) -> None:
+    if gate.confidence is not None:
+        raise InvalidArgumentError(f"{where}.confidence", "belongs to metric; a query has failureLimit")
+    for name in re.findall(r"\{\{(.*?)\}\}", gate.promql or "", re.DOTALL):
+        if name not in PLACEHOLDERS:
+            known = ", ".join(f"{{{{{known}}}}}" for known in PLACEHOLDERS)
+            raise InvalidArgumentError(f"{where}.promql", f"names {{{{{name[:50]}}}}}; known are {known}")
+
+
+def _check_bound(gate: "Gate", where: str, form: str) -> None:
+    bound = gate.max if gate.max is not None else gate.min
+    if bound is None:
+        return
+    if gate.metric == "latencyP99Ms":
+        if not 0 < bound <= 600_000:
+            raise InvalidArgumentError(f"{where}.max", "must be more than 0 and at most 600000 (milliseconds)")
+    elif not 0 < bound < 1:
+        raise InvalidArgumentError(f"{where}.{form}", "must be between 0 and 1, both left out")
