@@ -4,7 +4,7 @@ Knows neither Envoy nor gRPC's transport; `envoy_routes` turns these values into
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 
 from millrace_api.rollout.v1 import rollout_pb2
@@ -21,6 +21,9 @@ DEFAULT_TIMEOUT_MS = 30_000
 # Weights are percents with two decimals.
 WEIGHT_UNITS = 10_000
 _HEADER = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
+_SERVICE = re.compile(
+    r"(?P<namespace>[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)/(?P<name>[a-z]([a-z0-9-]{0,61}[a-z0-9])?):(?P<port>[0-9]{1,5})"
+)
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
 
@@ -42,6 +45,15 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Service:
+    """A headless Service of Kubernetes, and the port its pods listen on."""
+
+    namespace: str
+    name: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
 class Arm:
     """One version behind a route; `weight` is in units of a hundredth of a percent."""
 
@@ -51,6 +63,7 @@ class Arm:
     candidate: bool
     weight: int
     endpoints: tuple[Endpoint, ...]
+    service: Service | None = None
 
     @property
     def cluster(self) -> str:
@@ -166,7 +179,8 @@ def _check_arms(message: rollout_pb2.ModelRoute, model: str, where: str) -> tupl
             raise InvalidArgumentError(f"{place}.endpoints", f"has more than {MAX_ENDPOINTS}")
         endpoints = tuple(_check_endpoint(e, f"{place}.endpoints[{i}]") for i, e in enumerate(arm.endpoints))
         candidate = _is_candidate(arm.role, f"{place}.role")
-        arms.append(Arm(model, version, digest, candidate, round(arm.weight * 100), endpoints))
+        service = _check_service(arm.service, f"{place}.service") if arm.service else None
+        arms.append(Arm(model, version, digest, candidate, round(arm.weight * 100), endpoints, service))
     if len({arm.version for arm in arms}) < len(arms):
         raise InvalidArgumentError(f"{where}.arms", "name one version twice")
     if abs(sum(arm.weight for arm in message.arms) - 100) > 0.01:
@@ -179,8 +193,7 @@ def _exact_weights(arms: list[Arm]) -> tuple[Arm, ...]:
     """The heaviest arm takes what rounding left, so that the total never changes and hashes stay where they are."""
     rest = WEIGHT_UNITS - sum(arm.weight for arm in arms)
     last = max(range(len(arms)), key=lambda index: arms[index].weight)
-    arm = arms[last]
-    arms[last] = Arm(arm.model, arm.version, arm.digest, arm.candidate, arm.weight + rest, arm.endpoints)
+    arms[last] = replace(arms[last], weight=arms[last].weight + rest)
     return tuple(arms)
 
 
@@ -199,3 +212,10 @@ def _check_endpoint(text: str, where: str) -> Endpoint:
     if not endpoint.is_ip and not _HOST.fullmatch(host):
         raise InvalidArgumentError(where, f"{text[:80]!r} is not host:port")
     return endpoint
+
+
+def _check_service(text: str, where: str) -> Service:
+    found = _SERVICE.fullmatch(text)
+    if found is None or not 0 < int(found["port"]) < 65_536:
+        raise InvalidArgumentError(where, f"{text[:140]!r} is not namespace/name:port")
+    return Service(found["namespace"], found["name"], int(found["port"]))

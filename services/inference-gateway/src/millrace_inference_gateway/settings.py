@@ -1,13 +1,15 @@
 """Settings of the gateway; the Envoy process and the Python process read the same file."""
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from millrace_kit.settings import ServiceSettings, Settings
 from pydantic import Field, model_validator
 
 # A Unix socket's path has 108 bytes in Linux, one of them the final zero.
 MAX_SOCKET_PATH_BYTES = 107
+# A DNS label, or a reference that a check away from the cluster leaves as it stands.
+_LABEL_OR_REFERENCE = r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?|\$\{env:[A-Z0-9_]+\})$"
 
 
 class EnvoySettings(Settings):
@@ -40,6 +42,14 @@ class EnvoySettings(Settings):
     """A stream on which nothing moves for so long is ended."""
     grace_s: float = Field(default=10.0, ge=0, le=600)
     """Time a version's servers stay known after no route names them, so that running calls end in peace."""
+    connection_age_s: float = Field(default=300.0, ge=0, le=86_400)
+    """A client's connection is asked to end after so long (GOAWAY; running calls finish), because behind a ClusterIP a gRPC client
+    stays with one gateway for as long as its connection lives, and new replicas would get no load. 0 never asks."""
+    goaway_s: float = Field(default=1.0, gt=0, le=60)
+    """Time between the notice that a connection ends and its end for new calls, so that none is lost on the way."""
+    deregister_s: float = Field(default=0.0, ge=0, le=600)
+    """After SIGTERM, shortest time in which new connections are still taken, until kube-proxy and load balancers know that this
+    gateway leaves. 5 is right in a cluster; one machine needs none. Running calls then have `drain_s` to end."""
     log_level: str = Field(default="warning", pattern="^(trace|debug|info|warning|error|critical|off)$")
     """Least severe line of Envoy's own log (standard error)."""
 
@@ -72,15 +82,69 @@ class PredictionLogSettings(Settings):
         return self.sample_ratio > 0 and self.samples_per_s > 0 and self.sample_max_bytes > 0
 
 
+class KubernetesSettings(Settings):
+    """How servers of a version are found in a cluster: from the EndpointSlices of the Service its route names."""
+
+    namespace: str = Field(pattern=_LABEL_OR_REFERENCE)
+    """Namespace of the Services; routes that name another are served from the endpoints they list."""
+    label_selector: str = Field(default="kubernetes.io/service-name", max_length=1024)
+    """EndpointSlices that are followed; the default is every one that belongs to a Service."""
+    api_server: str = Field(default="", pattern="^(https?://.+)?$")
+    """The API server; empty takes the one a pod is told by its environment."""
+    token_file: str = "/var/run/secrets/kubernetes.io/serviceaccount/token"  # noqa: S105 - a path
+    """Bearer token, read again for every call because it is exchanged while the pod lives; empty sends none."""
+    ca_file: str = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt"
+    """Authority of the API server's certificate; empty takes the system's."""
+    request_timeout_s: float = Field(default=10.0, gt=0, le=300)
+    """Longest wait for a list, and for the start of a watch."""
+    watch_s: int = Field(default=300, ge=1, le=3600)
+    """The API server ends a watch after so long; the next one goes on where it ended."""
+    silence_s: float = Field(default=90.0, ge=1, le=3600)
+    """A watch that says nothing for so long is given up; the API server sends a bookmark each minute."""
+    backoff_s: float = Field(default=0.2, gt=0, le=60)
+    """Wait before asking again after a failure; doubles up to `backoff_max_s`."""
+    backoff_max_s: float = Field(default=5.0, gt=0, le=300)
+    """Longest wait before asking again."""
+
+
+class PublicTlsSettings(Settings):
+    """TLS of the port clients call; its files are watched and exchanged without a restart."""
+
+    mode: Literal["none", "server", "mutual"] = "none"
+    """`server` proves the gateway to clients, `mutual` clients to the gateway too."""
+    cert_file: str = ""
+    """Certificate chain, PEM."""
+    key_file: str = ""
+    """Private key, PEM."""
+    ca_file: str = ""
+    """Authority of the clients' certificates, PEM; with `mutual`."""
+
+    @model_validator(mode="after")
+    def _files(self) -> Self:
+        needed = {"none": (), "server": ("cert_file", "key_file"), "mutual": ("cert_file", "key_file", "ca_file")}
+        for name in needed[self.mode]:
+            if not getattr(self, name):
+                raise ValueError(f"{name}: is needed for mode {self.mode}")
+        return self
+
+
 class GatewaySettings(ServiceSettings):
     """The gateway."""
 
-    gateway_id: str = Field(default="gateway-0", pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
-    """Stable name of this replica; names its journal on the bus."""
+    gateway_id: str = Field(default="gateway-0", pattern=_LABEL_OR_REFERENCE)
+    """Stable name of this replica (in a cluster its pod's name); names its journal on the bus."""
+    advertise_address: str = ""
+    """`host:port` at which the rollout controller asks for this replica's figures, in a cluster the pod's IP and the port of
+    `listen`; empty where the controller's own settings name it."""
     public_listen: str = "127.0.0.1:7400"
     """Where Envoy takes clients' calls."""
+    public_tls: PublicTlsSettings = PublicTlsSettings()
     envoy_admin_listen: str = "127.0.0.1:7409"
     """Where Envoy answers questions about itself; never expose it."""
+    stats_listen: str = ""
+    """Where Envoy answers `/ready` and `/stats/prometheus` and nothing else, for the kubelet and Prometheus; empty opens none."""
+    kubernetes: KubernetesSettings | None = None
+    """Follow EndpointSlices; without it servers are those the routes list."""
     feature_address: str = "127.0.0.1:7402"
     """The feature service."""
     rollout_address: str = "127.0.0.1:7407"
@@ -115,12 +179,22 @@ class GatewaySettings(ServiceSettings):
         """Envoy's inner listener, for Predict's model calls only."""
         return self.folder / "envoy.sock"
 
+    @property
+    def python_socket(self) -> Path:
+        """Where Envoy reaches the Python process: inside the pod, so without TLS even when `listen` has it."""
+        return self.folder / "python.sock"
+
     @model_validator(mode="after")
     def _addresses(self) -> Self:
         for name in ("public_listen", "envoy_admin_listen", "feature_address", "rollout_address"):
             split_address(str(getattr(self, name)), name)
-        if len(str(self.socket).encode()) > MAX_SOCKET_PATH_BYTES:
-            raise ValueError(f"state_dir: {self.socket} is longer than {MAX_SOCKET_PATH_BYTES} bytes")
+        for name in ("advertise_address", "stats_listen"):
+            # An address from the environment is not known yet when a file is only checked.
+            if (text := str(getattr(self, name))) and "${" not in text:
+                split_address(text, name)
+        for path in (self.socket, self.python_socket):
+            if len(str(path).encode()) > MAX_SOCKET_PATH_BYTES:
+                raise ValueError(f"state_dir: {path} is longer than {MAX_SOCKET_PATH_BYTES} bytes")
         return self
 
 
