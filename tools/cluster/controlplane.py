@@ -4,12 +4,12 @@ With it alone every API works, controllers make Pods from Deployments and Jobs, 
 which is what tests of controllers want. `python -m cluster.controlplane FOLDER PORT ETCD_PORT` is the supervised process.
 """
 
+import base64
 import json
 import os
 import shutil
 import signal
 import ssl
-import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -19,11 +19,13 @@ from pathlib import Path
 import yaml
 from parts.server import PartError, Server, free_port, start
 
-from cluster import binaries
+from cluster import binaries, certificates
 from cluster.supervise import Component, run
 
 TOKEN = "millrace-test-admin"  # noqa: S105 - the admin of a throw-away cluster that listens on this machine alone
 SERVICE_CIDR = "10.96.0.0/16"
+SERVICE_IP = "10.96.0.1"
+"""The API server inside the cluster: the first address of the range."""
 POD_CIDR = "10.244.0.0/16"
 KUBECONFIG = "kubeconfig"
 
@@ -45,7 +47,7 @@ class Plane:
 
     @property
     def certificates(self) -> Path:
-        """The API server's self-signed certificate and the service account key."""
+        """Authority, the API server's certificate and the service accounts' key."""
         return self.folder / "certificates"
 
     @property
@@ -58,25 +60,25 @@ def missing() -> str:
     """What is needed for a control plane and is not here, or empty."""
     if not shutil.which("etcd"):
         return "needs etcd (Debian: etcd-server)"
-    if not shutil.which("openssl"):
-        return "needs openssl"
     return "" if binaries.PROGRAMS["kube-all"].built() else binaries.missing()
 
 
 def prepare(plane: Plane) -> None:
     """Write keys, tokens and the kubeconfig."""
-    plane.certificates.mkdir(parents=True, exist_ok=True)
-    key = plane.certificates / "sa.key"
-    if not key.exists():
-        command = ["openssl", "genrsa", "-out", str(key), "2048"]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
+    certificates.issue(plane.certificates, plane.address, SERVICE_IP, "127.0.0.1")
     (plane.folder / "tokens.csv").write_text(f'{TOKEN},admin,admin,"system:masters"\n', encoding="ascii")
     (plane.folder / "tokens.csv").chmod(0o600)
+    authority = base64.b64encode((plane.certificates / "ca.crt").read_bytes())
     config = {
         "apiVersion": "v1",
         "kind": "Config",
         "current-context": "millrace",
-        "clusters": [{"name": "millrace", "cluster": {"server": plane.url, "insecure-skip-tls-verify": True}}],
+        "clusters": [
+            {
+                "name": "millrace",
+                "cluster": {"server": plane.url, "certificate-authority-data": authority.decode("ascii")},
+            }
+        ],
         "users": [{"name": "admin", "user": {"token": TOKEN}}],
         "contexts": [{"name": "millrace", "context": {"cluster": "millrace", "user": "admin"}}],
     }
@@ -100,7 +102,7 @@ def components(plane: Plane) -> list[Component]:
     kube = str(binaries.BIN / "kube-all")
     etcd_url = f"http://127.0.0.1:{plane.etcd_port}"
     peer_url = f"http://127.0.0.1:{plane.etcd_peer_port}"
-    key, certificate = str(plane.certificates / "sa.key"), str(plane.certificates / "apiserver.crt")
+    key, authority = str(plane.certificates / "sa.key"), str(plane.certificates / "ca.crt")
     manager_port, scheduler_port = (free_port(), free_port()) if plane.address == "127.0.0.1" else (10257, 10259)
     etcd = ["etcd", "--data-dir", str(plane.folder / "etcd"), "--unsafe-no-fsync", "--name", "node"]
     etcd += ["--listen-client-urls", etcd_url, "--advertise-client-urls", etcd_url]
@@ -108,7 +110,11 @@ def components(plane: Plane) -> list[Component]:
     etcd += ["--initial-cluster", f"node={peer_url}"]
     api = [kube, "kube-apiserver", f"--etcd-servers={etcd_url}", f"--bind-address={plane.address}"]
     api += [f"--advertise-address={plane.address}", f"--secure-port={plane.port}"]
-    api += [f"--cert-dir={plane.certificates}", f"--token-auth-file={plane.folder / 'tokens.csv'}"]
+    api += [f"--tls-cert-file={plane.certificates / 'apiserver.crt'}"]
+    api += [
+        f"--tls-private-key-file={plane.certificates / 'apiserver.key'}",
+        f"--token-auth-file={plane.folder / 'tokens.csv'}",
+    ]
     api += ["--authorization-mode=Node,RBAC", "--allow-privileged=true", f"--service-cluster-ip-range={SERVICE_CIDR}"]
     api += [f"--service-account-key-file={key}", f"--service-account-signing-key-file={key}"]
     api += ["--service-account-issuer=https://kubernetes.default.svc", "--kubelet-preferred-address-types=InternalIP"]
@@ -118,7 +124,7 @@ def components(plane: Plane) -> list[Component]:
     shared = [f"--kubeconfig={plane.kubeconfig}", f"--authentication-kubeconfig={plane.kubeconfig}"]
     shared += [f"--authorization-kubeconfig={plane.kubeconfig}", "--leader-elect=false", "--bind-address=127.0.0.1"]
     manager = [kube, "kube-controller-manager", *shared, f"--secure-port={manager_port}"]
-    manager += [f"--service-account-private-key-file={key}", f"--root-ca-file={certificate}"]
+    manager += [f"--service-account-private-key-file={key}", f"--root-ca-file={authority}"]
     manager += ["--use-service-account-credentials=true", "--allocate-node-cidrs=true", f"--cluster-cidr={POD_CIDR}"]
     manager += [f"--cert-dir={plane.folder / 'manager'}", "--node-monitor-grace-period=40s"]
     scheduler = [kube, "kube-scheduler", *shared, f"--secure-port={scheduler_port}"]

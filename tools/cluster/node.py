@@ -27,9 +27,7 @@ PAUSE_IMAGE = "registry.k8s.io/pause:3.10"
 CNI_FOLDER = "/usr/lib/cni"
 KUBELET_PORT = 10250
 PROGRAMS = ("containerd", "runc", "iptables", "conntrack", "ip", "kubectl")
-DEBIAN = (
-    "containerd runc iptables conntrack containernetworking-plugins iproute2 docker.io debootstrap etcd-server openssl"
-)
+DEBIAN = "containerd runc iptables conntrack containernetworking-plugins iproute2 docker.io debootstrap etcd-server"
 _TIMEOUT_S = 60.0
 _INSTALL_TIMEOUT_S = 900.0
 
