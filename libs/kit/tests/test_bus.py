@@ -116,6 +116,61 @@ async def test_at_positions_a_consumer_kept_itself(bus: Bus, topic: str) -> None
     await everything.close()
 
 
+async def test_a_group_that_keeps_its_positions_itself(bus: Bus, topic: str) -> None:
+    await bus.publish(numbered(topic, 40))
+    kept: dict[TopicPartition, int] = {}
+
+    def starts(places: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+        return {place: kept[place] for place in places if place in kept}
+
+    first = await bus.subscribe([topic], group="g", starts=starts)
+    before = await drain(first, 40)
+    # Half of each partition counts as done; nothing was committed to the bus.
+    kept.update({place: end // 2 for place, end in after(before).items()})
+    await first.close()
+    second = await bus.subscribe([topic], group="g", starts=starts)
+    again = await drain(second, sum(after(before).values()) - sum(kept.values()))
+    assert {m.place: min(x.offset for x in again if x.place == m.place) for m in again} == kept
+    await second.close()
+
+
+@pytest.mark.kafka
+async def test_two_of_a_group_share_the_partitions_and_take_over(kafka_address: str, topic: str) -> None:
+    settings = BusSettings(kind="kafka", bootstrap_servers=(kafka_address,), partitions=3)
+    bus = await open_bus(settings)
+    kept: dict[TopicPartition, int] = {}
+    asked: list[list[TopicPartition]] = []
+
+    def starts(places: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+        asked.append(list(places))
+        return dict(kept)
+
+    group = f"g-{topic}"
+    first = await bus.subscribe([topic], group=group, starts=starts)
+    await bus.publish(numbered(topic, 60, keys=30))
+    kept.update(after(await drain(first, 60)))
+    second = await bus.subscribe([topic], group=group, starts=starts)
+    read: dict[str, set[TopicPartition]] = {"first": set(), "second": set()}
+    async with asyncio.timeout(DEADLINE_S):
+        while not (read["first"] and read["second"]):
+            await bus.publish(numbered(topic, 30, keys=30))
+            for name, subscription in (("first", first), ("second", second)):
+                messages = await subscription.fetch(timeout_s=0.2)
+                read[name] = {m.place for m in messages} or read[name]
+                kept.update(after(messages))
+    await first.close()
+    await bus.publish(numbered(topic, 60, keys=30))
+    taken: dict[TopicPartition, int] = {}
+    async with asyncio.timeout(DEADLINE_S):
+        ends = await second.end_offsets()
+        while any({**kept, **taken}.get(place, 0) < end for place, end in ends.items()):
+            taken.update(after(await second.fetch(timeout_s=0.2)))
+    assert len(taken) == 3, "the one that is left reads every partition"
+    assert any(len(places) == 3 for places in asked)
+    await second.close()
+    await bus.close()
+
+
 async def test_end_offsets_tell_when_all_is_read(bus: Bus, topic: str) -> None:
     subscription = await bus.subscribe([topic], group="g", at={})
     assert set((await subscription.end_offsets()).values()) == {0}

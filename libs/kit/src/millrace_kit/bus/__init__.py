@@ -1,10 +1,11 @@
 """The bus: ordered, durable facts. Two implementations under one contract test, Kafka and an embedded log.
 
-Delivery is at least once. A consumer either keeps its positions in the same transaction as its effects and subscribes `at` them,
-or names a group and commits after its effects; in both cases a message may come twice and must change nothing the second time.
+Delivery is at least once. A consumer keeps its positions in the same transaction as its effects and subscribes `at` them (alone) or
+with `starts` (sharing the partitions with the others of its group), or it names a group and commits after its effects; in all cases a
+message may come twice and must change nothing the second time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,8 +15,8 @@ from millrace_kit.settings import BusSettings
 from millrace_kit.telemetry import trace_headers
 
 __all__ = [
-    "DRIFT", "MODELS", "PREDICTIONS", "TRAINING", "Bus", "Message", "Outgoing", "Subscription", "TopicPartition", "open_bus",
-    "records_topic",
+    "DRIFT", "MODELS", "PREDICTIONS", "TRAINING", "Bus", "Message", "Outgoing", "Starts", "Subscription", "TopicPartition",
+    "open_bus", "records_topic",
 ]  # fmt: skip
 
 PROTOBUF = b"application/x-protobuf"
@@ -27,6 +28,10 @@ class TopicPartition:
 
     topic: str
     partition: int = 0
+
+
+Starts = Callable[[Sequence[TopicPartition]], Mapping[TopicPartition, int]]
+"""Asked, in a thread, where to begin in the partitions that just came to this consumer; 0 where its answer does not name one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +98,18 @@ class Bus(Protocol):
         ...
 
     async def subscribe(
-        self, topics: Sequence[str], *, group: str, at: Mapping[TopicPartition, int] | None = None
+        self,
+        topics: Sequence[str],
+        *,
+        group: str,
+        at: Mapping[TopicPartition, int] | None = None,
+        starts: Starts | None = None,
     ) -> Subscription:
-        """Read `topics` as `group`. With `at`, each partition starts at the given offset (0 where it is not named) and the
-        consumer keeps its positions itself; without, at the group's committed position or the beginning.
+        """Read `topics` as `group`.
+
+        With `at`, every partition is read by this consumer alone, from the given offset (0 where it is not named). Otherwise the
+        consumers of the group share the partitions, and each begins where `starts` says, or without it at the group's committed
+        position or the beginning. An error of `starts` is raised by the `fetch` during which the partitions came.
         """
         ...
 

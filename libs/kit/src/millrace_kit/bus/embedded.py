@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from millrace_kit.bus import Message, Outgoing, TopicPartition
+from millrace_kit.bus import Message, Outgoing, Starts, TopicPartition
 from millrace_kit.errors import UnavailableError
 from millrace_kit.settings import BusSettings
 from millrace_kit.telemetry import BUS_CONSUMED, BUS_PUBLISHED
@@ -124,9 +124,16 @@ class EmbeddedBus:
         return landed
 
     async def subscribe(
-        self, topics: Sequence[str], *, group: str, at: Mapping[TopicPartition, int] | None = None
+        self,
+        topics: Sequence[str],
+        *,
+        group: str,
+        at: Mapping[TopicPartition, int] | None = None,
+        starts: Starts | None = None,
     ) -> "EmbeddedSubscription":
-        """Read `topics` as `group`, from `at` or the group's own position."""
+        """Read `topics` as `group`, from `at`, from where `starts` says, or from the group's own position."""
+        if at is None and starts is not None:
+            at = await asyncio.to_thread(starts, [TopicPartition(topic) for topic in topics])
         database = _Database(Path(self._settings.path), self._settings.request_timeout_s)
 
         def start(connection: sqlite3.Connection) -> dict[str, int]:

@@ -21,7 +21,7 @@ import kafka
 from kafka.admin import KafkaAdminClient
 from kafka.errors import KafkaError, MessageSizeTooLargeError, TopicAlreadyExistsError, for_code
 
-from millrace_kit.bus import Message, Outgoing, TopicPartition
+from millrace_kit.bus import Message, Outgoing, Starts, TopicPartition
 from millrace_kit.errors import FailedPreconditionError, UnavailableError
 from millrace_kit.settings import BusSettings
 from millrace_kit.telemetry import BUS_CONSUMED, BUS_PUBLISHED
@@ -87,14 +87,19 @@ class KafkaBus:
         return landed
 
     async def subscribe(
-        self, topics: Sequence[str], *, group: str, at: Mapping[TopicPartition, int] | None = None
+        self,
+        topics: Sequence[str],
+        *,
+        group: str,
+        at: Mapping[TopicPartition, int] | None = None,
+        starts: Starts | None = None,
     ) -> "KafkaSubscription":
-        """Read `topics` as `group`: all their partitions from `at`, or a share of them from the group's position.
+        """Read `topics` as `group`: all their partitions from `at`, or a share of them from `starts` or the group's position.
 
         Partitions that are added to a topic later are read by an `at` subscription after it is opened again.
         """
         await self._call(lambda: self._make_topics(topics, time.monotonic() + self._settings.request_timeout_s))
-        return await KafkaSubscription.open(self._settings, topics, group, at)
+        return await KafkaSubscription.open(self._settings, topics, group, at, starts)
 
     async def close(self) -> None:
         """Flush and disconnect."""
@@ -207,7 +212,12 @@ class KafkaSubscription:
 
     @classmethod
     async def open(
-        cls, settings: BusSettings, topics: Sequence[str], group: str, at: Mapping[TopicPartition, int] | None
+        cls,
+        settings: BusSettings,
+        topics: Sequence[str],
+        group: str,
+        at: Mapping[TopicPartition, int] | None = None,
+        starts: Starts | None = None,
     ) -> "KafkaSubscription":
         """Connect and take the starting positions.
 
@@ -216,7 +226,7 @@ class KafkaSubscription:
         """
         subscription = cls(settings, topics, group)
         try:
-            await subscription._call(lambda: subscription._start(at))
+            await subscription._call(lambda: subscription._start(at, starts))
         except BaseException:
             await subscription.close()
             raise
@@ -276,7 +286,7 @@ class KafkaSubscription:
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
-    def _start(self, at: Mapping[TopicPartition, int] | None) -> None:
+    def _start(self, at: Mapping[TopicPartition, int] | None, starts: Starts | None) -> None:
         consumer = kafka.KafkaConsumer(
             **_connection(self._settings),
             metrics_enabled=False,
@@ -291,7 +301,7 @@ class KafkaSubscription:
         )
         self._consumer = consumer
         if at is None:
-            consumer.subscribe(self._topics)
+            consumer.subscribe(self._topics, listener=_Beginnings(consumer, starts) if starts is not None else None)
             return
         partitions = self._partitions()
         consumer.assign(partitions)
@@ -314,6 +324,24 @@ class KafkaSubscription:
 
     def _timeout_ms(self) -> int:
         return int(self._settings.request_timeout_s * 1000)
+
+
+class _Beginnings(kafka.ConsumerRebalanceListener):  # type: ignore[misc]
+    """Puts partitions that come to the consumer where the positions it keeps itself say."""
+
+    def __init__(self, consumer: kafka.KafkaConsumer, starts: Starts) -> None:
+        self._consumer = consumer
+        self._starts = starts
+
+    def on_partitions_revoked(self, revoked: set[kafka.TopicPartition]) -> None:
+        """Nothing is kept per partition here."""
+
+    def on_partitions_assigned(self, assigned: set[kafka.TopicPartition]) -> None:
+        """Called by the consumer before it fetches from them."""
+        places = [TopicPartition(place.topic, place.partition) for place in sorted(assigned)]
+        found = self._starts(places) if places else {}
+        for place in places:
+            self._consumer.seek(kafka.TopicPartition(place.topic, place.partition), found.get(place, 0))
 
 
 @contextlib.contextmanager
