@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from millrace_rollout_controller.manifest import Server, Spec
+from millrace_rollout_controller.manifest import Spec
 from millrace_rollout_controller.reconciler import ArmSeen
+from millrace_rollout_controller.server_block import Server
 from millrace_rollout_controller.state import ArtifactRef, VersionRef
 
 

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from millrace_kit.clock import Clock
 from millrace_kit.errors import DataLossError, FailedPreconditionError, InvalidArgumentError, MillraceError
+from pydantic.alias_generators import to_camel
 
 from millrace_rollout_controller import repository, triton
 from millrace_rollout_controller.executor import ArtifactSource, Wanted
@@ -21,6 +22,10 @@ from millrace_rollout_controller.replica import Record, Replica
 from millrace_rollout_controller.settings import TritonSettings
 
 log = logging.getLogger(__name__)
+_ONLY_IN_A_CLUSTER = (
+    "autoscaling", "node_selector", "tolerations", "affinity", "topology_spread_constraints", "runtime_class_name",
+    "priority_class_name",
+)  # fmt: skip
 REFUSAL_RETRY_S = 2.0
 """Wait before a version whose repository could not be written is tried again."""
 
@@ -61,7 +66,10 @@ class LocalExecutor:
         self._left: list[Record] = []
 
     def check(self, spec: Spec) -> None:
-        """Refuse GPUs and more servers than the limit."""
+        """Refuse GPUs, autoscaling, nodes, and more servers than the limit."""
+        for field in _ONLY_IN_A_CLUSTER:
+            if getattr(spec.server, field):
+                raise InvalidArgumentError(f"spec.server.{to_camel(field)}", "is not available on this machine")
         for kind in ("limits", "requests"):
             for name, amount in getattr(spec.server.resources, kind).items():
                 if re.search(r"gpu", name, re.IGNORECASE) and str(amount) != "0":

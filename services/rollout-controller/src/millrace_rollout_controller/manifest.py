@@ -4,17 +4,16 @@ from typing import Annotated, Literal
 
 from millrace_kit import check
 from millrace_kit.errors import InvalidArgumentError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic.alias_generators import to_camel
+from pydantic import Field, ValidationError
 
 from millrace_rollout_controller import documents, manifest_rules
 from millrace_rollout_controller.manifest_rules import seconds
+from millrace_rollout_controller.server_block import Block, Server
 
 MAX_MANIFEST_CHARACTERS = 65_536
 MAX_STEPS = 20
 MAX_GATES = 20
 MAX_RULES = 64
-MAX_REPLICAS = 32
 MAX_PROMQL_CHARACTERS = 2000
 MAX_KEEP_OLD_SECONDS = 7 * 86_400
 
@@ -27,40 +26,10 @@ Metric = Literal["errorRate", "latencyP99Ms", "outcome/accuracy", "outcome/brier
 DEFAULT_CONFIDENCE = 0.95
 
 
-class Block(BaseModel):
-    """Base of every part: frozen, strict types, camelCase keys, unknown keys refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, alias_generator=to_camel, populate_by_name=False
-    )
-
-
 class Metadata(Block):
     """Name of the deployment."""
 
     name: str
-
-
-class Resources(Block):
-    """Requests and limits in Kubernetes' own words; the executor refuses what it cannot give."""
-
-    limits: dict[str, str | int | float] = Field(default={}, max_length=16)
-    requests: dict[str, str | int | float] = Field(default={}, max_length=16)
-
-
-class Server(Block):
-    """The model servers of each version."""
-
-    replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS)
-    resources: Resources = Resources()
-    max_batch_size: int = Field(default=64, ge=1, le=4096)
-    """Most rows of one batch."""
-    timeout_ms: int = Field(default=1000, ge=1, le=600_000)
-    """Deadline of one model call."""
-    instances: int = Field(default=1, ge=1, le=16)
-    """Copies of the model inside one server."""
-    queue_delay_us: int = Field(default=0, ge=0, le=1_000_000)
-    """How long a request may wait for others to fill a batch."""
 
 
 class Sticky(Block):

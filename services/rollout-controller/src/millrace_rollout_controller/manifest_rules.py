@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from millrace_kit import cel_rules, check
 from millrace_kit.errors import InvalidArgumentError
 
+from millrace_rollout_controller.server_block import check_server
+
 if TYPE_CHECKING:
     from millrace_rollout_controller.manifest import Gate, Rollout, Spec, Step
 
@@ -40,6 +42,7 @@ def check_spec(spec: "Spec") -> None:
     """Raise InvalidArgumentError that names the first field that does not fit the others."""
     check.name(spec.model, "spec.model")
     check.semver(spec.version, "spec.version")
+    check_server(spec.server)
     for index, rule in enumerate(spec.routing.rules):
         cel_rules.check_rule(rule.when, f"spec.routing.rules[{index}].when")
     _check_strategy(spec)

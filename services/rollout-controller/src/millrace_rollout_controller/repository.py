@@ -14,7 +14,7 @@ from millrace_kit.content import sha256_file
 from millrace_kit.errors import FailedPreconditionError
 
 from millrace_rollout_controller.executor import ArtifactSource
-from millrace_rollout_controller.manifest import Server
+from millrace_rollout_controller.server_block import Server
 from millrace_rollout_controller.state import ArtifactRef, Tensor, VersionRef
 
 MODEL_FILE = "model.onnx"

@@ -3,6 +3,8 @@
 from millrace_kit.settings import ServiceSettings, Settings
 from pydantic import Field
 
+from millrace_rollout_controller.kubernetes.settings import KubernetesSettings
+
 
 class TritonSettings(Settings):
     """Model servers on this machine."""
@@ -45,6 +47,9 @@ class RolloutSettings(ServiceSettings):
     drift_address: str = "127.0.0.1:7406"
     """Where outcomes come from."""
     triton: TritonSettings = TritonSettings()
+    """Servers of one machine; without meaning in a cluster."""
+    kubernetes: KubernetesSettings | None = None
+    """A cluster instead of this machine; `database_url` and `triton` have no meaning then."""
     tick_s: float = Field(default=0.25, gt=0, le=60)
     """Time between two looks at everything."""
     poll_s: float = Field(default=1.0, gt=0, le=60)

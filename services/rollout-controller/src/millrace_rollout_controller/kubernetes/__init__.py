@@ -1,0 +1,1 @@
+"""ModelDeployments as Kubernetes objects, and model servers as workloads of a cluster."""

@@ -1,0 +1,140 @@
+"""The manifest's `spec.server`: how many model servers, how large, on which nodes."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from millrace_kit.errors import InvalidArgumentError
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+MAX_REPLICAS = 32
+QUANTITY = r"^([0-9]{1,15})(\.[0-9]{1,9})?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
+"""A Kubernetes quantity as manifests write it."""
+LABEL_KEY = r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$"
+LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$"
+OBJECT_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
+TARGET = r"^[1-9][0-9]{0,6}(us|ms|s|%)$"
+_UNITS_US = {"us": 1, "ms": 1000, "s": 1_000_000}
+
+Amount = Annotated[str, Field(pattern=QUANTITY, max_length=32)] | int | float
+
+
+class Block(BaseModel):
+    """Base of every part: frozen, strict types, camelCase keys, unknown keys refused."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        alias_generator=to_camel,
+        populate_by_name=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class Resources(Block):
+    """Requests and limits in Kubernetes' own words; the executor refuses what it cannot give."""
+
+    limits: dict[str, Amount] = Field(default={}, max_length=16)
+    """For example cpu, memory, nvidia.com/gpu or nvidia.com/mig-1g.10gb."""
+    requests: dict[str, Amount] = Field(default={}, max_length=16)
+    """What the scheduler sets aside."""
+
+
+class Autoscaling(Block):
+    """More servers under load, by a HorizontalPodAutoscaler of each version."""
+
+    min_replicas: Annotated[int, Field(ge=1, le=MAX_REPLICAS)] | None = None
+    """Never fewer; None is `replicas`, and it may not be less."""
+    max_replicas: int = Field(ge=1, le=MAX_REPLICAS)
+    """Never more."""
+    metric: Literal["queueTime", "cpu"] = "cpu"
+    """`cpu`: share of the CPU request in use. `queueTime`: mean time a request waits inside the server, which needs an adapter
+    that serves the pods' metric `millrace_queue_time_us` (docs in the chart)."""
+    target: Annotated[str, Field(pattern=TARGET, max_length=10)] = "80%"
+    """Value to hold: a percentage with cpu, a time like 5ms with queueTime."""
+
+    @property
+    def percent(self) -> int:
+        """The target of `cpu`."""
+        return int(self.target.removesuffix("%"))
+
+    @property
+    def microseconds(self) -> int:
+        """The target of `queueTime`."""
+        match = re.fullmatch(r"(\d+)(us|ms|s)", self.target)
+        return int(match[1]) * _UNITS_US[match[2]] if match else 0
+
+
+class Toleration(Block):
+    """A taint the pods may live with, as in a pod's spec."""
+
+    key: Annotated[str, Field(pattern=LABEL_KEY, max_length=317)] | None = None
+    operator: Literal["Exists", "Equal"] = "Equal"
+    value: Annotated[str, Field(pattern=LABEL_VALUE, max_length=63)] | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    toleration_seconds: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
+
+
+class Spread(Block):
+    """How the version's own pods are spread, as in a pod's spec."""
+
+    max_skew: int = Field(default=1, ge=1, le=1000)
+    topology_key: Annotated[str, Field(pattern=LABEL_KEY, max_length=317)]
+    when_unsatisfiable: Literal["DoNotSchedule", "ScheduleAnyway"] = "ScheduleAnyway"
+
+
+class Server(Block):
+    """The model servers of each version."""
+
+    replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS)
+    """Ready servers a version needs before it gets traffic; with autoscaling the number to begin with."""
+    resources: Resources = Resources()
+    max_batch_size: int = Field(default=64, ge=1, le=4096)
+    """Most rows of one batch."""
+    timeout_ms: int = Field(default=1000, ge=1, le=600_000)
+    """Deadline of one model call."""
+    instances: int = Field(default=1, ge=1, le=16)
+    """Copies of the model inside one server."""
+    queue_delay_us: int = Field(default=0, ge=0, le=1_000_000)
+    """How long a request may wait for others to fill a batch."""
+    autoscaling: Autoscaling | None = None
+    node_selector: dict[str, Annotated[str, Field(pattern=LABEL_VALUE, max_length=63)]] = Field(
+        default={}, max_length=16
+    )
+    """Labels of the nodes, for example nvidia.com/gpu.product; added to the controller's own."""
+    tolerations: tuple[Toleration, ...] = Field(default=(), max_length=16)
+    """Added to the controller's own."""
+    affinity: dict[str, Any] | None = None
+    """As in a pod's spec; instead of the controller's own."""
+    topology_spread_constraints: tuple[Spread, ...] = Field(default=(), max_length=4)
+    """Instead of the controller's own, when there is any."""
+    runtime_class_name: Annotated[str, Field(pattern=OBJECT_NAME, max_length=253)] | None = None
+    """For example nvidia; instead of the controller's own."""
+    priority_class_name: Annotated[str, Field(pattern=OBJECT_NAME, max_length=253)] | None = None
+    """Instead of the controller's own."""
+
+
+def check_server(server: Server) -> None:
+    """Rules of more than one field.
+
+    Raises:
+        InvalidArgumentError: names the first field that does not fit the others.
+    """
+    for index, toleration in enumerate(server.tolerations):
+        where = f"spec.server.tolerations[{index}]"
+        if toleration.operator == "Exists" and toleration.value:
+            raise InvalidArgumentError(f"{where}.value", "belongs to operator Equal")
+        if toleration.operator == "Equal" and toleration.key is None:
+            raise InvalidArgumentError(f"{where}.key", "is needed by operator Equal")
+    scaling = server.autoscaling
+    if scaling is None:
+        return
+    least = server.replicas if scaling.min_replicas is None else scaling.min_replicas
+    where = "spec.server.autoscaling"
+    if least < server.replicas:
+        raise InvalidArgumentError(f"{where}.minReplicas", "must be at least spec.server.replicas")
+    if scaling.max_replicas < least:
+        raise InvalidArgumentError(f"{where}.maxReplicas", "must be at least minReplicas and spec.server.replicas")
+    if (scaling.metric == "cpu") != scaling.target.endswith("%"):
+        raise InvalidArgumentError(f"{where}.target", "needs a percentage with cpu and a time like 5ms with queueTime")
