@@ -28,7 +28,7 @@ def main() -> int:
     """Run every step; returns the exit status."""
     story = Story()
     with Client.from_environment() as client:
-        loop = Loop(client, story, Replay(client.endpoints, SERVING_START, YEAR_END))
+        loop = Loop(client, story, Replay(client, SERVING_START, YEAR_END))
         ok = True
         for number, (title, run) in enumerate(STEPS, start=1):
             try:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from millrace.endpoints import Endpoints
+import pytest
+from millrace.endpoints import Endpoints, tls_from_environment
 from millrace.local.processes import process_table
 
 
@@ -21,3 +22,13 @@ def test_no_two_processes_share_a_port() -> None:
     ports = [port for process in table for port in process.ports]
     assert len(ports) == len(set(ports))
     assert len({process.name for process in table}) == len(table)
+
+
+def test_certificates_come_whole_or_not_at_all() -> None:
+    whole = {"MILLRACE_TLS_CERT": "c", "MILLRACE_TLS_KEY": "k", "MILLRACE_TLS_CA": "a"}
+    tls = tls_from_environment(whole)
+    assert tls is not None
+    assert (tls.cert_file, tls.key_file, tls.ca_file) == ("c", "k", "a")
+    assert tls_from_environment({}) is None
+    with pytest.raises(ValueError, match="MILLRACE_TLS_KEY"):
+        tls_from_environment({"MILLRACE_TLS_CERT": "c", "MILLRACE_TLS_CA": "a"})

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import tritonclient.grpc.aio as triton
-from millrace import Endpoints
+from millrace import Client
 from millrace.areas.data import arrow_ipc
 from millrace.values import to_timestamp, to_values
 from millrace_api.feature.v1 import feature_pb2
@@ -69,13 +69,13 @@ class Replay:
     """A position in the year and the clients that move it forward.
 
     Args:
-        endpoints: where the services are.
+        client: whose addresses and certificates the replay's own connections use.
         start: first instant to replay.
         end: where the data end.
         source: name the records are written under.
     """
 
-    def __init__(self, endpoints: Endpoints, start: datetime, end: datetime, source: str = "replay") -> None:
+    def __init__(self, client: Client, start: datetime, end: datetime, source: str = "replay") -> None:
         self.position = start
         self.answered: list[tuple[str, str]] = []
         """(prediction id, version) of every answered Predict, in order."""
@@ -88,7 +88,8 @@ class Replay:
         self._at = {
             name: self._tables[name][column].to_numpy().astype("datetime64[us]") for name, column in CONTRACTS.items()
         }
-        self._endpoints = endpoints
+        self._endpoints = client.endpoints
+        self._tls = client.tls
 
     def run(self, until: Callable[["Replay", Tally], bool], on_slice: Callable[["Replay", Tally], None]) -> Tally:
         """Replay slices until `until` says so (asked after each slice) or the data ends; returns this stretch's tally."""
@@ -101,8 +102,8 @@ class Replay:
         began = time.monotonic()
         async with (
             open_channel(self._endpoints.gateway, timeout_s=CALL_TIMEOUT_S) as gateway,
-            open_channel(self._endpoints.ingestion, timeout_s=60) as ingestion,
-            open_channel(self._endpoints.feature, timeout_s=CALL_TIMEOUT_S) as feature,
+            open_channel(self._endpoints.ingestion, timeout_s=60, tls=self._tls) as ingestion,
+            open_channel(self._endpoints.feature, timeout_s=CALL_TIMEOUT_S, tls=self._tls) as feature,
             triton.InferenceServerClient(self._endpoints.gateway) as plain,
         ):
             calls = _Calls(

@@ -152,7 +152,7 @@ def drift(loop: Loop) -> None:
     story.say(f"fast forward to {start:%d %B}", DRIFT_REASON)
     write_gap(loop, loop.replay.position, start)
     wait_for_features(client)
-    loop.replay = Replay(client.endpoints, start, YEAR_END, source="replay-drift")
+    loop.replay = Replay(client, start, YEAR_END, source="replay-drift")
 
     def found(_replay: Replay, _tally: Tally) -> bool:
         fresh = [f for f in client.drift.findings(MODEL) if f.id not in before and f.version == "1.1.0"]

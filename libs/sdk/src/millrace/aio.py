@@ -32,12 +32,17 @@ from millrace.values import Scalar
 class Client:
     """An asyncio client; use it as an asynchronous context manager inside a running event loop."""
 
-    def __init__(self, endpoints: Endpoints | None = None, tls: TlsSettings | None = None) -> None:
+    def __init__(
+        self,
+        endpoints: Endpoints | None = None,
+        tls: TlsSettings | None = None,
+        gateway_tls: TlsSettings | None = None,
+    ) -> None:
         self.endpoints = endpoints or Endpoints.from_environment()
         self._channels: list[grpc.aio.Channel] = []
 
         def channel(address: str) -> grpc.aio.Channel:
-            self._channels.append(open_channel(address, tls=tls))
+            self._channels.append(open_channel(address, tls=gateway_tls if address == self.endpoints.gateway else tls))
             return self._channels[-1]
 
         at = self.endpoints

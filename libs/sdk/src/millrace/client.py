@@ -1,5 +1,6 @@
 """`Client`: every service of one Millrace installation, by area, with the same typed messages the services speak."""
 
+import os
 from types import TracebackType
 from typing import Self
 
@@ -8,7 +9,7 @@ from millrace_kit.settings import TlsSettings
 from millrace.areas.data import FeatureArea, IngestionArea
 from millrace.areas.lifecycle import RegistryArea, TrainingArea
 from millrace.areas.serving import DriftArea, GatewayArea, PredictionArea, RolloutArea
-from millrace.endpoints import Endpoints
+from millrace.endpoints import Endpoints, tls_from_environment
 from millrace.transport import open_sync_channel
 
 
@@ -17,13 +18,20 @@ class Client:
 
     Args:
         endpoints: where the services are.
-        tls: certificates for mutual TLS; None connects in plain text (one machine).
+        tls: certificates for mutual TLS with the services; None connects in plain text (one machine).
+        gateway_tls: the same for the gateway's public address, which has its own mode of TLS; None connects in plain text.
     """
 
-    def __init__(self, endpoints: Endpoints | None = None, tls: TlsSettings | None = None) -> None:
+    def __init__(
+        self,
+        endpoints: Endpoints | None = None,
+        tls: TlsSettings | None = None,
+        gateway_tls: TlsSettings | None = None,
+    ) -> None:
         self.endpoints = endpoints or Endpoints.from_environment()
+        self.tls = tls
         self._channels = {
-            name: open_sync_channel(getattr(self.endpoints, name), tls)
+            name: open_sync_channel(getattr(self.endpoints, name), gateway_tls if name == "gateway" else tls)
             for name in ("ingestion", "feature", "registry", "training", "drift", "rollout", "gateway", "gateway_admin")
         }
         self.ingestion = IngestionArea(self._channels["ingestion"])
@@ -37,8 +45,12 @@ class Client:
 
     @classmethod
     def from_environment(cls) -> "Client":
-        """A client of the addresses in `MILLRACE_*_ADDRESS`, else of a local run."""
-        return cls()
+        """A client of the addresses in `MILLRACE_*_ADDRESS`, else of a local run; mutual TLS by `MILLRACE_TLS_*`, and with
+        `MILLRACE_GATEWAY_TLS=mutual` for the gateway's public address too.
+        """
+        tls = tls_from_environment()
+        mutual = os.environ.get("MILLRACE_GATEWAY_TLS", "none") == "mutual"
+        return cls(Endpoints.from_environment(), tls, tls if mutual else None)
 
     def close(self) -> None:
         """Close every channel."""

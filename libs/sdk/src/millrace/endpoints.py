@@ -1,8 +1,10 @@
-"""Where the services are: from the environment, else the ports of a local run."""
+"""Where the services are and what proves who is who: from the environment, else the ports of a local run in plain text."""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+
+from millrace_kit.settings import TlsSettings
 
 PORT_BASE = 7400
 
@@ -46,3 +48,20 @@ class Endpoints:
         return cls(
             **{name: environment.get(f"MILLRACE_{name.upper()}_ADDRESS", getattr(local, name)) for name in names}
         )
+
+
+def tls_from_environment(environment: Mapping[str, str] | None = None) -> TlsSettings | None:
+    """`MILLRACE_TLS_CERT`, `MILLRACE_TLS_KEY` and `MILLRACE_TLS_CA` (PEM files) for mutual TLS with the services; None without them.
+
+    Raises:
+        ValueError: only some of the three are set; the message names the missing ones.
+    """
+    environment = os.environ if environment is None else environment
+    names = ("MILLRACE_TLS_CERT", "MILLRACE_TLS_KEY", "MILLRACE_TLS_CA")
+    missing = [name for name in names if not environment.get(name)]
+    if len(missing) == len(names):
+        return None
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: mutual TLS needs certificate, key and authority")
+    cert_file, key_file, ca_file = (environment[name] for name in names)
+    return TlsSettings(cert_file=cert_file, key_file=key_file, ca_file=ca_file)
