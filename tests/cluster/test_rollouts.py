@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from millrace import Client
 
-from tests.cluster import models
+from tests.cluster import figures, models
 from tests.cluster.load import Load, within_binomial
 from tests.cluster.release import Release, eventually
 
@@ -26,21 +26,37 @@ def _serve(release: Release, client: Client, name: str, *versions: str, slow: tu
     release.wait_stable(name, versions[0])
 
 
+def test_a_first_version_answers_soon_after_apply(release: Release, client: Client) -> None:
+    name = "first"
+    models.create(client, name, ("1.0.0",))
+    applied = time.monotonic()
+    release.apply(models.manifest(name, "1.0.0"))
+    # Until there is a route the gateway answers NOT_FOUND; those calls are not errors of a rollout.
+    with Load(release.address("gateway"), name, models.WIDTH, rate=5) as load:
+        eventually("an answer", lambda: load.answers or None, 240, lambda: release.describe(name))
+        figures.keep("seconds from kubectl apply to the first answer", round(load.answers[0][0] - applied, 2))
+    assert {error.partition(":")[0] for _, error in load.errors} <= {"NOT_FOUND", "UNAVAILABLE"}
+
+
 def test_canary_goes_to_all_traffic_and_its_weights_are_what_clients_see(release: Release, client: Client) -> None:
     name = "steps"
     _serve(release, client, name, "1.0.0", "1.1.0")
     with Load(release.address("gateway"), name, models.WIDTH) as load:
         load.wait_for(20)
         steps = [{"weight": 10, "pause": {}}, {"weight": 50, "pause": {}}, {"weight": 100}]
+        applied = time.monotonic()
         release.apply(models.manifest(name, "1.1.0", steps=steps))
         for weight in (10, 50):
             _hold(release, name, weight)
+            figures.keep(f"seconds from the step before to {weight} % in force", round(time.monotonic() - applied, 2))
             seen = load.wait_for(SAMPLE)
             assert set(seen) <= {"1.0.0", "1.1.0"}
             assert within_binomial(seen["1.1.0"], SAMPLE, weight / 100), f"{weight} %: {seen}"
             done = release.plugin("resume", name)
             assert done.returncode == 0, done.stderr
+            applied = time.monotonic()
         release.wait_stable(name, "1.1.0")
+        figures.keep("seconds from 50 % to promoted, old version drained", round(time.monotonic() - applied, 2))
         after = time.monotonic()
         load.wait_for(100)
         assert set(load.count(after)) == {"1.1.0"}
@@ -73,7 +89,7 @@ def test_slow_version_is_rolled_back_by_its_gate(release: Release, client: Clien
 
         status = eventually("rollback", rolled_back, 240, lambda: release.describe(name))
         requests = load.count(began)
-        print(f"\nrolled back after {sum(requests.values())} requests, {requests['1.1.0']} to the candidate")
+        figures.keep("requests until a slow version was rolled back", dict(requests))
         assert requests["1.1.0"] <= 200, requests
         assert "latencyP99Ms" in str(status["conditions"])
         after = time.monotonic()
