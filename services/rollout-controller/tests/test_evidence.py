@@ -1,7 +1,7 @@
 """Evidence from running sums: counted once, across restarts of every side."""
 
+from millrace_rollout_controller.counts import Counts
 from millrace_rollout_controller.evidence import Evidence, GatewayFigures, Poll, advance
-from millrace_rollout_controller.gates import Counts
 from millrace_rollout_controller.manifest import Gate
 
 GATES = (Gate(metric="errorRate", max=0.05),)

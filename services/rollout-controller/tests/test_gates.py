@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 from millrace_rollout_controller import gates
-from millrace_rollout_controller.gates import Counts, GateState
+from millrace_rollout_controller.counts import Counts
+from millrace_rollout_controller.gates import GateState
 from millrace_rollout_controller.manifest import Gate
 from millrace_rollout_controller.sequential import (
     ODDS_ABOVE,

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from millrace_kit.errors import InvalidArgumentError
 from millrace_rollout_controller import manifest
+from millrace_rollout_controller.stages import stages
 
 GOOD = yaml.safe_load("""
 apiVersion: millrace.dev/v1alpha1
@@ -51,11 +52,9 @@ def changed(path: str, value: Any) -> str:
 def test_a_whole_manifest() -> None:
     spec = manifest.parse(yaml.safe_dump(GOOD)).spec
     assert manifest.parse(json.dumps(GOOD)).spec == spec
-    assert [step.weight for step in spec.steps] == [5, 20, 50.5, 100]
-    assert spec.steps[1].pause is not None
-    assert spec.steps[1].pause.seconds == 5400
-    assert spec.steps[2].pause is not None
-    assert spec.steps[2].pause.seconds is None
+    assert [stage.weight for stage in stages(spec)] == [5, 20, 50.5, 100]
+    assert stages(spec)[1].lasts_s == 5400
+    assert stages(spec)[2].until_resume
     assert [gate.text for gate in spec.rollout.gates] == [
         "errorRate <= 0.05",
         "latencyP99Ms <= 500",
@@ -66,7 +65,7 @@ def test_a_whole_manifest() -> None:
 
 def test_defaults_bring_a_version_straight_to_all_traffic() -> None:
     text = "apiVersion: millrace.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {name: a}\nspec: {model: a, version: 1.0.0}"
-    assert [step.weight for step in manifest.parse(text).spec.steps] == [100]
+    assert [stage.weight for stage in stages(manifest.parse(text).spec)] == [100]
 
 
 @pytest.mark.parametrize(
@@ -82,8 +81,8 @@ def test_defaults_bring_a_version_straight_to_all_traffic() -> None:
         ("spec/replicas", 2, "spec.replicas"),
         ("spec/server/replicas", 0, "spec.server.replicas"),
         ("spec/server/replicas", True, "spec.server.replicas"),
-        ("spec/server/autoscaling", {}, "spec.server.autoscaling"),
-        ("spec/server/maxBatchSize", "64", "spec.server.maxBatchSize"),
+        ("spec/server/autoscaling", {}, "spec.server.autoscaling.maxReplicas"),
+        ("spec/server/autoscaling", {}, "spec.server.autoscaling.maxReplicas"),
         ("spec/server/max_batch_size", 64, "spec.server.max_batch_size"),
         ("spec/routing/sticky/header", "X User", "spec.routing.sticky.header"),
         ("spec/routing/rules/0/when", "request.headers[", "spec.routing.rules[0].when"),

@@ -5,8 +5,9 @@ from datetime import UTC, datetime, timedelta
 
 import yaml
 from millrace_rollout_controller import manifest
+from millrace_rollout_controller.counts import Counts, Sums
 from millrace_rollout_controller.evidence import Evidence
-from millrace_rollout_controller.gates import Counts, GateState, Sums
+from millrace_rollout_controller.gates import GateState
 from millrace_rollout_controller.reconciler import (
     Action,
     ArmSeen,

@@ -29,6 +29,7 @@ from millrace_rollout_controller.reconciler import (
     SetRoute,
     reconcile,
 )
+from millrace_rollout_controller.stages import compared
 from millrace_rollout_controller.state import Route, Status, VersionRef
 from millrace_rollout_controller.store import Row, Store
 
@@ -179,7 +180,7 @@ class Controller:
 
     async def _look(self, row: Row, known: _Known, poll: Poll, seen: Mapping[tuple[str, str], ArmSeen]) -> bool:
         now, status = self._clock.now(), row.status
-        on_trial = status.candidate is not None and status.weight > 0
+        on_trial = status.candidate is not None and status.entered
         evidence = advance(
             known.evidence,
             poll,
@@ -189,6 +190,7 @@ class Controller:
             stable=status.stable.ref.version if status.stable is not None else "",
             wanted=known.spec.rollout.gates,
             gateways=self._figures.addresses,
+            compared=compared(known.spec),
         )
         item = Item(row.name, known.spec, row.generation, row.deleting)
         observed = self._observe(row, known.spec, seen)

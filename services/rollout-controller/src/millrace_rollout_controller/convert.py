@@ -9,8 +9,9 @@ from millrace_api.rollout.v1 import rollout_pb2
 
 from millrace_rollout_controller import manifest
 from millrace_rollout_controller.conditions import is_ready
-from millrace_rollout_controller.gates import Counts
+from millrace_rollout_controller.counts import Counts
 from millrace_rollout_controller.hub import Table
+from millrace_rollout_controller.stages import stages
 from millrace_rollout_controller.state import ArtifactRef, Route, RouteArm, Tensor, VersionRef
 from millrace_rollout_controller.store import Row
 
@@ -93,15 +94,18 @@ def _arm(arm: RouteArm) -> rollout_pb2.Arm:
     return rollout_pb2.Arm(
         version=arm.version,
         digest=arm.digest,
-        role=_role(arm.candidate),
+        # No role: a version that is leaving or kept, which no rule means.
+        role=rollout_pb2.ARM_ROLE_UNSPECIFIED if arm.leaving else _role(arm.candidate),
         weight=arm.weight,
         endpoints=arm.endpoints,
+        service=arm.service,
+        mirror_percent=arm.mirror,
     )
 
 
 def deployment(row: Row) -> rollout_pb2.Deployment:
     """A deployment as clients see it."""
-    status = row.status
+    status, spec = row.status, manifest.parse(row.manifest).spec
     candidate = status.candidate.ref.version if status.candidate else ""
     return rollout_pb2.Deployment(
         name=row.name,
@@ -113,7 +117,7 @@ def deployment(row: Row) -> rollout_pb2.Deployment:
         candidate_version=candidate,
         candidate_weight=status.weight if candidate else 0.0,
         step=status.step,
-        steps=len(manifest.parse(row.manifest).spec.steps),
+        steps=len(stages(spec)),
         phase=status.phase,
         ready=is_ready(status),
         conditions=[
@@ -142,6 +146,23 @@ def deployment(row: Row) -> rollout_pb2.Deployment:
         ],
         arms=[_arm(arm) for arm in status.route.arms] if status.route else [],
         created_at=_time(row.created_at),
+        previous_version=status.previous_version,
+        waiting=status.waiting,
+        strategy=spec.rollout.strategy,
+        comparisons=[
+            rollout_pb2.ComparisonResult(
+                metric=c.metric,
+                candidate=c.candidate,
+                stable=c.stable,
+                candidate_samples=c.candidate_samples,
+                stable_samples=c.stable_samples,
+                lower=c.lower,
+                upper=c.upper,
+                confidence=c.confidence,
+                better=c.better,
+            )
+            for c in status.comparisons
+        ],
     )
 
 

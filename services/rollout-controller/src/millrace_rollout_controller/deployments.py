@@ -12,13 +12,13 @@ from millrace_kit.errors import (
     ResourceExhaustedError,
 )
 
-from millrace_rollout_controller import manifest
+from millrace_rollout_controller import actions, manifest
+from millrace_rollout_controller.actions import Refused, Verb
 from millrace_rollout_controller.evidence import Evidence
 from millrace_rollout_controller.executor import Executor
 from millrace_rollout_controller.state import Status
 from millrace_rollout_controller.store import Row, Store
 
-Verb = Literal["promote", "pause", "resume", "abort"]
 ApplyResult = Literal["created", "configured", "unchanged"]
 CONFLICT_RETRIES = 20
 
@@ -81,13 +81,29 @@ class Deployments:
         """Begin to take the deployment away; asking again is free."""
         self._change(name, lambda row: row if row.deleting else _changed(row, deleting=True))
 
-    def act(self, name: str, verb: Verb) -> Row:
+    def act(self, name: str, verb: Verb, weight: float | None = None) -> Row:
         """Do what a person asks.
 
         Raises:
             FailedPreconditionError: there is nothing to do it to.
+            InvalidArgumentError: the weight is wrong.
         """
-        return self._change(name, lambda row: _changed(row, status=_act(row, verb)))
+        return self._change(name, lambda row: self._acted(row, verb, weight))
+
+    def _acted(self, row: Row, verb: Verb, weight: float | None) -> Row:
+        if row.deleting:
+            raise FailedPreconditionError("DEPLOYMENT_DELETING", f"{row.name!r} is being deleted", {"name": row.name})
+        spec = manifest.parse(row.manifest).spec
+        found = actions.act(spec, row.status, verb, weight, self._clock.now())
+        if isinstance(found, Refused):
+            if found.field:
+                raise InvalidArgumentError(found.field, found.message)
+            metadata = {"name": row.name, "phase": row.status.phase}
+            raise FailedPreconditionError(found.reason, f"{row.name!r}: {found.message}", metadata)
+        if verb != "undo" or spec.version == found.undo:
+            return _changed(row, status=found)
+        text = actions.with_version(row.manifest, found.undo)
+        return _changed(row, status=found, manifest=text, generation=row.generation + 1)
 
     def get(self, name: str) -> Row:
         """One deployment."""
@@ -116,28 +132,3 @@ class Deployments:
 
 def _changed(row: Row, **values: object) -> Row:
     return Row(**({name: getattr(row, name) for name in Row.__slots__} | values))
-
-
-def _act(row: Row, verb: Verb) -> Status:
-    status = row.status.model_copy(deep=True)
-    if row.deleting:
-        raise FailedPreconditionError("DEPLOYMENT_DELETING", f"{row.name!r} is being deleted", {"name": row.name})
-    if status.candidate is None:
-        message = f"{row.name!r} has no rollout under way (phase {status.phase})"
-        raise FailedPreconditionError("NO_ROLLOUT", message, {"name": row.name, "phase": status.phase})
-    match verb:
-        case "promote":
-            if status.stable is not None and status.weight <= 0:
-                message = f"{status.candidate.ref.version} has no traffic yet; its servers are not ready"
-                raise FailedPreconditionError("CANDIDATE_NOT_READY", message, {"name": row.name})
-            status.forced, status.paused = True, False
-        case "pause":
-            status.paused = True
-        case "resume":
-            status.paused, status.resumed_step = False, status.step
-        case "abort":
-            if status.stable is None:
-                message = "there is no stable version to go back to; delete the deployment instead"
-                raise FailedPreconditionError("NO_STABLE_VERSION", message, {"name": row.name})
-            status.aborted = True
-    return status

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
-from millrace_rollout_controller import gates
-from millrace_rollout_controller.gates import Counts, GateState
-from millrace_rollout_controller.manifest import Gate
+from millrace_rollout_controller import experiments, gates
+from millrace_rollout_controller.counts import Counts
+from millrace_rollout_controller.experiments import Comparison
+from millrace_rollout_controller.gates import GateState
+from millrace_rollout_controller.manifest import Gate, Metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class Poll:
     """By address; a gateway that did not answer is absent."""
     outcomes: Mapping[str, Counts] | None = None
     """By version; None when the drift monitor did not answer."""
+    answers: Mapping[str, float | None] = field(default_factory=dict)
+    """Of the gates' queries, by their final text; None for no answer, or one that is not a number."""
 
 
 class Cursor(BaseModel):
@@ -52,6 +56,8 @@ class Evidence(BaseModel):
     candidate: Counts = Counts()
     stable: Counts = Counts()
     step_candidate: Counts = Counts()
+    comparisons: dict[str, Comparison] = {}
+    """By metric."""
 
 
 def advance(
@@ -64,6 +70,8 @@ def advance(
     stable: str,
     wanted: Sequence[Gate],
     gateways: Sequence[str],
+    compared: Sequence[Metric] = (),
+    answers: Mapping[int, float | None] | None = None,
 ) -> Evidence:
     """Evidence after one poll.
 
@@ -76,6 +84,8 @@ def advance(
         stable: version it is compared with.
         wanted: the manifest's gates.
         gateways: addresses in use; marks of others are forgotten.
+        compared: metrics whose comparison is wanted.
+        answers: to gates' queries, by the gate's index.
     """
     evidence = _restart(evidence, trial, step, wanted)
     difference: dict[str, Counts] = {}
@@ -92,11 +102,15 @@ def advance(
     update: dict[str, object] = {"cursors": cursors, "outcomes": outcomes}
     if candidate:
         new, old = difference.get(candidate, Counts()), difference.get(stable, Counts())
+        states = [gates.absorb(gate, s, new, old) for gate, s in zip(wanted, evidence.gates, strict=True)]
+        for index, answer in (answers or {}).items():
+            states[index] = gates.hear(wanted[index], states[index], answer)
         update |= {
             "candidate": evidence.candidate.plus(new),
             "stable": evidence.stable.plus(old),
             "step_candidate": evidence.step_candidate.plus(new),
-            "gates": [gates.absorb(gate, s, new, old) for gate, s in zip(wanted, evidence.gates, strict=True)],
+            "gates": states,
+            "comparisons": experiments.absorb(evidence.comparisons, new, old, compared),
         }
     return evidence.model_copy(update=update)
 
@@ -105,7 +119,7 @@ def _restart(evidence: Evidence, trial: int, step: int, wanted: Sequence[Gate]) 
     key = repr([gate.model_dump() for gate in wanted])
     if evidence.trial != trial or evidence.gates_key != key:
         states = [gates.begin_step(GateState()) for _ in wanted]
-        nothing = {"candidate": Counts(), "stable": Counts(), "step_candidate": Counts()}
+        nothing = {"candidate": Counts(), "stable": Counts(), "step_candidate": Counts(), "comparisons": {}}
         update = {"trial": trial, "step": step, "gates_key": key, "gates": states}
         return evidence.model_copy(update=update | nothing)
     if evidence.step != step:

@@ -10,6 +10,7 @@ import math
 import numpy as np
 from pydantic import BaseModel
 
+from millrace_rollout_controller.counts import Counts, Sums
 from millrace_rollout_controller.manifest import Gate
 from millrace_rollout_controller.sequential import (
     ODDS_ABOVE,
@@ -35,51 +36,6 @@ STEP_SAMPLES = 30
 MAX_STARTS = 21
 
 
-class Counts(BaseModel):
-    """Figures of one version; sums, so that they add up and subtract."""
-
-    requests: int = 0
-    errors: int = 0
-    latency: dict[str, int] = {}
-    """Requests by upper bound of their latency bucket in ms (`inf` for the last)."""
-    outcomes: int = 0
-    correct: int = 0
-    brier_sum: float = 0.0
-    brier_square_sum: float = 0.0
-
-    def plus(self, other: "Counts") -> "Counts":
-        """The sum."""
-        latency = dict(self.latency)
-        for bound, count in other.latency.items():
-            latency[bound] = latency.get(bound, 0) + count
-        return Counts(
-            requests=self.requests + other.requests,
-            errors=self.errors + other.errors,
-            latency=latency,
-            outcomes=self.outcomes + other.outcomes,
-            correct=self.correct + other.correct,
-            brier_sum=self.brier_sum + other.brier_sum,
-            brier_square_sum=self.brier_square_sum + other.brier_square_sum,
-        )
-
-
-class Sums(BaseModel):
-    """Count, sum and sum of squares of a metric's values."""
-
-    n: float = 0.0
-    total: float = 0.0
-    square: float = 0.0
-
-    def plus(self, other: "Sums") -> "Sums":
-        """The sum."""
-        return Sums(n=self.n + other.n, total=self.total + other.total, square=self.square + other.square)
-
-    @property
-    def mean(self) -> float:
-        """Mean value; 0 without values."""
-        return self.total / self.n if self.n else 0.0
-
-
 class GateState(BaseModel):
     """What a gate has learned in this trial."""
 
@@ -98,6 +54,11 @@ class GateState(BaseModel):
     pending_stable: Sums = Sums()
     """A batch that still lacks one arm."""
     memory: Sums = Sums()
+    answer: float | None = None
+    """Of a query: the last answer in this step; None for none that is a number."""
+    answers: int = 0
+    beyond: int = 0
+    """Of a query: answers beyond the bound in a row."""
 
 
 def measure(gate: Gate, counts: Counts) -> tuple[Sums, Sums]:
@@ -130,16 +91,40 @@ def begin_step(gate_state: GateState) -> GateState:
     starts = [*gate_state.fail_logs, [0.0] * len(ODDS_ABOVE)]
     if len(starts) > MAX_STARTS:
         starts = [*starts[: MAX_STARTS - 1], starts[-1]]
-    update = {"fail_logs": starts, "step_candidate": Sums(), "step_gap_weight": 0.0, "step_gap_sum": 0.0}
+    update: dict[str, object] = {
+        "fail_logs": starts,
+        "step_candidate": Sums(),
+        "step_gap_weight": 0.0,
+        "step_gap_sum": 0.0,
+    }
+    update["answer"] = None
     return gate_state.model_copy(update=update)
 
 
 def absorb(gate: Gate, state: GateState, candidate: Counts, stable: Counts) -> GateState:
-    """Bet on what arrived since the look before."""
+    """Bet on what arrived since the look before; a query knows nothing of counts."""
+    if gate.promql is not None:
+        return state
     failing, passing = measure(gate, candidate)
     if gate.compare is None:
         return _absorb_one(gate, state, failing, passing, measure(gate, stable)[0])
     return _absorb_two(gate, state, failing, measure(gate, stable)[0])
+
+
+def hear(gate: Gate, state: GateState, answer: float | None) -> GateState:
+    """Take the answer to a gate's query; no answer, or one that is no number, is kept as None and never passes or fails."""
+    if answer is None or not math.isfinite(answer):
+        return state.model_copy(update={"answer": None})
+    update = {
+        "answer": answer,
+        "answers": state.answers + 1,
+        "beyond": state.beyond + 1 if _beyond(gate, answer) else 0,
+    }
+    return state.model_copy(update=update)
+
+
+def _beyond(gate: Gate, answer: float) -> bool:
+    return answer > gate.max if gate.max is not None else answer < (gate.min or 0.0)
 
 
 def _absorb_one(gate: Gate, state: GateState, failing: Sums, passing: Sums, stable: Sums) -> GateState:
@@ -217,6 +202,8 @@ def log_fail(state: GateState, steps: int) -> float:
 
 def judge(gate: Gate, state: GateState, steps: int) -> GateView:
     """The verdict on what is known now, with the figures in words."""
+    if gate.promql is not None:
+        return _judge_query(gate, state)
     needed = -math.log(1.0 - gate.level)
     against, for_it = log_fail(state, steps), float(log_mean(np.array(state.pass_logs)))
     loss, limit, words = _estimate(gate, state)
@@ -238,6 +225,26 @@ def judge(gate: Gate, state: GateState, steps: int) -> GateView:
         evidence=f"{words}; {reason}",
         candidate_samples=int(state.candidate.n),
         stable_samples=int(state.stable.n),
+    )
+
+
+def _judge_query(gate: Gate, state: GateState) -> GateView:
+    verdict: Verdict = "undecided"
+    if state.beyond >= gate.failures:
+        verdict, words = "fail", f"beyond the bound {state.beyond} times in a row"
+    elif state.answer is None:
+        words = "no answer that is a number in this step"
+    elif state.beyond:
+        words = f"beyond the bound {state.beyond} times in a row, {gate.failures} fail"
+    else:
+        verdict, words = "pass", "within the bound"
+    value = "" if state.answer is None else f"value {state.answer:g}; "
+    return GateView(
+        gate=gate.text,
+        verdict=verdict,
+        evidence=f"{value}{words}",
+        candidate_samples=state.answers,
+        stable_samples=0,
     )
 
 

@@ -184,12 +184,6 @@ class Spec(Block):
     balancing: Literal["LeastRequest", "RoundRobin"] = "LeastRequest"
     rollout: Rollout = Rollout()
 
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        """The steps, ending with 100 %."""
-        steps = self.rollout.steps or (Step(weight=100.0),)
-        return steps if steps[-1].weight == 100 else (*steps, Step(weight=100.0))
-
 
 class Manifest(Block):
     """One ModelDeployment."""

@@ -15,8 +15,8 @@ from millrace_kit.clock import Clock
 from millrace_kit.errors import DataLossError, MillraceError, UnavailableError
 
 from millrace_rollout_controller import convert
+from millrace_rollout_controller.counts import Counts
 from millrace_rollout_controller.evidence import GatewayFigures, Poll
-from millrace_rollout_controller.gates import Counts
 from millrace_rollout_controller.metrics import POLL_FAILURES
 from millrace_rollout_controller.reconciler import Refusal
 from millrace_rollout_controller.state import ArtifactRef, VersionRef

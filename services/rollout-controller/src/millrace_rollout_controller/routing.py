@@ -1,29 +1,24 @@
 """The wanted route of a model, from a deployment's spec and status. Pure."""
 
 from millrace_rollout_controller.manifest import Spec
-from millrace_rollout_controller.state import Route, RouteArm, RouteRule, Status
+from millrace_rollout_controller.state import Arm, Retiring, Route, RouteArm, RouteRule, Status
 
 
 def wanted_route(spec: Spec, status: Status, *, candidate_ready: bool) -> Route | None:
     """The route that should be in force; None while no version can serve.
 
-    Weights add up to 100. A candidate without a ready server gets 0, whatever its step says. Versions on their way out stay in the
-    route with weight 0 until they are drained; they carry the candidate's role so that "stable" names one arm, and rules to the
-    candidate are left out unless they can only mean the candidate on trial.
+    Weights add up to 100. A candidate without a ready server gets 0, whatever its step says, and no copies. Versions on their way out or
+    kept for undo stay in the route with weight 0; no rule means them. Rules to the candidate begin with its first stage.
     """
-    stable = status.stable
+    stable, candidate = status.stable, status.candidate
     if stable is None:
         return None
-    arms: list[RouteArm] = []
-    candidate = status.candidate
-    weight = status.weight if candidate is not None and candidate_ready else 0.0
-    arms.append(_arm(stable.ref.version, stable.ref.digest, stable.endpoints, 100.0 - weight, candidate=False))
+    on_trial = candidate is not None and status.entered and candidate_ready
+    weight = status.weight if on_trial else 0.0
+    arms = [_arm(stable, 100.0 - weight)]
     if candidate is not None and candidate.endpoints:
-        ref = candidate.ref
-        arms.append(_arm(ref.version, ref.digest, candidate.endpoints, weight, candidate=True))
-    leaving = [gone for gone in status.retiring if not gone.removed and gone.endpoints]
-    arms += [_arm(gone.ref.version, gone.ref.digest, gone.endpoints, 0.0, candidate=True) for gone in leaving]
-    meant = candidate is not None and weight > 0 and not leaving
+        arms.append(_arm(candidate, weight, candidate=True, mirror=status.mirror if on_trial else 0.0))
+    arms += [_arm(gone, 0.0, candidate=True, leaving=True) for gone in status.retiring if _stays(gone)]
     ref = stable.ref
     sticky = spec.routing.sticky
     return Route(
@@ -33,7 +28,7 @@ def wanted_route(spec: Spec, status: Status, *, candidate_ready: bool) -> Route 
         rules=tuple(
             RouteRule(when=rule.when, candidate=rule.to == "candidate")
             for rule in spec.routing.rules
-            if rule.to == "stable" or meant
+            if rule.to == "stable" or on_trial
         ),
         round_robin=spec.balancing == "RoundRobin",
         timeout_ms=spec.server.timeout_ms,
@@ -44,5 +39,20 @@ def wanted_route(spec: Spec, status: Status, *, candidate_ready: bool) -> Route 
     )
 
 
-def _arm(version: str, digest: str, endpoints: tuple[str, ...], weight: float, *, candidate: bool) -> RouteArm:
-    return RouteArm(version=version, digest=digest, candidate=candidate, weight=weight, endpoints=endpoints)
+def _stays(gone: Retiring) -> bool:
+    return not gone.removed and bool(gone.endpoints)
+
+
+def _arm(
+    arm: Arm | Retiring, weight: float, *, candidate: bool = False, mirror: float = 0.0, leaving: bool = False
+) -> RouteArm:
+    return RouteArm(
+        version=arm.ref.version,
+        digest=arm.ref.digest,
+        candidate=candidate,
+        weight=weight,
+        endpoints=arm.endpoints,
+        service=arm.service,
+        mirror=mirror,
+        leaving=leaving,
+    )

@@ -10,8 +10,9 @@ from millrace_kit.clock import Clock
 from millrace_kit.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
 
 from millrace_rollout_controller import convert
+from millrace_rollout_controller.actions import Verb
 from millrace_rollout_controller.controller import Controller
-from millrace_rollout_controller.deployments import Deployments, Verb
+from millrace_rollout_controller.deployments import Deployments
 from millrace_rollout_controller.hub import Hub
 
 WATCH_CHECK_S = 1.0
@@ -22,6 +23,8 @@ _VERBS: dict[int, Verb] = {
     rollout_pb2.VERB_PAUSE: "pause",
     rollout_pb2.VERB_RESUME: "resume",
     rollout_pb2.VERB_ABORT: "abort",
+    rollout_pb2.VERB_UNDO: "undo",
+    rollout_pb2.VERB_SET_WEIGHT: "set-weight",
 }
 
 
@@ -87,8 +90,13 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         name = check.name(request.name, "name")
         verb = _VERBS.get(request.verb)
         if verb is None:
-            raise InvalidArgumentError("verb", "must be VERB_PROMOTE, VERB_PAUSE, VERB_RESUME or VERB_ABORT")
-        row = await asyncio.to_thread(self._deployments.act, name, verb)
+            known = ", ".join(_VERBS.values())
+            raise InvalidArgumentError("verb", f"must be one of {known}")
+        weight = check.finite(request.weight, "weight")
+        if weight and verb != "set-weight":
+            raise InvalidArgumentError("weight", "belongs to VERB_SET_WEIGHT")
+        asked = weight if verb == "set-weight" else None
+        row = await asyncio.to_thread(self._deployments.act, name, verb, asked)
         self._controller.wake()
         return rollout_pb2.ActResponse(deployment=convert.deployment(row))
 

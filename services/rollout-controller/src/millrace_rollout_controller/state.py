@@ -65,6 +65,8 @@ class Arm(Mutable):
     ref: VersionRef
     endpoints: tuple[str, ...] = ()
     """Ready servers, or the last known ones when none is."""
+    service: str = ""
+    """Headless Service of its servers in a cluster."""
     served: bool = False
     """Whether it ever had weight."""
 
@@ -75,6 +77,9 @@ class Retiring(Mutable):
     ref: VersionRef
     endpoints: tuple[str, ...]
     served: bool
+    service: str = ""
+    kept_until: datetime | None = None
+    """Stays ready with weight 0 until then, so that `undo` is one change of the route."""
     drained_at: datetime | None = None
     """When the weight of 0 was in force everywhere."""
     removed: bool = False
@@ -99,6 +104,11 @@ class RouteArm(Frozen):
     candidate: bool
     weight: float
     endpoints: tuple[str, ...]
+    service: str = ""
+    mirror: float = 0.0
+    """Percent of the requests that are copied to it."""
+    leaving: bool = False
+    """On its way out or kept for undo; no rule means it."""
 
 
 class RouteRule(Frozen):
@@ -156,6 +166,21 @@ class GateView(Frozen):
     stable_samples: int
 
 
+class ComparisonView(Frozen):
+    """Candidate against stable in one metric."""
+
+    metric: str
+    candidate: float
+    stable: float
+    candidate_samples: int
+    stable_samples: int
+    lower: float
+    upper: float
+    """Bounds of candidate minus stable."""
+    confidence: float
+    better: Literal["candidate", "stable", "undecided"]
+
+
 class Status(Mutable):
     """Where a deployment stands."""
 
@@ -166,11 +191,21 @@ class Status(Mutable):
     candidate: Arm | None = None
     candidate_since: datetime | None = None
     unready_since: datetime | None = None
+    previous_version: str = ""
+    """What was stable before; where undo goes."""
+    undo: str = ""
+    """Version a person has gone back to, which gets no steps."""
     trial: int = 0
     """Counts candidates; evidence belongs to one trial."""
     step: int = 0
     weight: float = 0.0
     """Wanted percent of the candidate."""
+    entered: bool = False
+    """The candidate's first stage has begun: its servers were ready and every gateway knew them."""
+    mirror: float = 0.0
+    """Wanted percent of copies to the candidate."""
+    held_weight: float | None = None
+    """Weight a person holds the candidate at until resume."""
     step_since: datetime | None = None
     """When the step's weight was in force everywhere."""
     paused: bool = False
@@ -185,6 +220,8 @@ class Status(Mutable):
     retiring: list[Retiring] = []
     route: Route | None = None
     gates: list[GateView] = []
+    comparisons: list[ComparisonView] = []
+    """Result of the last A/B test or shadow run; so far, while it is under way."""
     conditions: list[Condition] = []
     events: list[Event] = []
 

@@ -1,0 +1,48 @@
+"""Figures as sums, so that they add up and subtract."""
+
+from pydantic import BaseModel
+
+
+class Counts(BaseModel):
+    """Figures of one version; sums, so that they add up and subtract."""
+
+    requests: int = 0
+    errors: int = 0
+    latency: dict[str, int] = {}
+    """Requests by upper bound of their latency bucket in ms (`inf` for the last)."""
+    outcomes: int = 0
+    correct: int = 0
+    brier_sum: float = 0.0
+    brier_square_sum: float = 0.0
+
+    def plus(self, other: "Counts") -> "Counts":
+        """The sum."""
+        latency = dict(self.latency)
+        for bound, count in other.latency.items():
+            latency[bound] = latency.get(bound, 0) + count
+        return Counts(
+            requests=self.requests + other.requests,
+            errors=self.errors + other.errors,
+            latency=latency,
+            outcomes=self.outcomes + other.outcomes,
+            correct=self.correct + other.correct,
+            brier_sum=self.brier_sum + other.brier_sum,
+            brier_square_sum=self.brier_square_sum + other.brier_square_sum,
+        )
+
+
+class Sums(BaseModel):
+    """Count, sum and sum of squares of a metric's values."""
+
+    n: float = 0.0
+    total: float = 0.0
+    square: float = 0.0
+
+    def plus(self, other: "Sums") -> "Sums":
+        """The sum."""
+        return Sums(n=self.n + other.n, total=self.total + other.total, square=self.square + other.square)
+
+    @property
+    def mean(self) -> float:
+        """Mean value; 0 without values."""
+        return self.total / self.n if self.n else 0.0

@@ -1,0 +1,93 @@
+"""What a stage has shown so far: verdicts of the gates, comparisons, and what is still missing. Pure; part of the reconciler."""
+
+from datetime import timedelta
+
+from millrace_rollout_controller import experiments, gates
+from millrace_rollout_controller.manifest import Gate
+from millrace_rollout_controller.plans import Draft
+from millrace_rollout_controller.stages import Stage, compared, confidence
+from millrace_rollout_controller.state import GateView
+
+
+def judge_gates(d: Draft) -> GateView | None:
+    """Write the verdicts and comparisons into the status; gives the first gate that sends the candidate back."""
+    s, wanted = d.status, d.spec.rollout.gates
+    states = d.evidence.gates if _mine(d) else [gates.GateState() for _ in wanted]
+    s.gates = [gates.judge(gate, state, len(d.stages)) for gate, state in zip(wanted, states, strict=True)]
+    metrics = compared(d.spec)
+    if metrics and d.evidence.trial == s.trial and d.stages[s.step].weight < 100:
+        s.comparisons = experiments.results(
+            d.evidence.comparisons, d.evidence.candidate, d.evidence.stable, metrics, confidence(d.spec)
+        )
+    for gate, view in zip(wanted, s.gates, strict=True):
+        # Whoever goes back has decided the comparison already; bounds of the caller's own go on.
+        if view.verdict == "fail" and not (s.undo and gate.compare):
+            return view
+    return None
+
+
+def missing(d: Draft) -> str:
+    """Why the stage cannot be left, for people; empty when it can."""
+    s, stage = d.status, d.stages[d.status.step]
+    if s.held_weight is not None:
+        s.phase = "Paused"
+        return f"held at {s.held_weight:g} % by a person until resume"
+    if s.paused:
+        return "paused by a person"
+    if reason := _missing_time(d, stage):
+        return reason
+    if stage.weight < 100:
+        # At 100 there is nothing to compare with any more: the gates that had to pass did so before.
+        if reason := _missing_verdict(d):
+            return reason
+        if reason := _missing_decision(d, stage):
+            s.phase = "Paused"
+            return reason
+    return ""
+
+
+def _missing_time(d: Draft, stage: Stage) -> str:
+    s = d.status
+    number = s.step + 1
+    in_step = d.evidence.step_candidate.requests if _mine(d) and d.evidence.step == s.step else 0
+    if in_step < stage.min_requests:
+        return f"{in_step} of {stage.min_requests} candidate requests in step {number}"
+    if stage.until_resume and s.resumed_step != s.step:
+        s.phase = "Paused"
+        return "this step waits for resume"
+    if s.step_since is not None and d.now - s.step_since < timedelta(seconds=stage.lasts_s):
+        return f"step {number} lasts {stage.lasts_s:g} s"
+    return ""
+
+
+def _missing_verdict(d: Draft) -> str:
+    s = d.status
+    last = d.stages[s.step + 1].weight == 100
+    for gate, view in zip(d.spec.rollout.gates, s.gates, strict=True):
+        if _must_pass(gate, last) and view.verdict != "pass":
+            return f"{view.gate} is undecided: {view.evidence}"
+    return ""
+
+
+def _missing_decision(d: Draft, stage: Stage) -> str:
+    """What a person, or the comparison that decides, has not said yet."""
+    strategy = d.spec.rollout.strategy
+    if stage.goal is not None:
+        view = next((view for view in d.status.comparisons if view.metric == stage.goal), None)
+        if view is None or view.better == "undecided":
+            return f"{stage.goal} does not tell the versions apart yet; promote or abort decides now"
+        if view.better == "stable":
+            return f"{stage.goal} says that stable is better; promote or abort decides"
+        return ""
+    if stage.until_promote:
+        return "the preview waits for promote" if strategy == "BlueGreen" else "the result waits for promote or abort"
+    return ""
+
+
+def _mine(d: Draft) -> bool:
+    """Evidence belongs to the gates it was gathered for; of other gates nothing is known yet."""
+    return d.evidence.trial == d.status.trial and len(d.evidence.gates) == len(d.spec.rollout.gates)
+
+
+def _must_pass(gate: Gate, last: bool) -> bool:
+    return gate.required == "EveryStep" or (gate.required == "Promotion" and last)

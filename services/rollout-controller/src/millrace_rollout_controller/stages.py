@@ -1,0 +1,99 @@
+"""What each strategy asks for, as stages: a weight, a share of copies, and what must have happened before the next stage. Pure.
+
+One machine walks all strategies; they differ in this list only. The last stage always gives the candidate everything.
+"""
+
+from dataclasses import dataclass
+
+from millrace_rollout_controller.manifest import ABTest, BlueGreen, Metric, Pause, Shadow, Spec, Step, Strategy
+from millrace_rollout_controller.manifest_rules import seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of a rollout."""
+
+    weight: float
+    mirror: float = 0.0
+    min_requests: int = 0
+    lasts_s: float = 0.0
+    """Shortest time in force."""
+    until_resume: bool = False
+    until_promote: bool = False
+    """Left by a person's promote only."""
+    goal: Metric | None = None
+    """Left when this comparison says that the candidate is better."""
+    watched: bool = False
+    """Gates go on here although nothing is left to do; promote does not cut it short on the way in."""
+
+
+def stages(spec: Spec) -> tuple[Stage, ...]:
+    """The stages of the spec's strategy; at least one, the last of weight 100."""
+    rollout = spec.rollout
+    match rollout.strategy:
+        case "BlueGreen":
+            return _blue_green(rollout.blue_green or BlueGreen())
+        case "ABTest":
+            return _ab_test(rollout.ab_test or ABTest())
+        case "Shadow":
+            return _shadow(rollout.shadow or Shadow())
+    steps = rollout.steps or (Step(weight=100.0),)
+    if steps[-1].weight != 100:
+        steps = (*steps, Step(weight=100.0))
+    return tuple(_canary(step) for step in steps)
+
+
+def compared(spec: Spec) -> tuple[Metric, ...]:
+    """Metrics whose comparison the strategy reports."""
+    strategy: Strategy = spec.rollout.strategy
+    if strategy == "ABTest":
+        return "errorRate", "latencyP99Ms", "outcome/accuracy", "outcome/brier"
+    # Nobody acts on a shadow's answers, so they have no outcomes.
+    return ("errorRate", "latencyP99Ms") if strategy == "Shadow" else ()
+
+
+def confidence(spec: Spec) -> float:
+    """Confidence of the comparisons."""
+    block = spec.rollout.ab_test or spec.rollout.shadow
+    return block.confidence if block is not None else ABTest().confidence
+
+
+def _canary(step: Step) -> Stage:
+    lasts_s, until_resume = _pause(step.pause)
+    return Stage(step.weight, min_requests=step.min_requests, lasts_s=lasts_s, until_resume=until_resume)
+
+
+def _blue_green(block: BlueGreen) -> tuple[Stage, ...]:
+    lasts_s, until_resume = _pause(block.pause)
+    preview = Stage(
+        0.0,
+        mirror=block.mirror_percent,
+        min_requests=block.min_requests,
+        lasts_s=lasts_s,
+        until_resume=until_resume,
+        until_promote=not block.auto_promotion,
+    )
+    return preview, Stage(100.0, lasts_s=float(block.watch_seconds), watched=block.watch_seconds > 0)
+
+
+def _ab_test(block: ABTest) -> tuple[Stage, ...]:
+    lasts_s = seconds(block.duration, "duration") if block.duration else 0.0
+    hold = block.on_success == "Hold"
+    goal = None if hold else block.goal
+    test = Stage(block.split, min_requests=block.min_requests, lasts_s=lasts_s, until_promote=hold, goal=goal)
+    return test, Stage(100.0)
+
+
+def _shadow(block: Shadow) -> tuple[Stage, ...]:
+    lasts_s = seconds(block.duration, "duration") if block.duration else 0.0
+    hold = block.on_success == "Hold"
+    copies = Stage(
+        0.0, mirror=block.mirror_percent, min_requests=block.min_requests, lasts_s=lasts_s, until_promote=hold
+    )
+    return copies, Stage(100.0)
+
+
+def _pause(pause: Pause | None) -> tuple[float, bool]:
+    if pause is None:
+        return 0.0, False
+    return (0.0, True) if pause.seconds is None else (pause.seconds, False)
