@@ -87,7 +87,7 @@ def open_bare_channel(
     )
 
 
-def open_sync_channel(target: str, *, tls: TlsSettings | None = None, max_message_mib: int = 64) -> grpc.Channel:
+def open_sync_channel(target: str, tls: TlsSettings | None = None, *, max_message_mib: int = 64) -> grpc.Channel:
     """A blocking channel to `target`, for programs without an event loop; its calls set their own deadlines.
 
     Raises:

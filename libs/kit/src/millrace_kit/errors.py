@@ -4,7 +4,7 @@ Each error carries exactly one `google.rpc.ErrorInfo` (AIP-193): a stable `reaso
 every variable of the message. Bad input also carries `google.rpc.BadRequest` naming the field.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyProto
@@ -96,6 +96,19 @@ class FailedPreconditionError(MillraceError):
 
     def __init__(self, reason: str, message: str, metadata: Mapping[str, str] | None = None) -> None:
         super().__init__(grpc.StatusCode.FAILED_PRECONDITION, reason, message, metadata)
+
+
+class PermissionDeniedError(MillraceError):
+    """This service takes no calls from this client."""
+
+    def __init__(self, method: str, client_names: Sequence[str]) -> None:
+        client = ", ".join(client_names) or "(no name)"
+        super().__init__(
+            grpc.StatusCode.PERMISSION_DENIED,
+            "CLIENT_NOT_ALLOWED",
+            f"{method} is not for the client {client}; the service's allowed_clients says who may call it",
+            {"client": client, "method": method},
+        )
 
 
 class ConflictError(MillraceError):

@@ -4,7 +4,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -12,22 +12,23 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from millrace_kit.errors import InvalidArgumentError, MillraceError, ResourceExhaustedError
+from millrace_kit.errors import InvalidArgumentError, MillraceError, PermissionDeniedError, ResourceExhaustedError
 from millrace_kit.telemetry import RPC_SECONDS
 
 log = logging.getLogger(__name__)
 
 
 class ServerEdge(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Errors to statuses, a deadline for calls without one, a limit on calls at once, and the duration metric.
+    """Errors to statuses, a deadline for calls without one, a limit on calls at once, whose calls are taken, and the duration metric.
 
     Unexpected exceptions are logged whole and answered INTERNAL without their text: it may hold a secret.
     Health checks and reflection are left alone.
     """
 
-    def __init__(self, *, default_deadline_s: float, max_concurrent: int) -> None:
+    def __init__(self, *, default_deadline_s: float, max_concurrent: int, allowed_clients: Sequence[str] = ()) -> None:
         self._default_deadline_s = default_deadline_s
         self._max_concurrent = max_concurrent
+        self._allowed_clients = frozenset(allowed_clients)
         self._running = 0
 
     async def intercept_service(
@@ -49,7 +50,11 @@ class ServerEdge(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return handler._replace(unary_stream=self._stream(handler.unary_stream, method))
         return handler._replace(stream_stream=self._stream(handler.stream_stream, method))
 
-    def _enter(self) -> None:
+    def _enter(self, context: grpc.aio.ServicerContext, method: str) -> None:
+        if self._allowed_clients:
+            names = _client_names(context)
+            if self._allowed_clients.isdisjoint(names):
+                raise PermissionDeniedError(method, names)
         if self._running >= self._max_concurrent:
             raise ResourceExhaustedError(
                 "max_concurrent_rpcs", f"{self._max_concurrent} calls are running; retry later"
@@ -62,7 +67,7 @@ class ServerEdge(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             started = time.perf_counter()
             code, entered = grpc.StatusCode.OK, False
             try:
-                self._enter()
+                self._enter(context, method)
                 entered = True
                 request = _decoded(request)
                 remaining = context.time_remaining()
@@ -84,7 +89,7 @@ class ServerEdge(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             started = time.perf_counter()
             code, entered = grpc.StatusCode.OK, False
             try:
-                self._enter()
+                self._enter(context, method)
                 entered = True
                 async for response in call(_decoded(request), context):
                     yield response
@@ -99,6 +104,12 @@ class ServerEdge(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 RPC_SECONDS.labels(method, code.name).observe(time.perf_counter() - started)
 
         return wrapped
+
+
+def _client_names(context: grpc.aio.ServicerContext) -> Sequence[str]:
+    """Names in the client's certificate, which gRPC has verified."""
+    found = context.auth_context().get("x509_subject_alternative_name", ())
+    return [name.decode("utf-8", "replace") for name in found]
 
 
 class _Undecodable:

@@ -6,7 +6,6 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -19,6 +18,7 @@ from millrace_kit.interceptors import ServerEdge
 from millrace_kit.probes import DRAINING, Probes
 from millrace_kit.settings import ServiceSettings
 from millrace_kit.telemetry import WORKER_FAILURES
+from millrace_kit.tls import CertificateFiles
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +71,13 @@ async def running(service: Service, settings: ServiceSettings, probes: Probes | 
     server = grpc.aio.server(
         interceptors=[
             aio_server_interceptor(),  # type: ignore[no-untyped-call]
-            ServerEdge(default_deadline_s=settings.default_deadline_s, max_concurrent=settings.max_concurrent_rpcs),
+            ServerEdge(
+                default_deadline_s=settings.default_deadline_s,
+                max_concurrent=settings.max_concurrent_rpcs,
+                allowed_clients=settings.allowed_clients,
+            ),
         ],
-        options=[*channel_options(settings.max_message_mib), ("grpc.so_reuseport", 0)],
+        options=_options(settings),
     )
     for add in service.add_servicers:
         add(server)
@@ -169,18 +173,19 @@ async def _guard(worker: Worker, stop: asyncio.Event) -> None:
         raise WorkerFailedError(worker.name) from error
 
 
+def _options(settings: ServiceSettings) -> list[tuple[str, int | str]]:
+    options = [*channel_options(settings.max_message_mib), ("grpc.so_reuseport", 0)]
+    if settings.max_connection_age_s:
+        options.append(("grpc.max_connection_age_ms", int(settings.max_connection_age_s * 1000)))
+    return options
+
+
 def _bind(server: grpc.aio.Server, settings: ServiceSettings) -> str:
     host = settings.listen.rpartition(":")[0]
     if settings.tls is None:
         port = server.add_insecure_port(settings.listen)
     else:
-        tls = settings.tls
-        credentials = grpc.ssl_server_credentials(
-            [(Path(tls.key_file).read_bytes(), Path(tls.cert_file).read_bytes())],
-            Path(tls.ca_file).read_bytes(),
-            require_client_auth=True,
-        )
-        port = server.add_secure_port(settings.listen, credentials)
+        port = server.add_secure_port(settings.listen, CertificateFiles(settings.tls).server_credentials())
     return f"{host}:{port}"
 
 

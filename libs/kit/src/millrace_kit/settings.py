@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from millrace_kit.references import Expansion, mask
 
@@ -23,14 +23,14 @@ class Settings(BaseModel):
 
 
 class TlsSettings(Settings):
-    """Certificates of one process, PEM files; with them every connection is mutual TLS."""
+    """Certificates of one process, PEM files; with them every connection is mutual TLS. Changed files are read again."""
 
     cert_file: str
     """Own certificate chain."""
     key_file: str
     """Own private key."""
     ca_file: str
-    """Authority that signed the peers' certificates."""
+    """Authorities that may have signed the peers' certificates; more than one while an authority is replaced."""
 
 
 class BusSettings(Settings):
@@ -74,18 +74,29 @@ class ServiceSettings(Settings):
     """Folder for what this service keeps on one machine."""
     tls: TlsSettings | None = None
     """Certificates; without them connections are plain, which is for one machine only."""
+    allowed_clients: tuple[str, ...] = ()
+    """Names of which a client's certificate must carry one (DNS names as they stand there); others get PERMISSION_DENIED. Empty admits
+    every client with a certificate of `tls.ca_file`. Health and reflection are for everybody with a certificate."""
     bus: BusSettings = BusSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     max_message_mib: int = Field(default=64, ge=4, le=1024)
     """Largest gRPC message accepted or sent, in MiB."""
     default_deadline_s: float = Field(default=30.0, gt=0, le=3600)
     """Deadline of a call whose client set none."""
+    max_connection_age_s: float = Field(default=0.0, ge=0, le=86_400)
+    """Age at which a connection takes no new calls, so that clients spread over new replicas; running calls end in peace. 0 is no age."""
     max_concurrent_rpcs: int = Field(default=512, ge=1, le=100_000)
     """Calls served at once; the next one gets RESOURCE_EXHAUSTED."""
     drain_s: float = Field(default=10.0, ge=0, le=600)
     """Longest wait for running calls at shutdown."""
     shutdown_delay_s: float = Field(default=0.0, ge=0, le=600)
     """How long calls are still taken after SIGTERM while health says no, so that peers and kube-proxy turn away first."""
+
+    @model_validator(mode="after")
+    def _clients_need_certificates(self) -> Self:
+        if self.allowed_clients and self.tls is None:
+            raise ValueError("allowed_clients: clients have names only with tls")
+        return self
 
 
 S = TypeVar("S", bound=Settings)

@@ -4,13 +4,13 @@ import os
 from types import TracebackType
 from typing import Self
 
+from millrace_kit.client import open_sync_channel
 from millrace_kit.settings import TlsSettings
 
 from millrace.areas.data import FeatureArea, IngestionArea
 from millrace.areas.lifecycle import RegistryArea, TrainingArea
 from millrace.areas.serving import DriftArea, GatewayArea, PredictionArea, RolloutArea
 from millrace.endpoints import Endpoints, tls_from_environment
-from millrace.transport import open_sync_channel
 
 
 class Client:

@@ -1,13 +1,10 @@
 """One synchronous channel to a service: deadline on every call, trace context, errors as `MillraceError`."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
-from millrace_kit.client import channel_options
 from millrace_kit.errors import MillraceError
-from millrace_kit.settings import TlsSettings
 from millrace_kit.telemetry import trace_headers
 
 T = TypeVar("T")
@@ -15,16 +12,6 @@ T = TypeVar("T")
 DEFAULT_TIMEOUT_S = 30.0
 # Training sets and reproductions are long work behind one call.
 LONG_TIMEOUT_S = 1800.0
-
-
-def open_sync_channel(target: str, tls: TlsSettings | None = None) -> grpc.Channel:
-    """A blocking channel to `target` (`host:port`)."""
-    if tls is None:
-        return grpc.insecure_channel(target, options=channel_options())
-    credentials = grpc.ssl_channel_credentials(
-        Path(tls.ca_file).read_bytes(), Path(tls.key_file).read_bytes(), Path(tls.cert_file).read_bytes()
-    )
-    return grpc.secure_channel(target, credentials, options=channel_options())
 
 
 def _metadata() -> tuple[tuple[str, str], ...]:
