@@ -256,10 +256,10 @@ async def test_cancel_survives_a_kill(tmp_path: Path) -> None:
 
 
 async def test_a_second_coordinator_is_refused(settings, monkeypatch) -> None:
-    from millrace_training_coordinator import processes
+    from millrace_training_coordinator import ownership
     from millrace_training_coordinator.app import build
 
-    monkeypatch.setattr(processes, "LOCK_WAIT_S", 0.2)
+    monkeypatch.setattr(ownership, "LOCK_WAIT_S", 0.2)
     async with coordinator(settings):
-        with pytest.raises(processes.WorkDirTakenError, match="another running coordinator"):
+        with pytest.raises(ownership.WorkDirTakenError, match="another running coordinator"):
             await build(settings)

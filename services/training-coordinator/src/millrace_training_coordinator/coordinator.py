@@ -18,7 +18,6 @@ from millrace_training_coordinator.record import (
     compare_outputs,
     differences,
     environment_facts,
-    hardware,
     hash_lock_file,
 )
 from millrace_training_coordinator.runs import NewRun, PipelineVersion, RunRecord, RunRequest, plan_of
@@ -54,6 +53,7 @@ class Coordinator:
         trees: code of the stages.
         limits: what a stage may ask for.
         lock_file: lock file of the stages' environment; empty for none.
+        hardware: what stages run on, for the record.
         changes: told of every change.
         wake: makes the runner look at the store.
         clock: source of the time.
@@ -67,6 +67,7 @@ class Coordinator:
         *,
         limits: Limits,
         lock_file: str,
+        hardware: Callable[[], Mapping[str, str]],
         changes: Changes,
         wake: Callable[[], None],
         clock: Clock,
@@ -76,6 +77,7 @@ class Coordinator:
         self._trees = trees
         self._limits = limits
         self._lock_file = lock_file
+        self._hardware = hardware
         self._changes = changes
         self._wake = wake
         self._clock = clock
@@ -142,7 +144,7 @@ class Coordinator:
             self._clock.now(),
             version.code_hash,
             self._lock_hash(),
-            hardware(),
+            self._hardware(),
             request.request_id,
             request.digest,
         )
@@ -229,7 +231,7 @@ class Coordinator:
             self._clock.now(),
             version.code_hash,
             self._lock_hash(),
-            hardware(),
+            self._hardware(),
             reproduction_of=original.id,
         )
         return self._store.create(new)

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from millrace_training_coordinator.scheduler import Claim
+if TYPE_CHECKING:
+    from millrace_training_coordinator.manifest import Stage
+    from millrace_training_coordinator.results import Output
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +28,16 @@ class Launch:
     """Everything an attempt needs to start."""
 
     place: Place
-    command: tuple[str, ...]
-    """As in the manifest; `python` at its head is the executor's own interpreter."""
-    code: Path
-    """Working directory."""
+    pipeline: str
+    stage: "Stage"
+    """The stage as in the manifest; `python` at the head of its command is the executor's own interpreter."""
+    code_hash: str
+    """The code tree in which the command runs."""
+    archive_digest: str
+    """The kept archive of that tree."""
+    inputs: Mapping[str, Place]
+    """Stages this one depends on, directly or not, and the attempt of each that succeeded."""
     environment: Mapping[str, str]
-    timeout_s: float
-    claim: Claim
-    workers: int = 0
-    """Processes under torchrun; 0 runs the command itself."""
 
 
 class Ending(StrEnum):
@@ -45,6 +48,8 @@ class Ending(StrEnum):
     TIMEOUT = "timeout"
     MEMORY = "memory"
     """It used more than it claimed, or the kernel ran out."""
+    NOT_PLACED = "not_placed"
+    """It waited too long for a node or its image."""
     STOPPED = "stopped"
     """The executor was asked to end it, or nobody was there to want its result."""
     LOST = "lost"
@@ -80,6 +85,7 @@ class Executor(Protocol):
 
         Raises:
             OSError: it could not be started; nothing of it runs.
+            MillraceError: it can never be started.
         """
         ...
 
@@ -95,14 +101,35 @@ class Executor(Protocol):
         """Ask for the end of an attempt; `wait` then reports it. Asking again changes nothing."""
         ...
 
-    def output_dir(self, place: Place) -> Path:
-        """Where the attempt leaves its files."""
+    def result_folder(self, place: Place) -> Path:
+        """A local folder with the `result.json` of an attempt that is over, if it left one.
+
+        Raises:
+            OSError: it cannot be read now.
+        """
+        ...
+
+    def keep(self, place: Place, declared: tuple[str, ...], limit_bytes: int) -> "tuple[Output, ...]":
+        """Keep the declared outputs of an attempt that succeeded.
+
+        Raises:
+            StageFailedError: one is missing, is no regular file, or is larger than `limit_bytes`.
+            OSError: it could not be stored; trying again may help.
+        """
         ...
 
     def read_log(self, place: Place, offset: int, limit: int) -> bytes:
         """At most `limit` bytes of the attempt's log from `offset`; empty when there are none yet."""
         ...
 
-    def forget(self, run_id: str) -> None:
-        """Remove logs and working files of a finished run."""
+    async def forget(self, run_id: str) -> None:
+        """Remove logs and working files of a finished run.
+
+        Raises:
+            OSError: not all could be removed; asking again may help.
+        """
+        ...
+
+    def release(self) -> None:
+        """Give up what only one coordinator may own."""
         ...

@@ -52,13 +52,46 @@ class Resources(_Part):
     """Memory in MiB; a stage that uses more is ended."""
     gpus: int = Field(default=0, ge=0, le=64)
     """GPUs; a stage sees no others."""
+    gpu_resource: Annotated[str, Field(pattern=r"^([a-z0-9.-]+/[A-Za-z0-9._-]+)?$", max_length=128)] = ""
+    """In a cluster: the extended resource that `gpus` counts, for example a MIG slice (`nvidia.com/mig-1g.10gb`); empty is the
+    cluster's usual one."""
 
 
 class Distributed(_Part):
     """A stage that torchrun starts."""
 
     workers: int = Field(ge=1, le=64)
-    """Processes on this machine, one rank each."""
+    """Processes, one rank each."""
+    workers_per_pod: int = Field(default=1, ge=1, le=64)
+    """In a cluster: processes in each pod; `workers` and the stage's GPUs divide evenly among the pods."""
+
+
+LabelName = Annotated[
+    str, Field(pattern=r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")
+]
+LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$")]
+ObjectName = Annotated[str, Field(pattern=r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)?$")]
+
+
+class Toleration(_Part):
+    """A taint that the stage's pods tolerate, as Kubernetes has it."""
+
+    key: LabelName | Literal[""] = ""
+    operator: Literal["Equal", "Exists"] = "Equal"
+    value: LabelValue = ""
+    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
+
+
+class Pod(_Part):
+    """Where the stage runs in a cluster; a single machine has no use for it."""
+
+    image: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._/:@-]*)?$", max_length=512)] = ""
+    """Image that holds `millrace-stage` and what the command needs; empty is the coordinator's default."""
+    node_selector: dict[LabelName, LabelValue] = Field(default_factory=dict, max_length=32)
+    """Labels a node must have, for example `nvidia.com/gpu.product`."""
+    tolerations: tuple[Toleration, ...] = Field(default=(), max_length=32)
+    runtime_class: ObjectName = ""
+    priority_class: ObjectName = ""
 
 
 class Stage(_Part):
@@ -74,10 +107,21 @@ class Stage(_Part):
     """Longest time of one attempt, in seconds."""
     resources: Resources = Resources()
     distributed: Distributed | None = None
+    pod: Pod = Pod()
     outputs: tuple[Text, ...] = Field(default=(), max_length=256)
     """Files below the stage's output folder that are kept and compared."""
     effects: bool = False
     """Whether the stage changes other services; such stages are left out of a reproduction."""
+
+    @property
+    def workers(self) -> int:
+        """Processes under torchrun; 0 for a stage that is not distributed."""
+        return self.distributed.workers if self.distributed else 0
+
+    @property
+    def pods(self) -> int:
+        """Pods of the stage in a cluster."""
+        return self.distributed.workers // self.distributed.workers_per_pod if self.distributed else 1
 
 
 class Retrain(_Part):
@@ -220,6 +264,12 @@ def _check_distributed(stage: Stage, path: str) -> None:
         _refuse(f"{path}.command", "a distributed stage runs a script file or '-m module'")
     if stage.command[1] == "-m" and len(stage.command) < 3:
         _refuse(f"{path}.command", "names no module after '-m'")
+    assert stage.distributed is not None
+    workers, in_pod = stage.distributed.workers, stage.distributed.workers_per_pod
+    if workers % in_pod:
+        _refuse(f"{path}.distributed.workers_per_pod", f"{workers} workers do not divide into pods of {in_pod}")
+    if stage.resources.gpus % (workers // in_pod):
+        _refuse(f"{path}.resources.gpus", f"{stage.resources.gpus} GPUs do not divide among {workers // in_pod} pods")
 
 
 def _check_limits(stage: Stage, path: str, limits: Limits) -> None:

@@ -1,7 +1,6 @@
 """The executor of one machine: every attempt is a supervisor process in its own session, found again by its folder."""
 
 import asyncio
-import contextlib
 import fcntl
 import json
 import os
@@ -11,18 +10,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-from millrace_training_coordinator import processtree, supervisor
+from millrace_kit.content import ContentStore
+
+from millrace_training_coordinator import processtree, ranks, supervisor
+from millrace_training_coordinator.codetrees import CodeTrees
 from millrace_training_coordinator.executor import Ending, Exit, Found, Launch, Place
+from millrace_training_coordinator.ownership import WorkDirLock
+from millrace_training_coordinator.results import Output, keep_outputs
+from millrace_training_coordinator.torchrun import THREAD_VARIABLES, command_line
 
 POLL_S = 0.05
-LOCK_WAIT_S = 10.0
 # Environment of the coordinator that stages may see; the rest, with whatever secrets it holds, stays out.
 PASSED_VARIABLES = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SSL_CERT_FILE")
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_MAX_THREADS")
-
-
-class WorkDirTakenError(Exception):
-    """Another coordinator owns the work folder."""
 
 
 class ProcessExecutor:
@@ -30,6 +29,8 @@ class ProcessExecutor:
 
     Args:
         work_dir: folder of its own; `acquire` makes this coordinator its owner.
+        trees: code of the stages.
+        content: where declared outputs are kept.
         gpus: how many devices may be handed out.
         stop_grace_s: time between SIGTERM and SIGKILL.
         orphan_grace_s: how long attempts run on without a coordinator.
@@ -37,12 +38,20 @@ class ProcessExecutor:
     """
 
     def __init__(
-        self, work_dir: Path, *, gpus: int, stop_grace_s: float, orphan_grace_s: float, log_limit_mib: int
+        self,
+        work_dir: Path,
+        trees: CodeTrees,
+        content: ContentStore,
+        *,
+        gpus: int,
+        stop_grace_s: float,
+        orphan_grace_s: float,
+        log_limit_mib: int,
     ) -> None:
-        self._work_dir = work_dir
         self._runs = work_dir / "runs"
-        self._lock_file = work_dir / "coordinator.lock"
-        self._lock_fd: int | None = None
+        self._lock = WorkDirLock(work_dir)
+        self._trees = trees
+        self._content = content
         self._free_gpus = set(range(gpus))
         self._held_gpus: dict[Place, list[int]] = {}
         self._stop_grace_s = stop_grace_s
@@ -56,66 +65,69 @@ class ProcessExecutor:
         Raises:
             WorkDirTakenError: another coordinator holds it.
         """
+        await self._lock.acquire()
         self._runs.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        # Supervisors look at the lock for moments, so one refusal says little.
-        for _attempt in range(int(LOCK_WAIT_S / POLL_S)):
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._lock_fd = fd
-                return
-            await asyncio.sleep(POLL_S)
-        os.close(fd)
-        raise WorkDirTakenError(f"{self._work_dir} belongs to another running coordinator")
 
     def release(self) -> None:
         """Give the work folder up."""
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = None
+        self._lock.release()
 
     def folder(self, place: Place) -> Path:
         """Where everything of an attempt lies."""
         return self._runs / place.run_id / place.stage / str(place.attempt)
 
-    def output_dir(self, place: Place) -> Path:
-        """Where the attempt leaves its files."""
+    def _output(self, place: Place) -> Path:
         return self.folder(place) / supervisor.OUTPUT
+
+    def result_folder(self, place: Place) -> Path:
+        """The attempt's output folder."""
+        return self._output(place)
+
+    def keep(self, place: Place, declared: tuple[str, ...], limit_bytes: int) -> tuple[Output, ...]:
+        """Put the declared outputs into the content store."""
+        return keep_outputs(place.stage, declared, self._output(place), self._content, limit_bytes)
 
     async def start(self, launch: Launch) -> None:
         """Start an attempt.
 
         Raises:
             OSError: it could not be started; nothing of it runs.
+            MillraceError: its code is lost.
         """
-        gpus = sorted(self._free_gpus)[: launch.claim.gpus]
-        if len(gpus) < launch.claim.gpus:
-            raise OSError(f"{launch.claim.gpus} GPUs are wanted, {len(gpus)} are free")
+        code = await asyncio.to_thread(self._trees.open, launch.code_hash, launch.archive_digest)
+        wanted = launch.stage.resources.gpus
+        gpus = sorted(self._free_gpus)[:wanted]
+        if len(gpus) < wanted:
+            raise OSError(f"{wanted} GPUs are wanted, {len(gpus)} are free")
         self._free_gpus.difference_update(gpus)
         self._held_gpus[launch.place] = gpus
         try:
-            self._children[launch.place] = await asyncio.to_thread(self._spawn, launch, gpus)
+            self._children[launch.place] = await asyncio.to_thread(self._spawn, launch, code, gpus)
         except BaseException:
             self._release_gpus(launch.place)
             raise
 
-    def _spawn(self, launch: Launch, gpus: list[int]) -> subprocess.Popen[bytes]:
+    def _spawn(self, launch: Launch, code: Path, gpus: list[int]) -> subprocess.Popen[bytes]:
         folder = self.folder(launch.place)
         if folder.exists():
             shutil.rmtree(folder)
         (folder / supervisor.OUTPUT).mkdir(parents=True)
         (folder / "tmp").mkdir()
+        (folder / ranks.FOLDER).mkdir()
+        self._checkpoint(launch.place).mkdir(exist_ok=True)
+        stage = launch.stage
+        alone = ["--standalone"]
         spec = {
-            "command": command_line(launch, folder.absolute() / "tmp"),
-            "code": str(launch.code.absolute()),
+            "command": command_line(stage.command, stage.workers, alone, folder.absolute() / "tmp"),
+            "code": str(code.absolute()),
             "environment": self._environment(launch, gpus),
-            "timeout_s": launch.timeout_s,
-            "memory_mib": launch.claim.memory_mib,
+            "timeout_s": stage.timeout_s,
+            "memory_mib": stage.resources.memory_mib,
             "gpus": gpus,
             "log_limit_mib": self._log_limit_mib,
             "stop_grace_s": self._stop_grace_s,
             "orphan_grace_s": self._orphan_grace_s,
-            "coordinator_lock": str(self._lock_file.absolute()),
+            "coordinator_lock": str(self._lock.path.absolute()),
         }
         supervisor.write_json(folder / supervisor.SPEC, spec)
         with (folder / "supervisor.log").open("ab") as own_log:
@@ -130,7 +142,9 @@ class ProcessExecutor:
 
     def _environment(self, launch: Launch, gpus: list[int]) -> dict[str, str]:
         folder = self.folder(launch.place).absolute()
-        threads = str(max(1, int(launch.claim.cpus / max(1, launch.workers))))
+        stage = launch.stage
+        threads = str(max(1, int(stage.resources.cpus / max(1, stage.workers))))
+        inputs = {name: str(self._output(place).absolute()) for name, place in launch.inputs.items()}
         passed = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ}
         return {
             **passed,
@@ -143,8 +157,15 @@ class ProcessExecutor:
             "PYTHONDONTWRITEBYTECODE": "1",
             "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
             "MILLRACE_OUTPUT_DIR": str(folder / supervisor.OUTPUT),
+            "MILLRACE_CHECKPOINT_DIR": str(self._checkpoint(launch.place).absolute()),
+            "MILLRACE_INPUTS": json.dumps(inputs),
+            ranks.FOLDER_VARIABLE: str(folder / ranks.FOLDER),
             processtree.MARK_VARIABLE: self._mark(launch.place),
         }
+
+    def _checkpoint(self, place: Place) -> Path:
+        """What an attempt leaves there the next attempt of the stage finds."""
+        return self._runs / place.run_id / place.stage / "checkpoint"
 
     def _mark(self, place: Place) -> str:
         return str(self.folder(place).absolute())
@@ -241,18 +262,6 @@ class ProcessExecutor:
         except FileNotFoundError:
             return b""
 
-    def forget(self, run_id: str) -> None:
+    async def forget(self, run_id: str) -> None:
         """Remove the run's folder."""
-        shutil.rmtree(self._runs / run_id, ignore_errors=True)
-
-
-def command_line(launch: Launch, scratch: Path) -> list[str]:
-    """The command as it is started: `python` replaced, torchrun in front of a distributed one."""
-    command = list(launch.command)
-    if launch.workers:
-        # Workers write to files of their own, which torchrun copies line by line with the rank in front: on one shared pipe
-        # their lines would run into each other.
-        own_logs = ["--tee", "3", "--log-dir", str(scratch / "torchrun")]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", *own_logs]
-        return [*torchrun, "--nproc-per-node", str(launch.workers), *command[1:]]
-    return [sys.executable, *command[1:]] if command[0] == "python" else command
+        await asyncio.to_thread(shutil.rmtree, self._runs / run_id, ignore_errors=True)

@@ -98,3 +98,17 @@ def kernel_oom_kills() -> int:
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
     return 0
+
+
+# Where the kernel counts processes it ended in this container for want of memory: cgroup v2, then v1.
+CGROUP_COUNTS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
+
+
+def memory_kills() -> int:
+    """How often the kernel ended a process of this container, or where it does not say, of this machine, for want of memory."""
+    for path in CGROUP_COUNTS:
+        with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:  # noqa: PTH123
+            for line in file:
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return kernel_oom_kills()

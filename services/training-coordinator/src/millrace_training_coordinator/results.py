@@ -64,6 +64,8 @@ def classify(exit_: Exit) -> tuple[Outcome, str]:
             return Outcome.RETRYABLE, f"timeout: {exit_.detail}"
         case Ending.MEMORY:
             return Outcome.RETRYABLE, f"out of memory: {exit_.detail}"
+        case Ending.NOT_PLACED:
+            return Outcome.RETRYABLE, f"did not start: {exit_.detail}"
         case Ending.NOT_STARTED:
             return Outcome.PERMANENT, exit_.detail
         case Ending.STOPPED:

@@ -5,6 +5,7 @@ killed at any point goes on where the store says. An attempt is written down as 
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,13 +13,11 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from millrace_kit.clock import Clock
-from millrace_kit.content import ContentStore
 from millrace_kit.errors import MillraceError
 from millrace_kit.server import Worker
 
 from millrace_training_coordinator import metrics
 from millrace_training_coordinator.changes import Changes
-from millrace_training_coordinator.codetrees import CodeTrees
 from millrace_training_coordinator.executor import Executor, Exit, Found, Launch, Place
 from millrace_training_coordinator.manifest import Stage
 from millrace_training_coordinator.results import (
@@ -26,7 +25,6 @@ from millrace_training_coordinator.results import (
     StageFailedError,
     StageResult,
     classify,
-    keep_outputs,
     read_result,
 )
 from millrace_training_coordinator.runs import RunRecord, ancestors
@@ -56,6 +54,8 @@ class RunnerLimits:
     """How much runs at once, and how failures are repeated."""
 
     budget: Claim
+    max_stages: int
+    """Stages that run at once, whatever they claim."""
     backoff: Backoff
     max_active_runs: int
     max_unfinished_runs: int
@@ -71,8 +71,6 @@ class Runner:
     Args:
         store: where runs stand.
         executor: what runs stages.
-        trees: code of the stages.
-        outputs: where declared outputs are kept.
         limits: see there.
         peers: environment with the addresses of the services.
         changes: told of every change.
@@ -83,8 +81,6 @@ class Runner:
         self,
         store: Store,
         executor: Executor,
-        trees: CodeTrees,
-        outputs: ContentStore,
         *,
         limits: RunnerLimits,
         peers: Mapping[str, str],
@@ -93,8 +89,6 @@ class Runner:
     ) -> None:
         self._store = store
         self._executor = executor
-        self._trees = trees
-        self._outputs = outputs
         self._limits = limits
         self._peers = peers
         self._changes = changes
@@ -185,7 +179,8 @@ class Runner:
         for (run, stage), claim in candidates:
             if not claim.fits(self._limits.budget):
                 await self._refuse(run, stage)
-        for run, stage in admit(fitting, self._running.values(), self._limits.budget):
+        room = max(0, self._limits.max_stages - len(self._running))
+        for run, stage in admit(fitting, self._running.values(), self._limits.budget)[:room]:
             await self._start(run, stage)
         await self._count()
         return min(wakes, default=None)
@@ -231,9 +226,8 @@ class Runner:
 
     async def _launch(self, run: RunRecord, stage: Stage, place: Place) -> Launch:
         version = await asyncio.to_thread(self._store.version, run.new.pipeline_hash)
-        code = await asyncio.to_thread(self._trees.open, version.code_hash, version.archive_digest)
         inputs = {
-            name: str(self._executor.output_dir(Place(run.id, name, run.status.stages[name].attempts)).absolute())
+            name: Place(run.id, name, run.status.stages[name].attempts)
             for name in ancestors(version.manifest, stage.name)
         }
         environment = {
@@ -242,7 +236,6 @@ class Runner:
             "MILLRACE_STAGE": stage.name,
             "MILLRACE_ATTEMPT": str(place.attempt),
             "MILLRACE_SEED": str(run.new.seed),
-            "MILLRACE_INPUTS": json.dumps(inputs),
             "MILLRACE_PARAMETERS": json.dumps(dict(run.new.parameters)),
             "MILLRACE_CODE_HASH": run.new.code_hash,
             "MILLRACE_LOCK_HASH": run.new.lock_hash,
@@ -253,8 +246,7 @@ class Runner:
         }
         if run.new.reproduction_of:
             environment["MILLRACE_REPRODUCTION_OF"] = run.new.reproduction_of
-        workers = stage.distributed.workers if stage.distributed else 0
-        return Launch(place, stage.command, code, environment, stage.timeout_s, self._claim(stage), workers)
+        return Launch(place, version.name, stage, version.code_hash, version.archive_digest, inputs, environment)
 
     def _watch(self, run: RunRecord, place: Place, claim: Claim) -> None:
         self._running[place] = claim
@@ -279,14 +271,14 @@ class Runner:
     ) -> tuple[Outcome, str, StageResult | None, Sequence[Output]]:
         """How an attempt ended, all told; reads and keeps what it left."""
         outcome, reason = classify(exit_)
-        folder = self._executor.output_dir(place)
         try:
             if outcome is Outcome.SUCCEEDED:
-                result = read_result(folder)
+                result = read_result(self._executor.result_folder(place))
                 limit = self._limits.output_limit_bytes
-                return outcome, "", result, keep_outputs(stage.name, stage.outputs, folder, self._outputs, limit)
-            if outcome is Outcome.PERMANENT and folder.exists():
-                read_result(folder)  # raises when the stage's gate says why
+                return outcome, "", result, self._executor.keep(place, stage.outputs, limit)
+            if outcome is Outcome.PERMANENT:
+                with contextlib.suppress(OSError):
+                    read_result(self._executor.result_folder(place))  # raises when the stage's gate says why
         except StageFailedError as error:
             return Outcome.PERMANENT, f"{reason}: {error}" if reason else str(error), None, ()
         except OSError as error:
@@ -322,13 +314,17 @@ class Runner:
         if run.state.ended:
             metrics.RUNS_ENDED.labels(run.new.pipeline, run.state.value).inc()
             log.info("run %s of %s ended: %s %s", run.id, run.new.pipeline, run.state.value, run.failure)
-            await asyncio.to_thread(self._forget)
+            await self._forget()
 
-    def _forget(self) -> None:
-        """Remove working files of runs beyond those to keep."""
-        for run_id in self._store.to_forget(self._limits.keep_finished_runs):
-            self._executor.forget(run_id)
-            self._store.mark_forgotten(run_id)
+    async def _forget(self) -> None:
+        """Remove working files of runs beyond those to keep; what cannot be removed now is when the next run ends."""
+        for run_id in await asyncio.to_thread(self._store.to_forget, self._limits.keep_finished_runs):
+            try:
+                await self._executor.forget(run_id)
+            except OSError as error:
+                log.warning("run %s cannot be forgotten yet: %s", run_id, error)
+            else:
+                await asyncio.to_thread(self._store.mark_forgotten, run_id)
 
     async def _terminate(self) -> None:
         """End running attempts; they are written down as interrupted and run again after the next start."""

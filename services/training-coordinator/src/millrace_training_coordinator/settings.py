@@ -51,8 +51,9 @@ class TrainingSettings(ServiceSettings):
     """Time between asking a stage's processes to end (SIGTERM) and ending them (SIGKILL)."""
     orphan_grace_s: float = Field(default=300.0, ge=0, le=86_400)
     """How long stages run on without a coordinator, to be adopted by the next one, before they end themselves."""
-    on_stop: Literal["terminate", "keep"] = "terminate"
-    """What an orderly stop does to running stages: end them, to run again later, or leave them for the next coordinator."""
+    on_stop: Literal["auto", "terminate", "keep"] = "auto"
+    """What an orderly stop does to running stages: end them, to run again later, or leave them for the next coordinator; `auto`
+    ends processes of this machine and leaves Jobs of a cluster."""
     log_limit_mib: int = Field(default=64, ge=1, le=4096)
     """Largest log of one attempt; the rest is dropped and the log says so."""
     output_limit_mib: int = Field(default=4096, ge=1)

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import psutil
 
-from millrace_training_coordinator import processtree
+from millrace_training_coordinator import processtree, ranks
 from millrace_training_coordinator.executor import Ending
 
 SPEC, LOCK, ABANDONED, PROCESS, EXIT, LOG, OUTPUT = (
@@ -83,6 +83,9 @@ class Supervisor:
         code = child.wait()
         processtree.kill_all(self._leftovers)
         pump.join(timeout=2)
+        if ending is Ending.EXITED and code != 0:
+            worker = ranks.first_exit(self._folder / ranks.FOLDER)
+            code = code if worker is None else worker
         if ending is Ending.EXITED and code == -signal.SIGKILL and processtree.kernel_oom_kills() > self._oom_kills:
             ending, detail = Ending.MEMORY, "the kernel ran out of memory"
         self._finish(ending, code, detail, started)
