@@ -33,7 +33,8 @@ from millrace_inference_gateway.envoy_clusters import (
     packed,
 )
 from millrace_inference_gateway.envoy_files import EnvoyFiles
-from millrace_inference_gateway.envoy_routes import LUA_FILTER, MODEL_HEADER, ROUTES_NAME
+from millrace_inference_gateway.envoy_mirrors import MIRROR_LISTENER, MIRRORS_NAME, MODEL_HEADER, mirror_cluster
+from millrace_inference_gateway.envoy_routes import LUA_FILTER, ROUTES_NAME
 from millrace_inference_gateway.settings import GatewaySettings, split_address
 
 PUBLIC, INNER = "v2", "predict"
@@ -55,6 +56,8 @@ def bootstrap(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> bo
     message.dynamic_resources.cds_config.CopyFrom(file_source(str(files.clusters)))
     message.static_resources.clusters.extend(own_clusters(host, port, settings.envoy))
     message.static_resources.listeners.extend([_public(settings, files, instance), _inner(settings, files)])
+    message.static_resources.listeners.append(_mirror(settings, files))
+    message.static_resources.clusters.append(mirror_cluster(str(settings.mirror_socket)))
     return message
 
 
@@ -87,6 +90,15 @@ def _inner(settings: GatewaySettings, files: EnvoyFiles) -> listener_pb2.Listene
     manager.preserve_external_request_id = True
     place = address_pb2.Address(pipe=address_pb2.Pipe(path=str(settings.socket), mode=0o600))
     return _listener("inner", place, manager)
+
+
+def _mirror(settings: GatewaySettings, files: EnvoyFiles) -> listener_pb2.Listener:
+    """Where Envoy's own copies of requests pass, so that they are counted."""
+    manager = _manager(MIRROR_LISTENER, settings, files)
+    manager.preserve_external_request_id = True
+    manager.rds.CopyFrom(hcm_pb2.Rds(route_config_name=MIRRORS_NAME, config_source=file_source(str(files.mirrors))))
+    place = address_pb2.Address(pipe=address_pb2.Pipe(path=str(settings.mirror_socket), mode=0o600))
+    return _listener("mirror", place, manager)
 
 
 def _listener(name: str, place: address_pb2.Address, manager: hcm_pb2.HttpConnectionManager) -> listener_pb2.Listener:

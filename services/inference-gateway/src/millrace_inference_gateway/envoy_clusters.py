@@ -64,7 +64,8 @@ def load_assignment(cluster: str, endpoints: Iterable[Endpoint]) -> endpoint_pb2
     return endpoint_pb2.ClusterLoadAssignment(cluster_name=cluster, endpoints=[locality])
 
 
-def _http2() -> dict[str, Any]:
+def http2_options() -> dict[str, Any]:
+    """Cluster options: HTTP/2."""
     options = http_protocol_options_pb2.HttpProtocolOptions(
         explicit_http_config=http_protocol_options_pb2.HttpProtocolOptions.ExplicitHttpConfig(
             http2_protocol_options=protocol_pb2.Http2ProtocolOptions(
@@ -104,7 +105,7 @@ def _common(name: str, settings: EnvoySettings) -> cluster_pb2.Cluster:
         name=name,
         connect_timeout=duration(CONNECT_TIMEOUT_S),
         circuit_breakers=circuit_breaker_pb2.CircuitBreakers(thresholds=[thresholds]),
-        typed_extension_protocol_options=_http2(),
+        typed_extension_protocol_options=http2_options(),
         ignore_health_on_host_removal=True,
     )
     cluster.common_lb_config.healthy_panic_threshold.CopyFrom(percent_pb2.Percent(value=0))

@@ -16,6 +16,7 @@ from google.protobuf.json_format import MessageToJson
 from google.protobuf.message import Message
 
 from millrace_inference_gateway.envoy_clusters import load_assignment, packed, table_clusters
+from millrace_inference_gateway.envoy_mirrors import mirror_configuration
 from millrace_inference_gateway.envoy_routes import ROUTES_NAME, route_configuration
 from millrace_inference_gateway.routes import RouteTable
 from millrace_inference_gateway.settings import GatewaySettings
@@ -43,6 +44,11 @@ class EnvoyFiles:
     def routes(self) -> Path:
         """RDS."""
         return self.folder / "routes.json"
+
+    @property
+    def mirrors(self) -> Path:
+        """RDS of the copies."""
+        return self.folder / "mirrors.json"
 
     def endpoints(self, cluster: str) -> Path:
         """EDS of one cluster."""
@@ -94,7 +100,8 @@ def write_clusters(files: EnvoyFiles, table: RouteTable, settings: GatewaySettin
 
 
 def write_routes(files: EnvoyFiles, table: RouteTable, settings: GatewaySettings) -> str:
-    """RDS; returns its version."""
+    """RDS, that of copies first; returns the version of the routes proper. A copy that comes too early is lost, and nobody waits for it."""
+    write_resources(files.mirrors, [mirror_configuration(table)])
     return write_resources(files.routes, [route_configuration(table, settings)])
 
 

@@ -15,12 +15,12 @@ from xds.core.v3 import extension_pb2
 from xds.type.matcher.v3 import matcher_pb2
 
 from millrace_inference_gateway.envoy_clusters import PYTHON_CLUSTER, SERVER_CLUSTER, duration, packed
+from millrace_inference_gateway.envoy_mirrors import MODEL_HEADER, mirror_policies
 from millrace_inference_gateway.envoy_rules import both, header_equals, rule_predicate
 from millrace_inference_gateway.routes import WEIGHT_UNITS, Arm, Route, RouteTable, Rule
 from millrace_inference_gateway.settings import GatewaySettings
 
 ROUTES_NAME = "routes"
-MODEL_HEADER = "x-millrace-model"
 LUA_FILTER = "millrace.model_name"
 V2 = "/inference.GRPCInferenceService/"
 INFER = V2 + "ModelInfer"
@@ -160,6 +160,8 @@ def _model_routes(route: Route, settings: GatewaySettings, only: Arm | None = No
             action.timeout.CopyFrom(duration(0))
             action.ClearField("max_stream_duration")
             action.ClearField("retry_policy")
+        else:
+            action.request_mirror_policies.extend(mirror_policies(route, only))
         message = RouteMessage(
             name=f"{route.model}/{name}", match=_model_match(route, _regex(V2, methods)), route=action
         )
@@ -175,7 +177,7 @@ def _model_routes(route: Route, settings: GatewaySettings, only: Arm | None = No
 
 
 def _rule_matcher(route: Route, rule: Rule, settings: GatewaySettings) -> matcher_pb2.Matcher.MatcherList.FieldMatcher:
-    arm = next(arm for arm in route.arms if arm.candidate == rule.candidate)
+    arm = next(arm for arm in route.arms if arm.candidate == rule.candidate and not arm.leaving)
     refusal = _refusal(
         "unknown method",
         route_components_pb2.RouteMatch(prefix="/"),

@@ -20,6 +20,8 @@ MAX_TIMEOUT_MS = 600_000
 DEFAULT_TIMEOUT_MS = 30_000
 # Weights are percents with two decimals.
 WEIGHT_UNITS = 10_000
+# So are shares of copies.
+MIRROR_UNITS = 10_000
 _HEADER = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
 _SERVICE = re.compile(
     r"(?P<namespace>[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)/(?P<name>[a-z]([a-z0-9-]{0,61}[a-z0-9])?):(?P<port>[0-9]{1,5})"
@@ -64,6 +66,10 @@ class Arm:
     weight: int
     endpoints: tuple[Endpoint, ...]
     service: Service | None = None
+    mirror: int = 0
+    """Share of the model's requests that are copied to it, in units of a hundredth of a percent."""
+    leaving: bool = False
+    """On its way out or kept for a way back: known, without traffic, and no rule means it."""
 
     @property
     def cluster(self) -> str:
@@ -147,7 +153,7 @@ def _check_route(message: rollout_pb2.ModelRoute, where: str) -> Route:
         node = check_rule(rule.when, f"{where}.rules[{index}].when")
         candidate = _is_candidate(rule.to, f"{where}.rules[{index}].to")
         # A rule for a role that nobody has now simply does not match; the candidate comes and goes.
-        if any(arm.candidate == candidate for arm in arms):
+        if any(arm.candidate == candidate and not arm.leaving for arm in arms):
             rules.append(Rule(node, candidate))
     if not 0 <= message.timeout_ms <= MAX_TIMEOUT_MS:
         raise InvalidArgumentError(f"{where}.timeout_ms", f"must be 0 to {MAX_TIMEOUT_MS}")
@@ -178,9 +184,18 @@ def _check_arms(message: rollout_pb2.ModelRoute, model: str, where: str) -> tupl
         if len(arm.endpoints) > MAX_ENDPOINTS:
             raise InvalidArgumentError(f"{place}.endpoints", f"has more than {MAX_ENDPOINTS}")
         endpoints = tuple(_check_endpoint(e, f"{place}.endpoints[{i}]") for i, e in enumerate(arm.endpoints))
-        candidate = _is_candidate(arm.role, f"{place}.role")
+        leaving = arm.role == rollout_pb2.ARM_ROLE_UNSPECIFIED
+        if leaving and (arm.weight or arm.mirror_percent):
+            raise InvalidArgumentError(f"{place}.role", "is needed by a version with traffic")
+        candidate = leaving or _is_candidate(arm.role, f"{place}.role")
+        if not 0 <= check.finite(arm.mirror_percent, f"{place}.mirror_percent") <= 100:
+            raise InvalidArgumentError(f"{place}.mirror_percent", "must be 0 to 100")
+        mirror = round(arm.mirror_percent / 100 * MIRROR_UNITS)
         service = _check_service(arm.service, f"{place}.service") if arm.service else None
-        arms.append(Arm(model, version, digest, candidate, round(arm.weight * 100), endpoints, service))
+        weight = round(arm.weight * 100)
+        arms.append(Arm(model, version, digest, candidate, weight, endpoints, service, mirror, leaving))
+    if sum(arm.mirror > 0 for arm in arms) > 1:
+        raise InvalidArgumentError(f"{where}.arms", "name two versions that get copies")
     if len({arm.version for arm in arms}) < len(arms):
         raise InvalidArgumentError(f"{where}.arms", "name one version twice")
     if abs(sum(arm.weight for arm in message.arms) - 100) > 0.01:

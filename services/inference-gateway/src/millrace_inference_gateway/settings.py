@@ -180,6 +180,11 @@ class GatewaySettings(ServiceSettings):
         return self.folder / "envoy.sock"
 
     @property
+    def mirror_socket(self) -> Path:
+        """Envoy's listener for the copies of requests that it makes itself."""
+        return self.folder / "mirror.sock"
+
+    @property
     def python_socket(self) -> Path:
         """Where Envoy reaches the Python process: inside the pod, so without TLS even when `listen` has it."""
         return self.folder / "python.sock"
@@ -192,7 +197,7 @@ class GatewaySettings(ServiceSettings):
             # An address from the environment is not known yet when a file is only checked.
             if (text := str(getattr(self, name))) and "${" not in text:
                 split_address(text, name)
-        for path in (self.socket, self.python_socket):
+        for path in (self.socket, self.python_socket, self.mirror_socket):
             if len(str(path).encode()) > MAX_SOCKET_PATH_BYTES:
                 raise ValueError(f"state_dir: {path} is longer than {MAX_SOCKET_PATH_BYTES} bytes")
         return self
