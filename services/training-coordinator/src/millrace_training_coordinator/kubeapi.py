@@ -4,6 +4,7 @@ Plain JSON instead of a typed client: logs of many pods are followed at once wit
 """
 
 import asyncio
+import json
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -87,7 +88,7 @@ def from_kubeconfig(path: str) -> Connection:
         tls.load_cert_chain(settings.cert_file, settings.key_file)
 
     def token() -> str:
-        value = settings.get_api_key_with_prefix("authorization") or ""
+        value = settings.get_api_key_with_prefix("BearerToken", "authorization") or ""
         return str(value).removeprefix("Bearer ")
 
     return Connection(settings.host, active["context"].get("namespace", "default"), tls, token)
@@ -108,7 +109,13 @@ class KubeApi:
             self._session = None
 
     async def call(
-        self, method: str, path: str, *, params: Mapping[str, str] | None = None, body: object = None
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, str] | None = None,
+        body: object = None,
+        content_type: str = "application/json",
     ) -> dict[str, Any]:
         """One call.
 
@@ -117,7 +124,9 @@ class KubeApi:
             KubernetesUnavailableError: no answer.
         """
         timeout = aiohttp.ClientTimeout(total=self._timeout_s)
-        async with self._request(method, path, params, body, timeout) as answer:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {} if body is None else {"Content-Type": content_type}
+        async with self._request(method, path, params, timeout, data=data, headers=headers) as answer:
             try:
                 value: dict[str, Any] = await answer.json()
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
@@ -135,22 +144,29 @@ class KubeApi:
             KubernetesUnavailableError: no answer.
         """
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timeout_s, sock_read=idle_s)
-        async with self._request("GET", path, params, None, timeout) as answer:
+        async with self._request("GET", path, params, timeout) as answer:
             yield answer.content
 
     @asynccontextmanager
     async def _request(
-        self, method: str, path: str, params: Mapping[str, str] | None, body: object, timeout: aiohttp.ClientTimeout
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, str] | None,
+        timeout: aiohttp.ClientTimeout,
+        *,
+        data: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=MAX_CONNECTIONS)
             self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
         token = self._connection.token()
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        sent = {**(headers or {}), **({"Authorization": f"Bearer {token}"} if token else {})}
         url = f"{self._connection.url}{path}"
         try:
             answer = await self._session.request(
-                method, url, params=params, json=body, headers=headers, ssl=self._connection.tls, timeout=timeout
+                method, url, params=params, data=data, headers=sent, ssl=self._connection.tls, timeout=timeout
             )
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise KubernetesUnavailableError(f"{method} {path}: {error!r}") from error
@@ -158,7 +174,8 @@ class KubeApi:
             await _check(method, path, answer)
             yield answer
         finally:
-            answer.close() if answer.content.at_eof() is False else answer.release()
+            # A body that was not read to its end cannot be followed by another answer.
+            answer.close()
 
 
 async def _check(method: str, path: str, answer: aiohttp.ClientResponse) -> None:
