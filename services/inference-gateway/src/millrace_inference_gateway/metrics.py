@@ -1,11 +1,13 @@
-"""The figures as Prometheus metrics, made when they are asked for, so that a request pays nothing for them."""
+"""Figures and routes as Prometheus metrics, made when they are asked for, so that a request pays nothing for them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from millrace_inference_gateway.figures import BOUNDS_MS, Figures, VersionCounts
+from millrace_inference_gateway.prediction_log import LogCounts
+from millrace_inference_gateway.routes import WEIGHT_UNITS, RouteTable
 
 # Every fourteenth of the fine bounds: each about twice the one before.
 STEP = 14
@@ -32,6 +34,34 @@ class FiguresCollector(Collector):
             errors.add_metric([model, version], counts.errors)
             seconds.add_metric([model, version], _buckets(counts), None)
         yield from (requests, errors, seconds)
+
+
+class RoutesCollector(Collector):
+    """The routes in force: weight and servers of each version; and what the prediction log wrote and lost."""
+
+    def __init__(self, in_force: Callable[[], RouteTable | None], counts: Callable[[], LogCounts]) -> None:
+        self._in_force = in_force
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics now."""
+        labels = ["model", "version", "role"]
+        weight = GaugeMetricFamily(
+            "millrace_gateway_weight_percent", "Share of a model's requests that goes to a version.", labels=labels
+        )
+        endpoints = GaugeMetricFamily(
+            "millrace_gateway_endpoints", "Servers of a version in rotation, healthy or not.", labels=labels
+        )
+        for arm in (self._in_force() or RouteTable()).arms.values():
+            place = [arm.model, arm.version, "candidate" if arm.candidate else "stable"]
+            weight.add_metric(place, arm.weight * 100 / WEIGHT_UNITS)
+            endpoints.add_metric(place, len(arm.endpoints))
+        counts = self._counts()
+        logged = CounterMetricFamily("millrace_gateway_predictions_logged", "Predictions on the bus.")
+        logged.add_metric([], counts.logged)
+        dropped = CounterMetricFamily("millrace_gateway_predictions_dropped", "Answered predictions the log lost.")
+        dropped.add_metric([], counts.dropped)
+        yield from (weight, endpoints, logged, dropped)
 
 
 def _buckets(counts: VersionCounts) -> list[tuple[str, float]]:

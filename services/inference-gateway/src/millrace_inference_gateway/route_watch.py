@@ -19,13 +19,22 @@ MAX_BACKOFF = 10
 class RouteWatch:
     """One `WatchRoutes` call at a time, made again whenever it ends."""
 
-    def __init__(self, channel: grpc.aio.Channel, applier: Applier, *, gateway_id: str, reconnect_s: float) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, applier: Applier, *, gateway_id: str, figures_address: str, reconnect_s: float
+    ) -> None:
+        self._channel = channel
+        self._figures_address = figures_address
         self._stub = rollout_pb2_grpc.RolloutServiceStub(channel)
         self._applier = applier
         self._gateway_id = gateway_id
         self._reconnect_s = reconnect_s
         self._applied = asyncio.Event()
         applier.on_applied(self._applied.set)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the rollout controller can be asked now; what it has not sent then, there is not."""
+        return self._channel.get_state() is grpc.ChannelConnectivity.READY
 
     async def run(self, stop: asyncio.Event) -> None:
         """Follow until `stop`; without the controller the last known routes stay in force."""
@@ -66,5 +75,7 @@ class RouteWatch:
             self._applied.clear()
             table = self._applier.in_force
             generation = table.generation if table else 0
-            yield rollout_pb2.WatchRoutesRequest(gateway_id=self._gateway_id, applied_generation=generation)
+            yield rollout_pb2.WatchRoutesRequest(
+                gateway_id=self._gateway_id, applied_generation=generation, figures_address=self._figures_address
+            )
             await self._applied.wait()

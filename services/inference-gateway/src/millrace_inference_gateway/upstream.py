@@ -12,8 +12,9 @@ import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
 from millrace_api.common.v1 import common_pb2
 from millrace_api.feature.v1 import feature_pb2
-from millrace_kit.client import channel_options
+from millrace_kit.client import open_bare_channel, target_options
 from millrace_kit.errors import InvalidArgumentError, MillraceError, UnavailableError
+from millrace_kit.settings import TlsSettings
 from millrace_kit.telemetry import trace_headers
 
 from millrace_inference_gateway.predict import Vector, ordered
@@ -36,10 +37,10 @@ class ModelAnswer:
 class Channels:
     """Some connections to one place, used in turn."""
 
-    def __init__(self, target: str, count: int, max_message_mib: int) -> None:
+    def __init__(self, target: str, count: int, max_message_mib: int, tls: TlsSettings | None = None) -> None:
         # A pool of its own each, else gRPC would share one connection among them.
-        options = [*channel_options(max_message_mib), ("grpc.use_local_subchannel_pool", 1)]
-        self._channels = [grpc.aio.insecure_channel(target, options=options) for _ in range(count)]
+        options = [*target_options(target, max_message_mib), ("grpc.use_local_subchannel_pool", 1)]
+        self._channels = [open_bare_channel(target, options, tls=tls) for _ in range(count)]
 
     def method(self, path: str, serialize: object = None, deserialize: object = None) -> "itertools.cycle[object]":
         """The method's callables, one a connection, in turn forever."""

@@ -1,0 +1,186 @@
+"""Where the servers of an arm come from: what its route lists, or the EndpointSlices of the Service it names."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
+from typing import Any, Protocol
+
+from millrace_inference_gateway.routes import MAX_ENDPOINTS, Arm, Endpoint, RouteTable, Service
+
+IPV4, IPV6 = "IPv4", "IPv6"
+SERVICE_LABEL = "kubernetes.io/service-name"
+
+
+class EndpointSource(Protocol):
+    """Knows the servers of an arm now, and says when that changes."""
+
+    def endpoints(self, arm: Arm) -> tuple[Endpoint, ...]:
+        """The servers that should take traffic of `arm`."""
+        ...
+
+    def on_changed(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called, in the event loop, when any arm's servers may have changed."""
+        ...
+
+
+class ListedEndpoints:
+    """The servers a route lists; they change only with the route."""
+
+    def endpoints(self, arm: Arm) -> tuple[Endpoint, ...]:
+        """As listed."""
+        return arm.endpoints
+
+    def on_changed(self, listener: Callable[[], None]) -> None:
+        """Nothing ever changes."""
+
+
+def resolved(table: RouteTable, source: EndpointSource) -> RouteTable:
+    """`table` with the servers `source` knows."""
+    routes = {}
+    for model, route in table.routes.items():
+        arms = tuple(replace(arm, endpoints=source.endpoints(arm)) for arm in route.arms)
+        routes[model] = replace(route, arms=arms)
+    return RouteTable(table.generation, routes)
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """One endpoint's conditions, as the EndpointSlice API means them: absent is ready, serving, not terminating."""
+
+    ready: bool = True
+    serving: bool = True
+    terminating: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One EndpointSlice: the Service it belongs to and its pods by address."""
+
+    service: str
+    family: str
+    pods: Mapping[str, Pod]
+
+
+def read_slice(item: Mapping[str, Any]) -> Slice:
+    """An EndpointSlice object (discovery.k8s.io/v1) as a value; an address that is no IP address is left out."""
+    family = item.get("addressType", IPV4)
+    pods: dict[str, Pod] = {}
+    for endpoint in item.get("endpoints") or ():
+        conditions = endpoint.get("conditions") or {}
+        ready = conditions.get("ready") is not False
+        serving = conditions.get("serving")
+        pod = Pod(ready, ready if serving is None else bool(serving), bool(conditions.get("terminating")))
+        # All addresses of one endpoint lead to the same pod; the API says to use the first.
+        for address in (endpoint.get("addresses") or ())[:1]:
+            if _is_ip(address):
+                pods[address] = pod
+    labels = item["metadata"].get("labels") or {}
+    return Slice(labels.get(SERVICE_LABEL, ""), family, pods)
+
+
+def _is_ip(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def pods_in_rotation(slices: Iterable[Slice]) -> tuple[str, ...]:
+    """Addresses of a Service that should take new requests, sorted.
+
+    Ready pods. When there is none, those that still serve though they terminate. When there is none of them either, those that are
+    not said to be ready: a node that lost the API server has all its pods unready there while they answer, and Envoy's own health
+    checks know better.
+    """
+    pods: dict[str, dict[str, Pod]] = {IPV4: {}, IPV6: {}}
+    for each in slices:
+        for address, pod in each.pods.items():
+            known = pods.setdefault(each.family, {})
+            # A pod that moves between slices is in two of them for a moment, with what was known of it then and now.
+            if address not in known or _rank(pod) < _rank(known[address]):
+                known[address] = pod
+    # A Service of two families lists every pod twice.
+    found = pods[IPV4] or pods[IPV6]
+    best = min(map(_rank, found.values()), default=_UNUSABLE)
+    chosen = sorted(address for address, pod in found.items() if _rank(pod) == best < _UNUSABLE)
+    return tuple(chosen[:MAX_ENDPOINTS])
+
+
+_UNUSABLE = 3
+
+
+def _rank(pod: Pod) -> int:
+    if pod.ready and not pod.terminating:
+        return 0
+    if pod.serving:
+        return 1
+    return _UNUSABLE if pod.terminating else 2
+
+
+@dataclass(slots=True)
+class SliceEndpoints:
+    """What is known of the EndpointSlices of one namespace.
+
+    A Service of which no slice was seen yet, or none is left, is served from what the route lists and from `remembered`, the servers
+    of the last run: that is all there is while the API server is away, and Envoy's health checks sort out the dead.
+    """
+
+    namespace: str
+    remembered: dict[Service, tuple[Endpoint, ...]] = field(default_factory=dict)
+    synced: bool = False
+    """Whether the API server has answered in this run."""
+    _slices: dict[str, Slice] = field(default_factory=dict)
+    _rotation: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _listeners: list[Callable[[], None]] = field(default_factory=list)
+
+    def endpoints(self, arm: Arm) -> tuple[Endpoint, ...]:
+        """Servers of the arm's Service."""
+        service = arm.service
+        if service is None or service.namespace != self.namespace:
+            return arm.endpoints
+        addresses = self._rotation.get(service.name)
+        if addresses is not None:
+            return tuple(Endpoint(address, service.port) for address in addresses)
+        remembered = () if self.synced else self.remembered.get(service, ())
+        return tuple(dict.fromkeys((*arm.endpoints, *remembered)))
+
+    def on_changed(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called after a change."""
+        self._listeners.append(listener)
+
+    def counts(self) -> dict[str, int]:
+        """Pods in rotation by Service."""
+        return {name: len(addresses) for name, addresses in self._rotation.items()}
+
+    def replace(self, items: Iterable[Mapping[str, Any]]) -> None:
+        """Take a whole list in the place of what was known."""
+        self._slices = {item["metadata"]["name"]: read_slice(item) for item in items}
+        services = {each.service for each in self._slices.values()}
+        for name in self._rotation.keys() - services:
+            del self._rotation[name]
+        self.synced = True
+        self._refresh(services)
+
+    def put(self, item: Mapping[str, Any]) -> None:
+        """Take one slice that is new or has changed."""
+        name = item["metadata"]["name"]
+        before = self._slices.get(name)
+        now = self._slices[name] = read_slice(item)
+        self._refresh({now.service, before.service if before else now.service})
+
+    def remove(self, item: Mapping[str, Any]) -> None:
+        """Forget a slice."""
+        before = self._slices.pop(item["metadata"]["name"], None)
+        if before is not None:
+            self._refresh({before.service})
+
+    def _refresh(self, services: Iterable[str]) -> None:
+        for name in services:
+            slices = [each for each in self._slices.values() if each.service == name]
+            if slices:
+                self._rotation[name] = pods_in_rotation(slices)
+            else:
+                self._rotation.pop(name, None)
+        for listener in self._listeners:
+            listener()
