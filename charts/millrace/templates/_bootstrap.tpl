@@ -47,7 +47,7 @@ certificates:
     {{- end }}
 {{- end -}}
 
-{{/* Pod of one job: `root`, `name`, `command` (list), `config` (ConfigMap), `account`, `api`, `tls` (Secret or empty). */}}
+{{/* Pod of one job: `root`, `name`, `command` (list), `config` (ConfigMap), `account`, `api`, `tls` and `kafka` (Secrets or empty). */}}
 {{- define "millrace.jobPod" -}}
 {{- $root := .root -}}
 {{- $values := $root.Values.bootstrap -}}
@@ -82,12 +82,19 @@ spec:
         {{- if .tls }}
         - {name: tls, mountPath: /etc/millrace/tls, readOnly: true}
         {{- end }}
+        {{- if .kafka }}
+        - {name: kafka, mountPath: /etc/millrace/kafka, readOnly: true}
+        {{- end }}
         - {name: tmp, mountPath: /tmp}
   volumes:
     - name: config
       configMap: {name: {{ .config }}}
     {{- with .tls }}
     - name: tls
+      secret: {secretName: {{ . }}, defaultMode: 288}
+    {{- end }}
+    {{- with .kafka }}
+    - name: kafka
       secret: {secretName: {{ . }}, defaultMode: 288}
     {{- end }}
     - name: tmp

@@ -21,7 +21,7 @@ gateway:
 driftMonitor:
   {name: drift-monitor, port: 7406, kind: Deployment, callers: [rollout-controller, console, stage, jobs], uses: [postgres, kafka, objectStorage], api: false}
 rolloutController:
-  {name: rollout-controller, port: 7407, kind: Deployment, callers: [inference-gateway, console, jobs], uses: [kafka], api: true}
+  {name: rollout-controller, port: 7407, kind: Deployment, callers: [inference-gateway, console, jobs], uses: [], api: true}
 console:
   {name: console, port: 7480, kind: Deployment, callers: [], uses: [], api: false}
 {{- end -}}

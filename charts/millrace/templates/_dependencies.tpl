@@ -13,6 +13,16 @@
 {{- end -}}
 {{- end -}}
 
+{{/* Secret with Kafka's credentials and certificates; empty without. */}}
+{{- define "millrace.kafkaSecret" -}}
+{{- $security := .Values.kafka.security -}}
+{{- if and (ne $security.protocol "PLAINTEXT") (not (include "millrace.brings" (dict "root" . "name" "kafka"))) -}}
+{{- if or (hasPrefix "SASL" $security.protocol) $security.authority $security.clientCertificate -}}
+{{- required "kafka.security.existingSecret: is needed for kafka.security.protocol" $security.existingSecret -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Secret whose keys are the services' names and whose values are SQLAlchemy URLs. */}}
 {{- define "millrace.postgresSecret" -}}
 {{- if include "millrace.brings" (dict "root" . "name" "postgres") -}}

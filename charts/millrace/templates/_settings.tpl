@@ -18,12 +18,10 @@ listen: 0.0.0.0:{{ $component.port }}
 state_dir: /var/lib/millrace
 drain_s: {{ $values.drainSeconds }}
 shutdown_delay_s: {{ $values.shutdownDelaySeconds }}
+# Behind a ClusterIP a gRPC client stays with one pod for as long as its connection lives.
+max_connection_age_s: 300
 bus:
-  kind: kafka
-  bootstrap_servers:
-    {{- include "millrace.kafkaServers" .root | nindent 4 }}
-  partitions: {{ .root.Values.kafka.partitions }}
-  replication_factor: {{ include "millrace.kafkaReplicas" .root }}
+  {{- include "millrace.bus" (dict "root" .root "secured" (has "kafka" $component.uses)) | nindent 2 }}
 {{- end }}
 {{- if .root.Values.tls.enabled }}
 tls:
@@ -36,6 +34,42 @@ telemetry:
   otlp_endpoint: {{ .root.Values.telemetry.otlpEndpoint | quote }}
   sample_ratio: {{ .root.Values.telemetry.sampleRatio }}
   log_level: {{ .root.Values.telemetry.logLevel }}
+{{- end -}}
+
+{{/* Settings of the bus: `root`, and whether the pod has the Secret with Kafka's credentials (`secured`). */}}
+{{- define "millrace.bus" -}}
+{{- $kafka := .root.Values.kafka -}}
+kind: kafka
+bootstrap_servers:
+  {{- include "millrace.kafkaServers" .root | nindent 2 }}
+partitions: {{ int $kafka.partitions }}
+replication_factor: {{ include "millrace.kafkaReplicas" .root }}
+create_topics: {{ $kafka.manageTopics }}
+topic_configs:
+  retention.ms: {{ mul (int $kafka.retentionHours) 3600000 | quote }}
+{{- if and .secured (include "millrace.kafkaSecret" .root) }}
+security:
+  protocol: {{ $kafka.security.protocol }}
+  check_hostname: {{ $kafka.security.checkHostname }}
+  {{- if hasSuffix "SSL" $kafka.security.protocol }}
+  {{- if $kafka.security.authority }}
+  ca_file: /etc/millrace/kafka/ca.crt
+  {{- end }}
+  {{- if $kafka.security.clientCertificate }}
+  cert_file: /etc/millrace/kafka/tls.crt
+  key_file: /etc/millrace/kafka/tls.key
+  {{- end }}
+  {{- end }}
+  {{- if hasPrefix "SASL" $kafka.security.protocol }}
+  sasl_mechanism: {{ $kafka.security.saslMechanism }}
+  username: ${file:/etc/millrace/kafka/username}
+  password: ${file:/etc/millrace/kafka/password}
+  {{- end }}
+{{- else if and .secured (eq $kafka.security.protocol "SSL") (not (include "millrace.brings" (dict "root" .root "name" "kafka"))) }}
+security:
+  protocol: SSL
+  check_hostname: {{ $kafka.security.checkHostname }}
+{{- end }}
 {{- end -}}
 
 {{/* The dependencies profile has one broker. */}}

@@ -211,6 +211,9 @@ envFrom:
 {{- if or (has "postgres" .component.uses) (has "redis" .component.uses) }}
 - {name: secrets, mountPath: /etc/millrace/secrets, readOnly: true}
 {{- end }}
+{{- if and (has "kafka" .component.uses) (include "millrace.kafkaSecret" .root) }}
+- {name: kafka, mountPath: /etc/millrace/kafka, readOnly: true}
+{{- end }}
 - {name: state, mountPath: /var/lib/millrace}
 - {name: tmp, mountPath: /tmp}
 {{- end -}}
@@ -242,6 +245,12 @@ envFrom:
           name: {{ include "millrace.redisSecret" .root }}
           items: [{key: {{ ternary "url" .root.Values.redis.key (eq "true" (include "millrace.brings" (dict "root" .root "name" "redis"))) }}, path: redis-url}]
       {{- end }}
+{{- end }}
+{{- if has "kafka" .component.uses }}
+{{- with include "millrace.kafkaSecret" .root }}
+- name: kafka
+  secret: {secretName: {{ . }}, defaultMode: 288}
+{{- end }}
 {{- end }}
 - name: tmp
   emptyDir: {sizeLimit: {{ .values.tmpSize }}}
