@@ -16,7 +16,7 @@ from millrace_api.events.v1 import events_pb2
 from millrace_api.feature.v1 import feature_pb2, feature_pb2_grpc
 from millrace_feature.app import build
 from millrace_feature.feast_import import import_feast
-from millrace_feature.settings import FeatureSettings
+from millrace_feature.settings import FeatureSettings, OnlineStoreSettings, RedisSettings
 from millrace_kit.bus import Outgoing, open_bus, records_topic
 from millrace_kit.client import open_channel
 from millrace_kit.clock import FakeClock
@@ -177,6 +177,7 @@ class World:
     """The service's surroundings in one folder, and a stand-in for ingestion that lands and publishes records."""
 
     root: Path
+    redis: RedisSettings | None = None
     offsets: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -186,6 +187,7 @@ class World:
             lake_url=str(self.root / "lake"),
             training_sets_url=str(self.root / "sets"),
             bus=BusSettings(path=str(self.root / "bus.sqlite")),
+            online_store=OnlineStoreSettings(kind="redis", redis=self.redis) if self.redis else OnlineStoreSettings(),
             fetch_wait_s=0.02,
             drain_s=0,
             default_deadline_s=120,
@@ -227,7 +229,15 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> World:
+def store_kind() -> str:
+    """The online store of `world`; a module parametrizes it."""
+    return "embedded"
+
+
+@pytest.fixture
+def world(tmp_path: Path, store_kind: str, request: pytest.FixtureRequest) -> World:
+    if store_kind == "redis":
+        return World(tmp_path, RedisSettings(url=request.getfixturevalue("redis_url"), read_timeout_s=5))
     return World(tmp_path)
 
 

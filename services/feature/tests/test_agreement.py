@@ -1,12 +1,16 @@
 """The stream and the lake agree, bit for bit, whatever order records come in and however often the process restarts."""
 
+import asyncio
 import math
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from deltalake import write_deltalake
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,8 +21,11 @@ from millrace_feature.embedded import EmbeddedOnlineStore
 from millrace_feature.index import WindowReader
 from millrace_feature.lake import Lake, Limits
 from millrace_feature.plan import Aggregate, Definitions, LatestView, ServicePlan, ViewUse, WindowView
+from millrace_feature.redis_store import RedisOnlineStore
 from millrace_feature.rows import order_of
 from millrace_feature.serving import Serving
+from millrace_feature.settings import RedisSettings
+from millrace_feature.store import OnlineStore
 from millrace_feature.training import Build, Labels
 from millrace_kit.bus import Message, records_topic
 
@@ -157,25 +164,32 @@ def same(left: list[float], right: list[float]) -> bool:
 class Pipeline:
     """The stream side, restartable: what the worker does without its loop."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, make_store: Callable[[], OnlineStore]) -> None:
+        self._make_store = make_store
+        self.runner = asyncio.Runner()
         self.restart()
 
     def restart(self) -> None:
-        self.store = EmbeddedOnlineStore(self._path)
+        self.store = self._make_store()
         views = {view.group: view for view in DEFINITIONS.views}
         if not self.store.groups():
             for view in views.values():
                 empty = [] if isinstance(view, LatestView) else _no_tiles(view)
+                assert self.store.reserve(view, -1)
                 self.store.fill(view, empty, version=-1, followed=None)
         self.store.open(views.values())
         self.serving = Serving(self.store, read_behind_us=10**15, reader_of=lambda *_: None)
         self.serving.activate(DEFINITIONS)
 
+    def close(self) -> None:
+        self.runner.run(self.store.close())
+        self.runner.close()
+
     def apply(self, *messages: Message) -> None:
         reading = read_messages(messages, self.store.is_seen)
         cuts, followed = self.store.groups(), self.store.followed()
-        self.store.apply(plan_change(reading, DEFINITIONS, cuts=cuts, followed=followed, until_us=1 << 62))
+        change = plan_change(reading, DEFINITIONS, cuts=cuts, followed=followed, until_us=1 << 62)
+        self.store.apply(replace(change, starts=dict(self.store.positions())))
 
 
 def _no_tiles(view: WindowView):
@@ -184,12 +198,31 @@ def _no_tiles(view: WindowView):
     return _empty(view)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(batches, asks)
-def test_stream_lake_and_definition_agree(given_batches, given_asks) -> None:
+STORES = pytest.mark.parametrize("store_kind", ["embedded", pytest.param("redis", marks=pytest.mark.redis)])
+SLACK = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+
+
+@pytest.fixture
+def open_store(store_kind: str, request: pytest.FixtureRequest) -> Callable[[Path], Callable[[], OnlineStore]]:
+    """Makes what opens the same store again and again; another one for another folder."""
+    url = request.getfixturevalue("redis_url") if store_kind == "redis" else ""
+
+    def of(folder: Path) -> Callable[[], OnlineStore]:
+        if url:
+            chosen = RedisSettings(url=url, prefix=f"{folder.name}:", read_timeout_s=5)
+            return lambda: RedisOnlineStore(chosen)
+        return lambda: EmbeddedOnlineStore(folder / "online.sqlite")
+
+    return of
+
+
+@STORES
+@settings(max_examples=20, deadline=None, suppress_health_check=SLACK)
+@given(given_batches=batches, given_asks=asks)
+def test_stream_lake_and_definition_agree(open_store, given_batches, given_asks) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        pipeline = Pipeline(root / "online.sqlite")
+        pipeline = Pipeline(open_store(root))
         rows: list[dict] = []
         offset = 0
         for number, (batch, twice, restart) in enumerate(given_batches):
@@ -200,7 +233,7 @@ def test_stream_lake_and_definition_agree(given_batches, given_asks) -> None:
                 pipeline.apply(message(table, number + 1, number, offset))
                 offset += 1
             if restart:
-                pipeline.store.close()
+                pipeline.runner.run(pipeline.store.close())
                 pipeline.restart()
         questions = [
             {"id": f"{i:03}", "at": instant(at), "user": user, "shop": shop, "y": i}
@@ -215,17 +248,18 @@ def test_stream_lake_and_definition_agree(given_batches, given_asks) -> None:
         service = pipeline.serving.service("s").service
         for i, (at, user, shop) in enumerate(given_asks):
             wanted = expected(rows, at, user, shop)
-            (vector,) = pipeline.serving.read(service, [{"user": user, "shop": shop}], at)
+            (vector,) = pipeline.runner.run(pipeline.serving.read(service, [{"user": user, "shop": shop}], at))
             assert same(vector.values, wanted), (vector.values, wanted)
             assert same([offline[i][name] for name in PLAN.features], wanted)
-        pipeline.store.close()
+        pipeline.close()
 
 
-@settings(max_examples=20, deadline=None)
-@given(batches, st.integers(0, 320), st.integers(0, 200))
-def test_pruning_changes_no_answer_it_may_not(given_batches, hops, behind) -> None:
+@STORES
+@settings(max_examples=20, deadline=None, suppress_health_check=SLACK)
+@given(given_batches=batches, hops=st.integers(0, 320), behind=st.integers(0, 200))
+def test_pruning_changes_no_answer_it_may_not(open_store, given_batches, hops, behind) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        pipeline = Pipeline(Path(folder) / "online.sqlite")
+        pipeline = Pipeline(open_store(Path(folder)))
         rows: list[dict] = []
         for number, (batch, _, _) in enumerate(given_batches):
             pipeline.apply(message(table_of(batch), number + 1, number, number))
@@ -237,11 +271,11 @@ def test_pruning_changes_no_answer_it_may_not(given_batches, hops, behind) -> No
         for _ in range(2):
             for at in (bound, bound + behind * MINUTE_US):
                 for user, shop in (("a", 1), ("b", 2), ("a\x1f", 1)):
-                    (vector,) = pipeline.serving.read(service, [{"user": user, "shop": shop}], at)
+                    (vector,) = pipeline.runner.run(pipeline.serving.read(service, [{"user": user, "shop": shop}], at))
                     assert same(vector.values, expected(rows, at, user, shop))
-            pipeline.store.close()
+            pipeline.runner.run(pipeline.store.close())
             pipeline.restart()
-        pipeline.store.close()
+        pipeline.close()
 
 
 def test_a_reader_gives_empty_windows_for_an_unknown_entity() -> None:
@@ -251,7 +285,6 @@ def test_a_reader_gives_empty_windows_for_an_unknown_entity() -> None:
 
 
 def test_nonsense_registries_are_refused() -> None:
-    import pytest
     from millrace_kit.errors import InvalidArgumentError
 
     for content in (b"\x00", b"\x0a\x02\x0a\x00", b"\x12\x34"):

@@ -14,6 +14,8 @@ from millrace_api.feature.v1 import feature_pb2
 from millrace_kit.content import ContentStore
 from millrace_kit.errors import MillraceError
 
+pytestmark = pytest.mark.parametrize("store_kind", ["embedded", pytest.param("redis", marks=pytest.mark.redis)])
+
 BASE = datetime(2013, 5, 1, 12, 0, tzinfo=UTC)
 EVENTS = pa.schema(
     [("event_id", pa.string()), ("at", pa.timestamp("us", tz="UTC")), ("user", pa.string()), ("shop", pa.int64()),

@@ -17,10 +17,12 @@ from millrace_feature.catalog import Catalog
 from millrace_feature.convert import RowReader
 from millrace_feature.definitions import Applier
 from millrace_feature.embedded import EmbeddedOnlineStore
+from millrace_feature.following import DefinitionsFollower
 from millrace_feature.lake import Lake, Limits
 from millrace_feature.servicer import FeatureServicer
 from millrace_feature.serving import Serving
 from millrace_feature.settings import FeatureSettings
+from millrace_feature.store import OnlineStore
 from millrace_feature.worker import StreamWorker
 
 
@@ -56,18 +58,35 @@ class TopicEnds:
         await self._drop()
 
 
+def open_store(settings: FeatureSettings, state: Path) -> OnlineStore:
+    """The online store of `settings`."""
+    if settings.online_store.kind == "redis":
+        from millrace_feature.redis_store import RedisOnlineStore
+
+        return RedisOnlineStore(settings.online_store.redis)
+    return EmbeddedOnlineStore(state / "online.sqlite")
+
+
 async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Service:
     """The feature service, ready to run."""
     clock = clock or SystemClock()
     state = Path(settings.state_dir)
     state.mkdir(parents=True, exist_ok=True)
-    store = await asyncio.to_thread(EmbeddedOnlineStore, state / "online.sqlite")
+    store = await asyncio.to_thread(open_store, settings, state)
     engine = open_engine(settings.database_url or f"sqlite:///{state / 'feature.sqlite'}")
     catalog = await asyncio.to_thread(Catalog, engine)
     lake = Lake(settings.lake_url, Limits(settings.build_memory_mib, settings.build_threads, state / "spill"))
     bus = await open_bus(settings.bus)
     serving = Serving(store, read_behind_us=settings.read_behind_s * 1_000_000, reader_of=RowReader)
-    worker = StreamWorker(store=store, lake=lake, bus=bus, serving=serving, settings=settings, clock=clock)
+    worker = StreamWorker(
+        store=store,
+        lake=lake,
+        bus=bus,
+        serving=serving,
+        settings=settings,
+        clock=clock,
+        current=catalog.current_digest,
+    )
     current = await asyncio.to_thread(catalog.current)
     if current is not None:
         worker.switch(current.definitions)
@@ -86,15 +105,16 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
     async def close() -> None:
         await ends.close()
         await bus.close()
-        store.close()
+        await store.close()
         catalog.close()
 
     return Service(
         "feature",
         [lambda server: feature_pb2_grpc.add_FeatureServiceServicer_to_server(servicer, server)],
         ["millrace_api.feature.v1.FeatureService"],
-        [Worker("stream", worker.run)],
+        [Worker("stream", worker.run), Worker("definitions", DefinitionsFollower(catalog, worker, settings).run)],
         [close],
+        lambda: worker.is_following,
     )
 
 

@@ -100,7 +100,13 @@ def plan_change(
             )
             tiles.append((group, reduced))
     moved = dict(_progress(reading.batches, definitions, followed, until_us))
-    return Change(tiles, rows, reading.seen, reading.positions, moved)
+    groups: dict[str, list[str]] = {batch.contract: [] for batch in reading.batches}
+    for group, view in {view.group: view for view in definitions.views}.items():
+        if view.contract in groups:
+            groups[view.contract].append(group)
+    versions = {c: max(b.version for b in reading.batches if b.contract == c) for c in groups}
+    base = {contract: followed.get(contract, Followed()) for contract in moved}
+    return Change(tiles, rows, reading.seen, reading.positions, {}, moved, base, groups, versions)
 
 
 def _pick(view: LatestView, table: pa.Table) -> Sequence[Row]:

@@ -71,12 +71,15 @@ class Catalog:
             connection.execute(insert(applied_table).values(digest=definitions.digest, at=at))
             return True
 
+    def current_digest(self) -> str | None:
+        """Hash of the definitions applied last."""
+        with reading(self._engine) as connection:
+            newest = select(applied_table.c.digest).order_by(applied_table.c.id.desc()).limit(1)
+            return connection.execute(newest).scalar()
+
     def current(self) -> Stored | None:
         """The definitions applied last."""
-        with reading(self._engine) as connection:
-            newest = connection.execute(
-                select(applied_table.c.digest).order_by(applied_table.c.id.desc()).limit(1)
-            ).scalar()
+        newest = self.current_digest()
         return self.get(newest) if newest is not None else None
 
     def get(self, digest: str) -> Stored:

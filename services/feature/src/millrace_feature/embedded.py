@@ -4,9 +4,9 @@ Every change is one SQLite transaction that also holds the bus positions and the
 its last transaction ended and nothing counts twice. On start the groups are read back into memory.
 """
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,15 @@ from millrace_kit.errors import FailedPreconditionError
 from millrace_kit.sql import open_engine, reading
 from sqlalchemy import Connection
 
-from millrace_feature.index import RowIndex, TileIndex, WindowReader
+from millrace_feature.index import RowIndex, TileIndex
 from millrace_feature.plan import LatestView, View, WindowView
-from millrace_feature.rows import Row, Scalar
-from millrace_feature.store import Change, Followed, rows_bound_us
+from millrace_feature.rows import Row, from_text, to_text
+from millrace_feature.store import Ask, Change, Followed, LatestAsk, NewestRow, WindowAsk, rows_bound_us
 from millrace_feature.tiles import Stats, Tiles
 
 FORMAT = 1
 SEEN_LIMIT = 1_000_000
 """Batches remembered to recognise a second delivery; the bus repeats recent ones only."""
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS grp (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, version INTEGER NOT NULL)",
@@ -50,8 +49,25 @@ _ADD_TILE = """INSERT INTO tile VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (grp
 _PUT_ROW = "INSERT OR REPLACE INTO row VALUES (?, ?, ?, ?)"
 
 
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """`Answers` from the groups in memory."""
+
+    followed: Mapping[str, Followed]
+    tiles: Mapping[str, TileIndex]
+    rows: Mapping[str, RowIndex]
+
+    def windows(self, ask: WindowAsk) -> list[list[float]]:
+        return self.tiles[ask.group].read(ask.reader, ask.keys, ask.end_hop)
+
+    def latest(self, ask: LatestAsk) -> list[NewestRow | None]:
+        return self.rows[ask.group].read(ask.keys, ask.time_us)
+
+
 class EmbeddedOnlineStore:
-    """`OnlineStore` on one SQLite file."""
+    """`OnlineStore` on one SQLite file, for one process."""
+
+    is_shared = False
 
     def __init__(self, path: Path) -> None:
         self._engine = open_engine(f"sqlite:///{path}")
@@ -65,6 +81,11 @@ class EmbeddedOnlineStore:
             for statement in _SCHEMA:
                 connection.exec_driver_sql(statement)
             connection.exec_driver_sql(f"PRAGMA user_version = {FORMAT}")
+        self._followed = dict(self.followed())
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Nobody else writes."""
+        return nullcontext()
 
     def groups(self) -> Mapping[str, int]:
         """Group -> Delta version it was filled from."""
@@ -89,6 +110,10 @@ class EmbeddedOnlineStore:
                     rows.add(_read_rows(connection, number))
                     self._rows[view.group] = rows
 
+    def reserve(self, view: View, version: int) -> bool:  # noqa: ARG002 - one process applies and fills in turn
+        """Nothing is applied while a group is filled."""
+        return True
+
     def fill(self, view: View, content: Tiles | Sequence[Row], *, version: int, followed: Followed | None) -> None:
         """Make the view's group from the lake at `version`."""
         with self._engine.begin() as connection:
@@ -98,10 +123,12 @@ class EmbeddedOnlineStore:
             if isinstance(content, Tiles):
                 _execute(connection, _ADD_TILE, _tile_rows(number, content))
             else:
-                _execute(connection, _PUT_ROW, [(number, r.key, r.time_us, _to_text(r.values)) for r in content])
+                _execute(connection, _PUT_ROW, [(number, r.key, r.time_us, to_text(r.values)) for r in content])
             if followed is not None:
                 _put_followed(connection, view.contract, followed)
         self.open([view])
+        if followed is not None:
+            self._followed = {**self._followed, view.contract: followed}
 
     def keep(self, groups: Iterable[str]) -> None:
         """Drop every group that is not named."""
@@ -114,6 +141,13 @@ class EmbeddedOnlineStore:
                 connection.exec_driver_sql("DELETE FROM grp WHERE id = ?", (number,))
             self._tiles.pop(name, None)
             self._rows.pop(name, None)
+
+    def tidy(self) -> None:
+        """Nothing is left to remove after `keep`."""
+
+    def is_intact(self) -> bool:
+        """Nobody else changes the file."""
+        return True
 
     def followed(self) -> Mapping[str, Followed]:
         """Progress by contract."""
@@ -141,7 +175,7 @@ class EmbeddedOnlineStore:
             for group, tiles in change.tiles:
                 _execute(connection, _ADD_TILE, _tile_rows(numbers[group], tiles))
             for group, rows in kept:
-                _execute(connection, _PUT_ROW, [(numbers[group], r.key, r.time_us, _to_text(r.values)) for r in rows])
+                _execute(connection, _PUT_ROW, [(numbers[group], r.key, r.time_us, to_text(r.values)) for r in rows])
             query = "INSERT INTO seen (contract, source, source_offset) VALUES (?, ?, ?)"
             _execute(connection, query, list(change.seen))
             for contract, followed in change.followed.items():
@@ -152,6 +186,7 @@ class EmbeddedOnlineStore:
             self._tiles[group].add(tiles)
         for group, rows in kept:
             self._rows[group].add(rows)
+        self._followed = {**self._followed, **change.followed}
 
     def prune(self, view: View, before_us: int) -> None:
         """Forget what no read at or after `before_us` needs."""
@@ -169,21 +204,15 @@ class EmbeddedOnlineStore:
         else:
             self._rows[view.group].prune(rows_bound_us(view, before_us), keep_newest=not view.ttl_us)
 
-    def windows(self, group: str, reader: WindowReader, keys: Iterable[str | None], end_hop: int) -> list[list[float]]:
-        """Window features per key."""
-        return self._tiles[group].read(reader, keys, end_hop)
-
-    def latest(
-        self, group: str, keys: Iterable[str | None], time_us: int
-    ) -> list[tuple[int, tuple[Scalar, ...]] | None]:
-        """Newest row per key."""
-        return self._rows[group].read(keys, time_us)
+    async def fetch(self, asks: Sequence[Ask], contracts: Sequence[str]) -> _Memory:  # noqa: ARG002 - all is in memory
+        """Everything is in memory."""
+        return _Memory(self._followed, self._tiles, self._rows)
 
     def entities(self) -> int:
         """Entities with at least one tile or row, over all groups."""
         return sum(map(len, self._tiles.values())) + sum(map(len, self._rows.values()))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close the file."""
         self._engine.dispose()
 
@@ -240,7 +269,7 @@ def _read_tiles(connection: Connection, number: int, columns: int) -> Tiles:
 def _read_rows(connection: Connection, number: int) -> list[Row]:
     query = "SELECT key, time_us, content FROM row WHERE grp = ? ORDER BY key, time_us"
     found = connection.exec_driver_sql(query, (number,))
-    return [Row(key, time_us, _from_text(content)) for key, time_us, content in found]
+    return [Row(key, time_us, from_text(content)) for key, time_us, content in found]
 
 
 def _prune_rows(connection: Connection, number: int | None, view: LatestView, before_us: int) -> None:
@@ -251,20 +280,3 @@ def _prune_rows(connection: Connection, number: int | None, view: LatestView, be
     newest = """DELETE FROM row WHERE grp = ?1 AND time_us < (
         SELECT max(older.time_us) FROM row AS older WHERE older.grp = ?1 AND older.key = row.key AND older.time_us < ?2)"""
     connection.exec_driver_sql(newest, (number, bound))
-
-
-def _to_text(values: Sequence[Scalar]) -> str:
-    def plain(value: object) -> object:
-        if isinstance(value, datetime):
-            return {"us": (value.astimezone(UTC) - EPOCH) // timedelta(microseconds=1)}
-        raise TypeError(type(value).__name__)
-
-    return json.dumps(values, default=plain)
-
-
-def _from_text(text: str) -> tuple[Scalar, ...]:
-    def scalar(value: Any) -> Scalar:
-        return EPOCH + timedelta(microseconds=value["us"]) if isinstance(value, dict) else value
-
-    restore: Callable[[Any], Scalar] = scalar
-    return tuple(map(restore, json.loads(text)))

@@ -4,15 +4,19 @@ Of two rows of one entity with the same event time the one whose values sort las
 depend on the order rows arrive in and the lake's answer is the stream's.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from millrace_feature.tiles import encode_key, event_times
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 Scalar = str | int | float | bool | datetime | None
 
@@ -51,3 +55,23 @@ def pick_rows(table: pa.Table, *, keys: Sequence[str], event_time: str, columns:
         if place not in best or order_of(row) > order_of(best[place]):
             best[place] = row
     return [Row(key, time_us, row) for (key, time_us), row in best.items()]
+
+
+def to_text(values: Sequence[Scalar]) -> str:
+    """The values as the stores keep them; floats come back bit for bit."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, datetime):
+            return {"us": (value.astimezone(UTC) - EPOCH) // timedelta(microseconds=1)}
+        raise TypeError(type(value).__name__)
+
+    return json.dumps(values, default=plain)
+
+
+def from_text(text: str | bytes) -> tuple[Scalar, ...]:
+    """The values `to_text` wrote."""
+
+    def scalar(value: Any) -> Scalar:
+        return EPOCH + timedelta(microseconds=value["us"]) if isinstance(value, dict) else value
+
+    return tuple(map(scalar, json.loads(text)))

@@ -26,9 +26,6 @@ from millrace_feature.serving import MISSING, PRESENT, Serving, Vector
 from millrace_feature.store import Followed
 from millrace_feature.worker import StreamWorker, to_us
 
-ROWS_ON_LOOP = 16
-"""Reads of more rows go to a thread, so that other calls are not held up."""
-
 Ends = Callable[[], Awaitable[Mapping[TopicPartition, int]]]
 
 
@@ -90,10 +87,7 @@ class FeatureServicer(feature_pb2_grpc.FeatureServiceServicer):
             at_us = to_us(self._clock.now())
         ready = self._serving.service(name)
         service, entities = ready.service, ready.reader.read(request.rows)
-        if len(entities) <= ROWS_ON_LOOP:
-            vectors = self._serving.read(service, entities, at_us)
-        else:
-            vectors = await asyncio.to_thread(self._serving.read, service, entities, at_us)
+        vectors = await self._serving.read(service, entities, at_us)
         _count(name, vectors)
         return feature_pb2.GetOnlineFeaturesResponse(
             feature_names=service.plan.features, vectors=to_vectors(vectors), definitions_hash=ready.digest
@@ -115,15 +109,18 @@ class FeatureServicer(feature_pb2_grpc.FeatureServiceServicer):
         self, request: feature_pb2.GetProgressRequest, context: grpc.aio.ServicerContext
     ) -> feature_pb2.GetProgressResponse:
         ends = await self._ends()
-        self._worker.note_lag(ends)
-        positions, followed = self._worker.positions, self._worker.followed
+        store = self._serving.store
+        positions, followed, entities = await asyncio.to_thread(
+            lambda: (store.positions(), store.followed(), store.entities())
+        )
+        self._worker.note_lag(ends, positions)
         progress = []
         for contract in self._worker.contracts:
             topic = records_topic(contract)
             next_offset = sum(offset for place, offset in positions.items() if place.topic == topic)
             end_offset = sum(offset for place, offset in ends.items() if place.topic == topic)
             progress.append(to_progress(contract, followed.get(contract, Followed()), next_offset, end_offset))
-        return feature_pb2.GetProgressResponse(contracts=progress, entities=self._serving.store.entities())
+        return feature_pb2.GetProgressResponse(contracts=progress, entities=entities)
 
 
 def _count(service: str, vectors: list[Vector]) -> None:

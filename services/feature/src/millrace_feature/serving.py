@@ -1,5 +1,6 @@
-"""Online reads: from entity rows to feature vectors, without touching Feast, SQL or the network."""
+"""Online reads: from entity rows to feature vectors, without touching Feast or SQL, and with one round trip to a store elsewhere."""
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -9,11 +10,13 @@ from millrace_kit.errors import FailedPreconditionError, NotFoundError, Unavaila
 
 from millrace_feature.index import NAN, WindowReader
 from millrace_feature.plan import Definitions, LatestView, ServicePlan, ViewUse, WindowView
-from millrace_feature.store import Followed, OnlineStore
+from millrace_feature.store import Answers, Ask, LatestAsk, OnlineStore, WindowAsk
 from millrace_feature.tiles import encode_key
 from millrace_feature.transforms import TransformRunner, or_none
 
 PRESENT, MISSING, EXPIRED = 1, 2, 3
+ROWS_ON_LOOP = 16
+"""Reads of more rows are computed in a thread, so that other calls are not held up."""
 
 Entity = Mapping[str, Any]
 """Join keys and request fields of one row by name; None where missing."""
@@ -55,18 +58,24 @@ class _Source:
         found: list[list[Any]] = [[row.get(name) for name in self.use.keys] for row in rows]
         return [None if None in values else encode_key(values) for values in found]
 
-    def read(self, store: OnlineStore, rows: Sequence[Entity], at_us: int, watermark_us: int | None) -> _Part:
-        """The view's features at `at_us`."""
-        keys = self.keys(rows)
+    def ask(self, rows: Sequence[Entity], at_us: int) -> Ask:
+        """What the store has to know for a read at `at_us`."""
         if self.reader is not None:
-            end_hop = at_us // self.reader.hop_us
-            complete_us = end_hop * self.reader.hop_us
+            return WindowAsk(self.group, self.reader, self.keys(rows), at_us // self.reader.hop_us)
+        return LatestAsk(self.group, self.keys(rows), at_us)
+
+    def part(self, ask: Ask, known: Answers, at_us: int) -> _Part:
+        """The view's features at `at_us`."""
+        if isinstance(ask, WindowAsk):
+            followed = known.followed.get(self.view.contract)
+            complete_us = ask.end_hop * ask.reader.hop_us
+            watermark_us = followed.watermark_us if followed is not None else None
             age = 0 if watermark_us is None else at_us - min(complete_us, watermark_us)
-            return _Part(store.windows(self.group, self.reader, keys, end_hop), set(), [age])
+            return _Part(known.windows(ask), set(), [age])
         assert isinstance(self.view, LatestView)
         ttl_us = self.view.ttl_us
         part = _Part([], set(), [])
-        for i, found in enumerate(store.latest(self.group, keys, at_us)):
+        for i, found in enumerate(known.latest(ask)):
             if found is None:
                 part.values.append(None)
             elif ttl_us and at_us - found[0] > ttl_us:
@@ -114,14 +123,13 @@ class CompiledService:
             pieces.append((part, getter, len(places)))
         return pieces
 
-    def read(
-        self, store: OnlineStore, rows: Sequence[Entity], at_us: int, followed: Mapping[str, Followed]
-    ) -> list[Vector]:
+    def asks(self, rows: Sequence[Entity], at_us: int) -> list[Ask]:
+        """What the store has to know, per view."""
+        return [source.ask(rows, at_us) for source in self._sources]
+
+    def vectors(self, asks: Sequence[Ask], known: Answers, rows: Sequence[Entity], at_us: int) -> list[Vector]:
         """One vector per row, as known at `at_us` (microseconds since the epoch)."""
-        parts = []
-        for source in self._sources:
-            progress = followed.get(source.view.contract)
-            parts.append(source.read(store, rows, at_us, progress.watermark_us if progress else None))
+        parts = [source.part(ask, known, at_us) for source, ask in zip(self._sources, asks, strict=True)]
         stored = len(parts)
         if self._runners:
             columns = self._inputs(parts, len(rows))
@@ -185,10 +193,14 @@ class Serving(Generic[R]):
         self, store: OnlineStore, *, read_behind_us: int, reader_of: Callable[[ServicePlan, Definitions], R]
     ) -> None:
         self.store = store
-        self.followed: Mapping[str, Followed] = {}
         self._read_behind_us = read_behind_us
         self._reader_of = reader_of
         self._services: dict[str, Ready[R]] | None = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether reads are answered."""
+        return self._services is not None
 
     def activate(self, definitions: Definitions) -> None:
         """Answer with `definitions` from now on."""
@@ -211,15 +223,17 @@ class Serving(Generic[R]):
             raise NotFoundError("feature service", name)
         return service
 
-    def read(self, service: CompiledService, rows: Sequence[Entity], at_us: int) -> list[Vector]:
+    async def read(self, service: CompiledService, rows: Sequence[Entity], at_us: int) -> list[Vector]:
         """One vector per row.
 
         Raises:
             FailedPreconditionError: `at_us` lies further behind a contract's watermark than history is kept.
+            UnavailableError: the store does not answer.
         """
-        followed = self.followed
+        asks = service.asks(rows, at_us)
+        known = await self.store.fetch(asks, service.contracts)
         for contract in service.contracts:
-            progress = followed.get(contract)
+            progress = known.followed.get(contract)
             if progress is None or progress.watermark_us is None:
                 continue
             oldest_us = progress.watermark_us - self._read_behind_us
@@ -228,4 +242,6 @@ class Serving(Generic[R]):
                 raise FailedPreconditionError(
                     "EVENT_TIME_TOO_OLD", message, {"contract": contract, "oldest_us": str(oldest_us)}
                 )
-        return service.read(self.store, rows, at_us, followed)
+        if len(rows) <= ROWS_ON_LOOP:
+            return service.vectors(asks, known, rows, at_us)
+        return await asyncio.to_thread(service.vectors, asks, known, rows, at_us)

@@ -1,9 +1,41 @@
 """Settings of the feature service."""
 
-from millrace_kit.settings import ServiceSettings
+from typing import Literal
+
+from millrace_kit.settings import ServiceSettings, Settings
 from pydantic import Field
 
 DAY_S = 86_400
+
+
+class RedisSettings(Settings):
+    """A Redis database (one primary, 6.2 or newer; not Redis Cluster) that the replicas share."""
+
+    url: str = "redis://127.0.0.1:6379/0"
+    """`redis://host:port/database`, or `rediss://…` for TLS."""
+    username: str = ""
+    """Empty for Redis's default user."""
+    password: str = ""
+    """Written as `${file:/path}` or `${env:NAME}`; empty for none."""
+    ca_file: str = ""
+    """Authority that signed Redis's certificate, PEM; empty takes the system's. For `rediss://` only."""
+    prefix: str = "millrace:feature:"
+    """What the names of all keys begin with; installations that share a database need different ones."""
+    read_timeout_s: float = Field(default=0.5, gt=0, le=30)
+    """Longest wait of an online read for Redis, a free connection included; then the caller gets UNAVAILABLE."""
+    write_timeout_s: float = Field(default=10.0, gt=0, le=300)
+    """Longest wait for one answer while records are applied or groups are filled."""
+    max_connections: int = Field(default=64, ge=2, le=10_000)
+    """Connections of one replica for reads, and as many for its worker; reads wait for a free one."""
+
+
+class OnlineStoreSettings(Settings):
+    """Where online values are kept."""
+
+    kind: Literal["embedded", "redis"] = "embedded"
+    """`embedded` is a file and memory of the one process; `redis` is shared by any number of replicas."""
+    redis: RedisSettings = RedisSettings()
+    """For `kind: redis`."""
 
 
 class FeatureSettings(ServiceSettings):
@@ -17,6 +49,10 @@ class FeatureSettings(ServiceSettings):
     """fsspec URL of the content-addressed store of training sets."""
     database_url: str = ""
     """SQLAlchemy URL of definitions and training-set records; empty takes SQLite in `state_dir`."""
+    online_store: OnlineStoreSettings = OnlineStoreSettings()
+    """Where online values are kept."""
+    definitions_poll_s: float = Field(default=1.0, gt=0, le=60)
+    """How often a replica looks whether another one has applied other definitions."""
     read_behind_s: int = Field(default=35 * DAY_S, ge=0, le=3650 * DAY_S)
     """How far behind a contract's watermark an online read may ask; older history is dropped from the online store."""
     max_event_ahead_s: int = Field(default=DAY_S, ge=0, le=3650 * DAY_S)

@@ -1,6 +1,7 @@
-"""What the online store must do; `embedded.py` is the implementation of one machine."""
+"""What the online store must do: `embedded.py` is the one of one machine, `redis_store.py` the one that replicas share."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,6 +11,14 @@ from millrace_feature.index import WindowReader
 from millrace_feature.plan import LatestView, View
 from millrace_feature.rows import Row, Scalar
 from millrace_feature.tiles import Tiles
+
+
+class StoreMovedError(Exception):
+    """Another replica has changed groups or positions this one relies on; nothing was changed. Follow the definitions again."""
+
+
+class StoreFillingError(Exception):
+    """A group of the contract is being filled; nothing was changed. Apply the same again in a moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,29 +44,103 @@ class Change:
     seen: Sequence[tuple[str, str, int]] = ()
     """(contract, source, source offset) of every batch inside."""
     positions: Mapping[TopicPartition, int] = field(default_factory=dict)
+    starts: Mapping[TopicPartition, int] = field(default_factory=dict)
+    """Positions the messages were read from; a shared store refuses the change when they are no longer its own."""
     followed: Mapping[str, Followed] = field(default_factory=dict)
+    base: Mapping[str, Followed] = field(default_factory=dict)
+    """Progress that `followed` was computed from."""
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Per contract of the messages the groups they were computed for."""
+    versions: Mapping[str, int] = field(default_factory=dict)
+    """Newest table version per contract of the messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class WindowAsk:
+    """Windows of some entities that end before `end_hop`."""
+
+    group: str
+    reader: WindowReader
+    keys: Sequence[str | None]
+    end_hop: int
+
+
+@dataclass(frozen=True, slots=True)
+class LatestAsk:
+    """Newest rows of some entities at `time_us`."""
+
+    group: str
+    keys: Sequence[str | None]
+    time_us: int
+
+
+Ask = WindowAsk | LatestAsk
+NewestRow = tuple[int, tuple[Scalar, ...]]
+"""(event time, values)."""
+
+
+class Answers(Protocol):
+    """What a store knows about some asks; answering them takes no more waiting."""
+
+    @property
+    def followed(self) -> Mapping[str, Followed]:
+        """Progress by contract."""
+        ...
+
+    def windows(self, ask: WindowAsk) -> list[list[float]]:
+        """Window features per key."""
+        ...
+
+    def latest(self, ask: LatestAsk) -> list[NewestRow | None]:
+        """Newest row per key."""
+        ...
 
 
 class OnlineStore(Protocol):
-    """Tiles and rows per group and entity, durable, with reads from memory.
+    """Tiles and rows per group and entity, durable.
 
-    One worker writes; reads may come from any thread at any time and see whole groups of changes.
+    One worker of a process writes; reads may come at any time and see whole groups of changes of one entity.
     """
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether replicas share it: then they share the work of keeping it up too."""
+        ...
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Held while groups are made and dropped; one replica at a time.
+
+        Raises:
+            UnavailableError: another one holds it, or the store does not answer.
+        """
+        ...
+
     def groups(self) -> Mapping[str, int]:
-        """Group -> Delta version it was filled from."""
+        """Filled group -> Delta version it was filled from."""
         ...
 
     def open(self, views: Iterable[View]) -> None:
         """Make the groups of `views` that are filled readable."""
         ...
 
+    def reserve(self, view: View, version: int) -> bool:
+        """Announce that the view's group will be filled from `version`; false when newer batches are applied already."""
+        ...
+
     def fill(self, view: View, content: Tiles | Sequence[Row], *, version: int, followed: Followed | None) -> None:
-        """Make the view's group from the lake at `version`, whole or not at all."""
+        """Make the view's group, which was reserved, from the lake at `version`, whole or not at all."""
         ...
 
     def keep(self, groups: Iterable[str]) -> None:
         """Drop every group that is not named."""
+        ...
+
+    def tidy(self) -> None:
+        """Remove what was dropped a while ago."""
+        ...
+
+    def is_intact(self) -> bool:
+        """Whether every group that was opened is still there."""
         ...
 
     def followed(self) -> Mapping[str, Followed]:
@@ -73,29 +156,32 @@ class OnlineStore(Protocol):
         ...
 
     def apply(self, change: Change) -> None:
-        """Make `change` durable, then visible."""
+        """Make `change` durable, then visible.
+
+        Raises:
+            StoreMovedError, StoreFillingError: another replica came between.
+            UnavailableError: the store does not answer; the change may have been applied, `positions` tells.
+        """
         ...
 
     def prune(self, view: View, before_us: int) -> None:
         """Forget what no read at or after `before_us` needs."""
         ...
 
-    def windows(self, group: str, reader: WindowReader, keys: Iterable[str | None], end_hop: int) -> list[list[float]]:
-        """Window features per key."""
-        ...
+    async def fetch(self, asks: Sequence[Ask], contracts: Sequence[str]) -> Answers:
+        """Get what `asks` and the progress of `contracts` need, in one round trip.
 
-    def latest(
-        self, group: str, keys: Iterable[str | None], time_us: int
-    ) -> list[tuple[int, tuple[Scalar, ...]] | None]:
-        """Newest row per key."""
+        Raises:
+            UnavailableError: the store does not answer in time, or its groups are being made anew.
+        """
         ...
 
     def entities(self) -> int:
         """Entities that hold at least one tile or row, over all groups."""
         ...
 
-    def close(self) -> None:
-        """Close files."""
+    async def close(self) -> None:
+        """Close files and connections."""
         ...
 
 

@@ -2,13 +2,17 @@
 
 A view is filled from the newest version V of its table; afterwards a batch counts for it exactly when its table version is above V.
 Batches carry the version that holds them, so it does not matter which were published before, during or after the fill.
+
+Over a shared store the replicas' workers split the partitions between them, and one at a time fills. What one of them is told by the
+store to have missed (`StoreMovedError`) makes it read definitions, groups and positions again; nothing of its change was kept then.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -25,13 +29,18 @@ from millrace_feature.plan import Definitions, LatestView, View, WindowView
 from millrace_feature.rows import Row
 from millrace_feature.serving import Serving
 from millrace_feature.settings import FeatureSettings
-from millrace_feature.store import Followed, OnlineStore, rows_bound_us
+from millrace_feature.store import Followed, OnlineStore, StoreFillingError, StoreMovedError, rows_bound_us
 from millrace_feature.tiles import Tiles, reduce_rows
 
 log = logging.getLogger(__name__)
 
 GROUP = "feature"
 RETRY_S = 1.0
+FILLING_RETRY_S = 0.1
+LOOK_S = 1.0
+"""Time between two looks whether a shared store still has what was opened; also between two commits to the bus."""
+TIDY_S = 10.0
+RESERVE_TRIES = 20
 PRUNE_EVERY_US = 86_400_000_000
 """Event time between two prunings of a contract's history."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -50,8 +59,28 @@ class Wanted:
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+class _GapError(Exception):
+    """The bus no longer has messages that were not applied yet."""
+
+    def __init__(self, contract: str, place: TopicPartition, offset: int) -> None:
+        super().__init__(f"the bus begins at offset {offset} of {place.topic}/{place.partition}")
+        self.contract = contract
+        self.place = place
+        self.offset = offset
+
+
 class StreamWorker:
-    """Keeps the online store in step with the records topics of the current definitions."""
+    """Keeps the online store in step with the records topics of the current definitions.
+
+    Args:
+        store: the online store.
+        lake: where new groups are filled from.
+        bus: where records come from.
+        serving: told which definitions can be answered with.
+        settings: limits and waits.
+        clock: wall clock.
+        current: hash of the definitions in force, whichever replica applied them.
+    """
 
     def __init__(
         self,
@@ -62,6 +91,7 @@ class StreamWorker:
         serving: Serving[Any],
         settings: FeatureSettings,
         clock: Clock,
+        current: Callable[[], str | None],
     ) -> None:
         self._store = store
         self._lake = lake
@@ -69,6 +99,7 @@ class StreamWorker:
         self._serving = serving
         self._settings = settings
         self._clock = clock
+        self._current = current
         self._wanted: Wanted | None = None
         self._definitions: Definitions | None = None
         self._subscription: Subscription | None = None
@@ -76,6 +107,11 @@ class StreamWorker:
         self._followed: dict[str, Followed] = {}
         self._positions: dict[TopicPartition, int] = {}
         self._pruned_us: dict[str, int] = {}
+        self._mine: dict[TopicPartition, int] = {}
+        self._gaps: dict[TopicPartition, int] = {}
+        self._is_lost = False
+        self._next_look = 0.0
+        self._next_tidy = 0.0
 
     def switch(self, definitions: Definitions) -> asyncio.Event:
         """Ask for `definitions`; the event is set once reads are answered with them, or once others are asked for."""
@@ -85,14 +121,14 @@ class StreamWorker:
         return self._wanted.done
 
     @property
-    def positions(self) -> Mapping[TopicPartition, int]:
-        """Next bus offset to read."""
-        return dict(self._positions)
+    def wanted_digest(self) -> str | None:
+        """Hash of the definitions asked for last."""
+        return self._wanted.definitions.digest if self._wanted is not None else None
 
     @property
-    def followed(self) -> Mapping[str, Followed]:
-        """Progress by contract."""
-        return dict(self._followed)
+    def is_following(self) -> bool:
+        """Whether reads can be answered; true when no definitions are asked for."""
+        return self._wanted is None or (self._serving.is_active and not self._is_lost)
 
     @property
     def contracts(self) -> Sequence[str]:
@@ -101,8 +137,6 @@ class StreamWorker:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Follow the bus until `stop` is set."""
-        self._followed = dict(await asyncio.to_thread(self._store.followed))
-        self._positions = dict(await asyncio.to_thread(self._store.positions))
         try:
             while not stop.is_set():
                 try:
@@ -111,8 +145,20 @@ class StreamWorker:
                     log.warning("%s; trying again in %g s", error.message, RETRY_S)
                     await self._close()
                     await _pause(stop, RETRY_S)
+                except StoreMovedError as error:
+                    log.info("the online store was changed by another replica (%s); looking again", error)
+                    await self._start_over()
+                except _GapError as error:
+                    log.warning("%s: records are missing there, contract %s is filled anew", error, error.contract)
+                    await asyncio.to_thread(self._forget, error)
+                    await self._start_over()
         finally:
             await self._close()
+
+    async def _start_over(self) -> None:
+        """Follow the wanted definitions again; reads go on being answered where their groups stand."""
+        self._definitions = None
+        await self._close()
 
     async def _turn(self, stop: asyncio.Event) -> None:
         wanted = self._wanted
@@ -123,9 +169,6 @@ class StreamWorker:
                 if isinstance(error, UnavailableError):
                     raise
                 # For example a column the table does not have yet; the definitions before stay in force.
-                # What was filled for them would miss the records that follow; it is filled again at the next try.
-                kept = [view.group for view in self._definitions.views] if self._definitions else []
-                await asyncio.to_thread(self._store.keep, kept)
                 log.error("definitions %s cannot be served yet: %s", wanted.definitions.digest, error.message)  # noqa: TRY400
                 await _pause(stop, RETRY_S)
             else:
@@ -133,42 +176,106 @@ class StreamWorker:
         if self._definitions is None:
             await _pause(stop, self._settings.fetch_wait_s)
             return
+        await self._look()
         if self._subscription is None:
-            topics = [records_topic(contract) for contract in self.contracts]
-            at = {place: offset for place, offset in self._positions.items() if place.topic in topics}
-            self._subscription = await self._bus.subscribe(topics, group=GROUP, at=at)
+            self._subscription = await self._subscribe([records_topic(contract) for contract in self.contracts])
         messages = await self._subscription.fetch(
             max_messages=self._settings.fetch_messages, timeout_s=self._settings.fetch_wait_s
         )
         if messages:
             with consumer_span("apply records", messages[0].headers):
-                await asyncio.to_thread(self._apply, messages, self._definitions)
+                await self._apply_once_filled(messages, self._definitions, stop)
+
+    async def _subscribe(self, topics: Sequence[str]) -> Subscription:
+        if self._store.is_shared:
+            return await self._bus.subscribe(topics, group=GROUP, starts=self._starts)
+        at = await asyncio.to_thread(self._starts, ())
+        return await self._bus.subscribe(topics, group=GROUP, at={p: o for p, o in at.items() if p.topic in topics})
+
+    def _starts(self, _places: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
+        """Positions of the partitions that just came to this replica, as the store has them."""
+        self._positions = dict(self._store.positions())
+        self._followed = dict(self._store.followed())
+        return self._positions
+
+    async def _look(self) -> None:
+        """Notice what others did to a shared store, also while no record comes."""
+        now = time.monotonic()
+        if now < self._next_look or not self._store.is_shared:
+            return
+        self._next_look = now + LOOK_S
+        if not await asyncio.to_thread(self._store.is_intact):
+            self._is_lost = True
+            raise StoreMovedError("groups are gone")
+        if now >= self._next_tidy:
+            self._next_tidy = now + TIDY_S
+            await asyncio.to_thread(self._store.tidy)
+        if self._subscription is not None and self._positions:
+            topics = {records_topic(contract) for contract in self.contracts}
+            await self._note_positions({p: o for p, o in self._mine.items() if p.topic in topics})
+
+    async def _note_positions(self, positions: Mapping[TopicPartition, int]) -> None:
+        """Tell the bus too, for those who watch or scale by the group's lag; nobody reads from there."""
+        assert self._subscription is not None
+        if not positions:
+            return
+        try:
+            await self._subscription.commit(positions)
+        except UnavailableError as error:
+            log.info("the bus did not take the group's positions: %s", error.message)
+        self._mine.clear()
+
+    async def _apply_once_filled(
+        self, messages: Sequence[Message], definitions: Definitions, stop: asyncio.Event
+    ) -> None:
+        while not stop.is_set():
+            try:
+                await asyncio.to_thread(self._apply, messages, definitions)
+            except StoreFillingError:
+                await _pause(stop, FILLING_RETRY_S)
+            else:
+                return
 
     async def _follow(self, definitions: Definitions) -> None:
         """Fill what is new, answer with `definitions`, forget what they no longer name."""
         groups = {view.group: view for view in definitions.views}
-        filled = dict(await asyncio.to_thread(self._store.groups))
-        known = {view.contract for view in groups.values() if view.group in filled}
-        for group, view in groups.items():
-            if group not in filled:
-                await asyncio.to_thread(self._fill, view, first=view.contract not in known)
-                known.add(view.contract)
-        await asyncio.to_thread(self._store.open, list(groups.values()))
+        await asyncio.to_thread(self._fill_missing, definitions, groups)
         self._cuts = dict(await asyncio.to_thread(self._store.groups))
-        self._serving.followed = dict(self._followed)
+        if not self._cuts.keys() >= groups.keys():
+            raise StoreMovedError("groups went while they were followed")
+        self._followed = dict(await asyncio.to_thread(self._store.followed))
         await asyncio.to_thread(self._serving.activate, definitions)
         self._definitions = definitions
-        await asyncio.to_thread(self._store.keep, list(groups))
+        self._is_lost = False
         await self._close()
+
+    def _fill_missing(self, definitions: Definitions, groups: Mapping[str, View]) -> None:
+        with self._store.exclusive():
+            if self._store.is_shared and self._current() != definitions.digest:
+                raise UnavailableError("DEFINITIONS_OUTDATED", "other definitions were applied meanwhile")
+            filled = dict(self._store.groups())
+            known = {view.contract for view in groups.values() if view.group in filled}
+            try:
+                for group, view in groups.items():
+                    if group not in filled:
+                        self._fill(view, first=view.contract not in known)
+                        known.add(view.contract)
+            except Exception:
+                # What was filled would miss the records that follow; it is filled again at the next try.
+                with contextlib.suppress(UnavailableError):
+                    self._store.keep(filled)
+                raise
+            self._store.open(list(groups.values()))
+            self._store.keep(list(groups))
 
     def _fill(self, view: View, *, first: bool) -> None:
         """Fill one view's group from the lake; `first` when nothing of its contract is followed yet."""
         started = time.perf_counter()
-        version = self._lake.newest_version(view.contract)
-        followed = Followed(0, None, version) if first else self._followed.get(view.contract)
+        version = self._reserved_version(view)
+        followed = Followed(0, None, version) if first else None
         if version == NO_TABLE:
             empty = _empty(view)
-            self._store.fill(view, empty, version=version, followed=followed if first else None)
+            self._store.fill(view, empty, version=version, followed=followed)
         else:
             with self._lake.query({view.contract: version}) as query:
                 rows, watermark_us = query.stats(view.contract, view.event_time, until_us=self._until_us())
@@ -178,11 +285,25 @@ class StreamWorker:
                 content = (
                     query.tiles(view, since_us, None) if isinstance(view, WindowView) else query.rows(view, since_us)
                 )
-                self._store.fill(view, content, version=version, followed=followed if first else None)
+                self._store.fill(view, content, version=version, followed=followed)
             log.info("view %s is filled from %s@%d (%d rows)", view.name, view.contract, version, rows)
-        if followed is not None:
-            self._followed[view.contract] = followed
         FILL_SECONDS.observe(time.perf_counter() - started)
+
+    def _reserved_version(self, view: View) -> int:
+        """The table's newest version, with the store told that the view will be filled from it."""
+        for _try in range(RESERVE_TRIES):
+            version = self._lake.newest_version(view.contract)
+            if self._store.reserve(view, version):
+                return version
+        raise UnavailableError("TABLE_MOVES", f"table {view.contract!r} gets batches faster than it can be looked at")
+
+    def _forget(self, gap: _GapError) -> None:
+        """Have the contract's groups filled anew; the lake has what the bus lost."""
+        assert self._definitions is not None
+        with self._store.exclusive():
+            kept = [view.group for view in self._definitions.views if view.contract != gap.contract]
+            self._store.keep(kept)
+        self._gaps[gap.place] = gap.offset
 
     def _until_us(self) -> int:
         return to_us(self._clock.now()) + self._settings.max_event_ahead_s * 1_000_000
@@ -197,12 +318,13 @@ class StreamWorker:
         return (before_us - view.reach_us) // view.hop_us * view.hop_us
 
     def _apply(self, messages: Sequence[Message], definitions: Definitions) -> None:
+        self._check_gaps(messages)
         reading = read_messages(messages, self._store.is_seen)
         change = plan_change(reading, definitions, cuts=self._cuts, followed=self._followed, until_us=self._until_us())
-        self._store.apply(change)
+        self._store.apply(replace(change, starts={p: self._positions.get(p, 0) for p in change.positions}))
         self._positions.update(change.positions)
+        self._mine.update(change.positions)
         self._followed.update(change.followed)
-        self._serving.followed = dict(self._followed)
         now_ms = time.time_ns() // 1_000_000
         for message in messages:
             FRESHNESS.observe(max(0, now_ms - message.timestamp_ms) / 1000)
@@ -210,6 +332,16 @@ class StreamWorker:
             if followed.watermark_us is not None:
                 WATERMARK.labels(contract).set(followed.watermark_us / 1e6)
                 self._prune(contract, followed.watermark_us, definitions)
+
+    def _check_gaps(self, messages: Sequence[Message]) -> None:
+        """Offsets of a partition follow each other; where the first one read jumps, the bus has dropped what was not applied."""
+        first: dict[TopicPartition, Message] = {}
+        for message in messages:
+            first.setdefault(message.place, message)
+        for place, message in first.items():
+            expected = self._positions.get(place, 0)
+            if expected < message.offset and place in self._positions and message.offset > self._gaps.get(place, 0):
+                raise _GapError(message.topic.removeprefix(records_topic("")), place, message.offset)
 
     def _prune(self, contract: str, watermark_us: int, definitions: Definitions) -> None:
         last_us = self._pruned_us.setdefault(contract, watermark_us)
@@ -220,10 +352,10 @@ class StreamWorker:
         for view in {view.group: view for view in definitions.views if view.contract == contract}.values():
             self._store.prune(view, before_us)
 
-    def note_lag(self, ends: Mapping[TopicPartition, int]) -> None:
+    def note_lag(self, ends: Mapping[TopicPartition, int], positions: Mapping[TopicPartition, int]) -> None:
         """Export how many messages wait, from the topics' ends."""
         for place, end in ends.items():
-            LAG.labels(place.topic.removeprefix(records_topic(""))).set(max(0, end - self._positions.get(place, 0)))
+            LAG.labels(place.topic.removeprefix(records_topic(""))).set(max(0, end - positions.get(place, 0)))
 
     async def _close(self) -> None:
         if self._subscription is not None:

@@ -1,0 +1,184 @@
+"""One change to the online store in Redis: what it needs to know, and the commands that make it."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from millrace_kit.bus import TopicPartition
+
+from millrace_feature.redis_layout import CHUNK_HOPS, Group, Keys, Progress, Run, pack_row, parse_groups, unpack_row
+from millrace_feature.rows import Row, order_of
+from millrace_feature.store import Change, Followed, StoreFillingError, StoreMovedError
+from millrace_feature.tiles import Tiles
+
+SEEN_PER_SOURCE = 10_000
+"""Batches remembered per source. Ingestion's offsets rise per source, so an older one than these was applied."""
+COMMANDS = 2_000
+"""Commands of one round trip while a change is read or a group is filled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tiles that go into one hash field."""
+
+    entity: str
+    chunk: int
+    run: Run
+
+
+def pieces(tiles: Tiles) -> Iterator[Piece]:
+    """`tiles`, cut by entity and hash field."""
+    if not len(tiles):
+        return
+    chunks = tiles.hops // CHUNK_HOPS
+    edges = np.flatnonzero(
+        np.r_[True, (tiles.codes[1:] != tiles.codes[:-1]) | (chunks[1:] != chunks[:-1]), True]
+    ).tolist()
+    for start, end in pairwise(edges):
+        run = Run(tiles.hops[start:end], tiles.stats.part(start, end))
+        yield Piece(tiles.keys[int(tiles.codes[start])], int(chunks[start]), run)
+
+
+def in_parts(items: Iterable[Any], size: int = COMMANDS) -> Iterator[list[Any]]:
+    """`items` in lists of at most `size`."""
+    part: list[Any] = []
+    for item in items:
+        part.append(item)
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+class ChangeWriter:
+    """Prepares and writes one change; made anew for each attempt.
+
+    Args:
+        client: a client of its own connections; reads go through it while the transaction's connection watches.
+        keys: names of keys.
+        opened: the groups this replica relies on.
+        change: the change.
+    """
+
+    def __init__(self, client: Any, keys: Keys, opened: Mapping[str, Group], change: Change) -> None:
+        self._client = client
+        self._keys = keys
+        self._opened = opened
+        self._change = change
+        self._tiles: list[tuple[Group, Piece, bytes | None]] = []
+        self._rows: list[tuple[Group, Row, bytes | None]] = []
+        self._progress: dict[str, Progress] = {}
+
+    def watched(self) -> list[str]:
+        """Keys whose change by another makes the transaction fail."""
+        return [self._keys.groups, *sorted({self._keys.positions(place.topic) for place in self._change.positions})]
+
+    def read(self) -> None:
+        """Look at what stands in Redis.
+
+        Raises:
+            StoreMovedError, StoreFillingError: see `OnlineStore.apply`.
+        """
+        change = self._change
+        topics = sorted({place.topic for place in change.positions})
+        contracts = sorted(change.groups)
+        pipe = self._client.pipeline(transaction=False)
+        pipe.hgetall(self._keys.groups)
+        pipe.hmget(self._keys.followed, contracts or [""])
+        for topic in topics:
+            pipe.hgetall(self._keys.positions(topic))
+        standing, progress, *positions = pipe.execute()
+        self._check_positions(dict(zip(topics, positions, strict=True)))
+        self._check_groups(parse_groups(standing))
+        for contract, text in zip(contracts, progress, strict=False):
+            self._progress[contract] = Progress.parse(text) if text is not None else Progress(Followed())
+            base = change.base.get(contract)
+            if base is not None and base.version != self._progress[contract].followed.version:
+                raise StoreMovedError(f"contract {contract} was filled anew")
+        self._read_tiles()
+        self._read_rows()
+
+    def _check_positions(self, found: Mapping[str, Mapping[bytes, bytes]]) -> None:
+        for place in self._change.positions:
+            stored = int(found[place.topic].get(str(place.partition).encode(), b"0"))
+            if stored != self._change.starts.get(place, 0):
+                raise StoreMovedError(f"{place.topic}/{place.partition} stands at {stored}: another replica reads it")
+
+    def _check_groups(self, standing: Mapping[str, Group]) -> None:
+        for contract, planned in self._change.groups.items():
+            mine = {name: group for name, group in standing.items() if group.contract == contract}
+            if any(group.state == "filling" for group in mine.values()):
+                raise StoreFillingError(contract)
+            ids = {name: group.id for name, group in mine.items() if group.state == "ready"}
+            if ids != {name: self._opened[name].id for name in planned if name in self._opened}:
+                raise StoreMovedError(f"groups of contract {contract} have changed")
+
+    def _read_tiles(self) -> None:
+        for name, tiles in self._change.tiles:
+            group = self._opened[name]
+            for part in in_parts(pieces(tiles)):
+                pipe = self._client.pipeline(transaction=False)
+                for piece in part:
+                    pipe.hget(self._keys.tiles(group.id, piece.entity), piece.chunk)
+                self._tiles += [(group, piece, old) for piece, old in zip(part, pipe.execute(), strict=True)]
+
+    def _read_rows(self) -> None:
+        for name, rows in self._change.rows:
+            group = self._opened[name]
+            for part in in_parts(rows):
+                pipe = self._client.pipeline(transaction=False)
+                for row in part:
+                    pipe.zrangebyscore(self._keys.rows(group.id, row.key), row.time_us, row.time_us)
+                for row, old in zip(part, pipe.execute(), strict=True):
+                    if not old or order_of(row.values) > order_of(unpack_row(old[0])[1]):
+                        self._rows.append((group, row, old[0] if old else None))
+
+    def write(self, pipe: Any) -> None:
+        """Add the commands to the transaction `pipe`."""
+        entities: dict[str, set[str]] = {}
+        for group, piece, old in self._tiles:
+            run = piece.run if old is None else Run.unpack(old, group.columns).merged(piece.run)
+            pipe.hset(self._keys.tiles(group.id, piece.entity), piece.chunk, run.pack())
+            entities.setdefault(group.id, set()).add(piece.entity)
+        for group, row, loser in self._rows:
+            key = self._keys.rows(group.id, row.key)
+            if loser is not None:
+                pipe.zrem(key, loser)
+            pipe.zadd(key, {pack_row(row.time_us, row.values): row.time_us})
+            entities.setdefault(group.id, set()).add(row.key)
+        for group_id, names in entities.items():
+            pipe.sadd(self._keys.entities(group_id), *names)
+        self._write_progress(pipe)
+        for contract, source, offset in self._change.seen:
+            pipe.zadd(self._keys.seen(contract, source), {str(offset): offset})
+        for contract, source in {(contract, source) for contract, source, _offset in self._change.seen}:
+            pipe.zremrangebyrank(self._keys.seen(contract, source), 0, -SEEN_PER_SOURCE - 1)
+        write_positions(pipe, self._keys, self._change.positions)
+
+    def _write_progress(self, pipe: Any) -> None:
+        """Add what the change moved to what stands: another partition of the contract may have moved it meanwhile."""
+        for contract, before in self._progress.items():
+            moved, base = self._change.followed.get(contract), self._change.base.get(contract, Followed())
+            stood = before.followed
+            followed = stood
+            if moved is not None:
+                newest = [us for us in (stood.watermark_us, moved.watermark_us) if us is not None]
+                watermark_us = max(newest) if newest else None
+                followed = Followed(stood.records + moved.records - base.records, watermark_us, stood.version)
+            applied = max(before.applied, self._change.versions[contract])
+            pipe.hset(self._keys.followed, contract, Progress(followed, applied).text())
+
+
+def write_positions(pipe: Any, keys: Keys, positions: Mapping[TopicPartition, int]) -> None:
+    """Add the commands that keep `positions`."""
+    for place, offset in positions.items():
+        pipe.sadd(keys.topics(), place.topic)
+        pipe.hset(keys.positions(place.topic), str(place.partition), offset)
+
+
+def group_commands(content: Tiles | Sequence[Row]) -> Iterable[Any]:
+    """What a fill writes: pieces of tiles, or rows."""
+    return pieces(content) if isinstance(content, Tiles) else content
