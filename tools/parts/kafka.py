@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from uuid import uuid4
 
@@ -68,8 +69,23 @@ def fetch() -> Path:
     return folder
 
 
-def start_kafka(folder: Path, *, owner_pid: int | None = None, port: int = 0) -> Server:
-    """A broker on loopback; the address is its `host:port`. Starting again in a used `folder` keeps the data."""
+def start_kafka(
+    folder: Path,
+    *,
+    owner_pid: int | None = None,
+    port: int = 0,
+    listeners: Mapping[str, int] | None = None,
+    properties: Sequence[str] = (),
+) -> Server:
+    """A broker on loopback; the address is its `host:port`. Starting again in a used `folder` keeps the data.
+
+    Args:
+        folder: what it keeps.
+        owner_pid: process it ends with; this one when None.
+        port: of the plain listener; 0 takes a free one.
+        listeners: further listeners, port by security protocol (`SASL_SSL`).
+        properties: further lines of server.properties.
+    """
     reason = missing()
     if reason:
         raise PartError(f"kafka {reason}")
@@ -77,8 +93,9 @@ def start_kafka(folder: Path, *, owner_pid: int | None = None, port: int = 0) ->
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "server.pid").unlink(missing_ok=True)
     port = port or free_port()
-    properties = folder / "server.properties"
-    properties.write_text(_properties(folder / "data", port, free_port()), encoding="utf-8")
+    config = folder / "server.properties"
+    text = _properties(folder / "data", port, free_port(), listeners or {})
+    config.write_text("\n".join([text, *properties, ""]), encoding="utf-8")
     (folder / "log4j2.xml").write_text(_LOGGING, encoding="utf-8")
     java = [
         "java",
@@ -89,13 +106,13 @@ def start_kafka(folder: Path, *, owner_pid: int | None = None, port: int = 0) ->
     ]
     java += ["-cp", classes]
     if not (folder / "data" / "meta.properties").exists():
-        storage = [*java, "kafka.tools.StorageTool", "format", "-t", "millrace-tests-00000w", "-c", str(properties)]
+        storage = [*java, "kafka.tools.StorageTool", "format", "-t", "millrace-tests-00000w", "-c", str(config)]
         done = subprocess.run(storage, check=False, capture_output=True, text=True, timeout=120)
         if done.returncode:
             raise PartError(f"Kafka could not format its folder:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return start(
         "kafka",
-        [*java, "kafka.Kafka", str(properties)],
+        [*java, "kafka.Kafka", str(config)],
         address=f"127.0.0.1:{port}",
         folder=folder,
         ready=lambda: listening(port),
@@ -103,13 +120,16 @@ def start_kafka(folder: Path, *, owner_pid: int | None = None, port: int = 0) ->
     )
 
 
-def _properties(data: Path, port: int, controller_port: int) -> str:
+def _properties(data: Path, port: int, controller_port: int, more: Mapping[str, int]) -> str:
+    further = "".join(f",{name}://127.0.0.1:{number}" for name, number in more.items())
+    protocols = "".join(f",{name}:{name}" for name in more)
     return f"""process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:{controller_port}
 controller.listener.names=CONTROLLER
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT{protocols}
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}{further}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port}{further}
 log.dirs={data}
 auto.create.topics.enable=false
 num.partitions=1

@@ -3,7 +3,14 @@
 from pathlib import Path
 
 import pytest
-from millrace_kit.settings import BusSettings, ServiceSettings, SettingsError, load_settings, parse_settings
+from millrace_kit.settings import (
+    BusSettings,
+    KafkaSecurity,
+    ServiceSettings,
+    SettingsError,
+    load_settings,
+    parse_settings,
+)
 from pydantic import ValidationError
 
 
@@ -60,9 +67,9 @@ def test_settings_do_not_change() -> None:
 
 
 def test_every_setting_is_explained() -> None:
-    for block in (ServiceSettings, BusSettings):
+    for block in (ServiceSettings, BusSettings, KafkaSecurity):
         assert [
             name
             for name, field in block.model_fields.items()
-            if not field.description and name not in {"tls", "bus", "telemetry"}
+            if not field.description and name not in {"tls", "bus", "telemetry", "security"}
         ] == []

@@ -33,6 +33,35 @@ class TlsSettings(Settings):
     """Authorities that may have signed the peers' certificates; more than one while an authority is replaced."""
 
 
+class KafkaSecurity(Settings):
+    """How this process connects to Kafka's brokers."""
+
+    protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    """Kafka's own name of the listener's kind."""
+    ca_file: str = ""
+    """Authorities of the brokers' certificates (PEM), for SSL; empty takes the system's."""
+    cert_file: str = ""
+    """Own certificate chain (PEM), where brokers ask for one."""
+    key_file: str = ""
+    """Own private key (PEM)."""
+    check_hostname: bool = True
+    """Whether a broker's certificate must carry the name it is reached by."""
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "PLAIN"
+    """How name and password are proven, for SASL."""
+    username: str = ""
+    """Name, for SASL."""
+    password: str = Field(default="", repr=False)
+    """Password, for SASL; a reference such as `${file:/path}` in a settings file."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.protocol.startswith("SASL") and not (self.username and self.password):
+            raise ValueError(f"{self.protocol} needs username and password")
+        if bool(self.cert_file) != bool(self.key_file):
+            raise ValueError("cert_file and key_file go together")
+        return self
+
+
 class BusSettings(Settings):
     """Where facts go."""
 
@@ -46,6 +75,13 @@ class BusSettings(Settings):
     """Partitions of a topic this process has to make (Kafka)."""
     replication_factor: int = Field(default=1, ge=1, le=7)
     """Replicas of a topic this process has to make (Kafka)."""
+    create_topics: bool = True
+    """Whether this process makes topics that are not there (Kafka); without, a missing one is UNAVAILABLE and named."""
+    topic_configs: dict[str, str] = Field(default_factory=dict)
+    """Kafka's options of a topic this process has to make, for example `retention.ms`."""
+    security: KafkaSecurity = KafkaSecurity()
+    embedded_in_cluster: bool = False
+    """Whether the embedded log may run in a pod. Pods share no disk: each would have a bus of its own, so this is for experiments."""
     request_timeout_s: float = Field(default=10.0, gt=0, le=300)
     """Longest wait for one answer of the bus."""
 

@@ -5,12 +5,14 @@ with `starts` (sharing the partitions with the others of its group), or it names
 message may come twice and must change nothing the second time.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from millrace_kit.bus.topics import DRIFT, MODELS, PREDICTIONS, TRAINING, records_topic
 from millrace_kit.clock import uuid7
+from millrace_kit.errors import FailedPreconditionError
 from millrace_kit.settings import BusSettings
 from millrace_kit.telemetry import trace_headers
 
@@ -19,6 +21,8 @@ __all__ = [
     "open_bus", "records_topic",
 ]  # fmt: skip
 
+# The kubelet sets it in every pod.
+IN_CLUSTER = "KUBERNETES_SERVICE_HOST"
 PROTOBUF = b"application/x-protobuf"
 
 
@@ -118,12 +122,23 @@ class Bus(Protocol):
         ...
 
 
-async def open_bus(settings: BusSettings) -> Bus:
-    """The bus that `settings` name."""
+async def open_bus(settings: BusSettings, environment: Mapping[str, str] | None = None) -> Bus:
+    """The bus that `settings` name; `environment` is the process's own when None.
+
+    Raises:
+        FailedPreconditionError: the settings name no broker, or ask for the embedded log in a pod.
+        UnavailableError: the bus does not answer.
+    """
     if settings.kind == "kafka":
         from millrace_kit.bus.kafka_bus import KafkaBus
 
         return await KafkaBus.open(settings)
+    if IN_CLUSTER in (os.environ if environment is None else environment) and not settings.embedded_in_cluster:
+        raise FailedPreconditionError(
+            "EMBEDDED_BUS_IN_CLUSTER",
+            "bus.kind is embedded and this is a pod: pods share no log; set bus.kind to kafka",
+            {"variable": IN_CLUSTER},
+        )
     from millrace_kit.bus.embedded import EmbeddedBus
 
     return await EmbeddedBus.open(settings)

@@ -23,7 +23,7 @@ from kafka.errors import KafkaError, MessageSizeTooLargeError, TopicAlreadyExist
 
 from millrace_kit.bus import Message, Outgoing, Starts, TopicPartition
 from millrace_kit.errors import FailedPreconditionError, UnavailableError
-from millrace_kit.settings import BusSettings
+from millrace_kit.settings import BusSettings, KafkaSecurity
 from millrace_kit.telemetry import BUS_CONSUMED, BUS_PUBLISHED
 
 log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class KafkaBus:
             if self._producer is None:
                 timeout_ms = int(self._settings.request_timeout_s * 1000)
                 self._producer = kafka.KafkaProducer(
-                    **_connection(self._settings),
+                    **kafka_options(self._settings),
                     metrics_enabled=False,
                     acks="all",
                     enable_idempotence=True,
@@ -175,7 +175,7 @@ class KafkaBus:
         wanted = [topic for topic in topics if topic not in self._known_topics]
         if not wanted:
             return
-        admin = KafkaAdminClient(**_connection(self._settings))
+        admin = KafkaAdminClient(**kafka_options(self._settings))
         try:
             left_ms = max(1, int((deadline - time.monotonic()) * 1000))
             there = set(admin.list_topics())
@@ -183,11 +183,15 @@ class KafkaBus:
                 topic: {
                     "num_partitions": self._settings.partitions,
                     "replication_factor": self._settings.replication_factor,
-                    "configs": {"max.message.bytes": str(MAX_MESSAGE_BYTES)},
+                    "configs": {"max.message.bytes": str(MAX_MESSAGE_BYTES), **self._settings.topic_configs},
                 }
                 for topic in wanted
                 if topic not in there
             }
+            if missing and not self._settings.create_topics:
+                names = ", ".join(sorted(missing))
+                message = f"Kafka has no topic {names}, and bus.create_topics is off: make it there"
+                raise UnavailableError("BUS_TOPIC_MISSING", message, {"topics": names})
             if missing:
                 answer = admin.create_topics(missing, timeout_ms=left_ms, raise_errors=False)
                 for topic in answer["topics"]:
@@ -288,7 +292,7 @@ class KafkaSubscription:
 
     def _start(self, at: Mapping[TopicPartition, int] | None, starts: Starts | None) -> None:
         consumer = kafka.KafkaConsumer(
-            **_connection(self._settings),
+            **kafka_options(self._settings),
             metrics_enabled=False,
             group_id=self._group,
             enable_auto_commit=False,
@@ -354,7 +358,8 @@ def _as_unavailable() -> Iterator[None]:
         raise UnavailableError("BUS_UNAVAILABLE", message) from error
 
 
-def _connection(settings: BusSettings) -> dict[str, object]:
+def kafka_options(settings: BusSettings) -> dict[str, object]:
+    """What every client of kafka-python is given to reach the brokers of `settings`."""
     timeout_ms = int(settings.request_timeout_s * 1000)
     return {
         "bootstrap_servers": list(settings.bootstrap_servers),
@@ -362,7 +367,26 @@ def _connection(settings: BusSettings) -> dict[str, object]:
         # Half, so that a lost connection is noticed and the request repeated within the whole.
         "request_timeout_ms": max(1, timeout_ms // 2),
         "reconnect_backoff_max_ms": 1000,
+        **_security(settings.security),
     }
+
+
+def _security(security: KafkaSecurity) -> dict[str, object]:
+    options: dict[str, object] = {"security_protocol": security.protocol}
+    if security.protocol.endswith("SSL"):
+        options |= {
+            "ssl_cafile": security.ca_file or None,
+            "ssl_certfile": security.cert_file or None,
+            "ssl_keyfile": security.key_file or None,
+            "ssl_check_hostname": security.check_hostname,
+        }
+    if security.protocol.startswith("SASL"):
+        options |= {
+            "sasl_mechanism": security.sasl_mechanism,
+            "sasl_plain_username": security.username,
+            "sasl_plain_password": security.password,
+        }
+    return options
 
 
 def _waves(
