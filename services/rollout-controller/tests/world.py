@@ -5,8 +5,10 @@ from datetime import UTC, datetime, timedelta
 
 import yaml
 from millrace_rollout_controller import manifest
+from millrace_rollout_controller.actions import Refused, Verb, act
 from millrace_rollout_controller.counts import Counts, Sums
 from millrace_rollout_controller.evidence import Evidence
+from millrace_rollout_controller.experiments import Comparison
 from millrace_rollout_controller.gates import GateState
 from millrace_rollout_controller.reconciler import (
     Action,
@@ -41,6 +43,7 @@ def spec(version: str, rollout: str = ROLLOUT, **fields: object) -> manifest.Spe
             "model": "flight-delay",
             "version": version,
             "server": {"replicas": 2},
+            "routing": {"sticky": {"header": "x-user-id"}},
             "rollout": yaml.safe_load(rollout),
         }
         | fields,
@@ -80,6 +83,9 @@ class World:
     """Candidate requests in the present step."""
     actions: tuple[Action, ...] = ()
     gone: bool = False
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+    acknowledged: set[float] = field(default_factory=set)
+    """Candidate weights that were in force in this trial."""
     restart: bool = True
     """Send the status through JSON between looks, as a restart does."""
 
@@ -121,6 +127,7 @@ class World:
             step=self.status.step,
             gates=[gate_state(self.verdict) for _ in self.wanted.rollout.gates],
             step_candidate=Counts(requests=self.requests),
+            comparisons=self.comparisons,
         )
 
     def do(self) -> None:
@@ -161,9 +168,56 @@ class World:
             assert self.in_force is not None
             assert self.in_force.weight(s.stable.ref.version) == 100
         raised = before.candidate and s.candidate and s.weight > before.weight > 0 and s.trial == before.trial
-        if raised and not before.forced:
+        gated = bool(self.wanted.rollout.gates) and before.held_weight is None
+        if raised and gated and not before.forced:
             assert self.verdict == "pass"
             assert not before.paused
+        self.check_order(before)
+        self.check_strategy()
+
+    def check_order(self, before: Status) -> None:
+        """A weight is in force everywhere before the next one, and the servers are known before the first."""
+        s = self.status
+        if s.trial != before.trial:
+            self.acknowledged = set()
+        if s.candidate is None or s.route is None or before.candidate is None or s.trial != before.trial:
+            return
+        version = s.candidate.ref.version
+        if self.in_force is not None and self.in_force == before.route:
+            self.acknowledged.add(self.in_force.weight(version))
+        if s.weight != before.weight:
+            assert before.weight in self.acknowledged, f"{before.weight} was never in force, now {s.weight}"
+        if s.route.weight(version) > 0:
+            known = self.in_force or self.published
+            assert known is not None
+            assert any(arm.version == version and arm.endpoints for arm in known.arms), f"{version} is not known"
+            assert self.running.get(version), f"{version} has no servers"
+
+    def check_strategy(self) -> None:
+        """What a strategy never does."""
+        s, strategy = self.status, self.wanted.rollout.strategy
+        if s.route is None:
+            return
+        mirrored = [arm for arm in s.route.arms if arm.mirror]
+        assert len(mirrored) <= 1
+        assert all(arm.weight == 0 for arm in mirrored), "who gets copies answers nobody"
+        assert all(arm.weight == 0 and not arm.mirror for arm in s.route.arms if arm.leaving)
+        if strategy in {"BlueGreen", "Shadow"}:
+            assert {arm.weight for arm in s.route.arms} <= {0.0, 100.0}
+        if s.candidate is None:
+            assert s.weight == 0
+            assert s.route.weight(s.stable.ref.version) == 100
+            assert not mirrored
+
+    def act(self, verb: Verb, weight: float | None = None) -> Refused | None:
+        """A person's verb, as the store does it."""
+        found = act(self.wanted, self.status, verb, weight, self.now)
+        if isinstance(found, Refused):
+            return found
+        self.status = found
+        if verb == "undo" and self.wanted.version != found.undo:
+            self.apply(self.wanted.model_copy(update={"version": found.undo}))
+        return None
 
     def until(self, phase: str, ticks: int = 60) -> Status:
         for _ in range(ticks):
