@@ -80,6 +80,10 @@ generate: setup ## Make the generated code again
 lock: $(BIN)/uv ## Resolve requirements.in into requirements.lock
 	@$(BIN)/uv pip compile -q --no-header --no-annotate --no-emit-index-url --no-emit-find-links --python-version 3.11 requirements.in -o requirements.lock
 
+.PHONY: images
+images: setup ## Build every image with this machine's Docker (sizes: docs/reference/images.md)
+	@PYTHONPATH=tools $(BIN)/python -m cluster.images
+
 .PHONY: clean
 clean: ## Remove what was built and what the local run left (not the virtual environment)
 	@rm -rf build .millrace protos/src
