@@ -2,23 +2,27 @@
 
 import hashlib
 import os
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import uuid4
 
 import fsspec
 import pytest
-from millrace_kit.content import CHUNK_BYTES, ContentStore, sha256_file, sha256_tree
+from millrace_kit.content import CHUNK_BYTES, ContentStore, open_files, sha256_file, sha256_tree
 from millrace_kit.errors import DataLossError, NotFoundError
+from parts import s3
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(params=["file", "memory", pytest.param("s3", marks=pytest.mark.s3)])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ContentStore:
+    if request.param == "s3":
+        return ContentStore(request.getfixturevalue("s3_url"))
     return ContentStore(tmp_path.as_uri() if request.param == "file" else f"memory://{uuid4().hex}")
 
 
 def stored_path(store: ContentStore, digest: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    fs, root = fsspec.core.url_to_fs(store.url)
+    fs, root = open_files(store.url)
     return fs, f"{root}/sha256/{digest[:2]}/{digest}"
 
 
@@ -104,3 +108,25 @@ def test_a_trees_digest_names_paths_and_content(tmp_path: Path) -> None:
     renamed = sha256_tree(tmp_path)
     (tmp_path / "pkg" / "b.py").write_text("b")
     assert len({before, renamed, sha256_tree(tmp_path)}) == 3
+
+
+@pytest.mark.s3
+def test_an_s3_that_goes_away_is_an_os_error_in_time(tmp_path: Path) -> None:
+    server = s3.start_s3(tmp_path / "s3")
+    try:
+        with s3.in_environment(server.address):
+            store = ContentStore(f"s3://{s3.BUCKET}/store")
+            digest = store.put_bytes(b"x" * 10)
+            server.kill()
+            started = time.monotonic()
+            for call in (store.has, store.read, store.size):
+                with pytest.raises(OSError, match="did not answer"):
+                    call(digest)
+            with pytest.raises(OSError, match="did not answer"):
+                store.put_bytes(b"y")
+            assert time.monotonic() - started < 60
+            port = int(server.address.rpartition(":")[2])
+            server = s3.start_s3(tmp_path / "s3", port=port)
+            assert store.read(digest) == b"x" * 10
+    finally:
+        server.stop()

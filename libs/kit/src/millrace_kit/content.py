@@ -2,6 +2,7 @@
 
 Readers and writers use any fsspec URL (`file:///…`, `s3://…`, `memory://…`). Two services own such a store (registry: model
 artifacts; feature: training sets) and publish its URL; everybody else reads through this module, so nothing is loaded unchecked.
+A store that does not answer raises OSError, whatever library speaks to it, within about half a minute on S3.
 """
 
 import contextlib
@@ -18,6 +19,43 @@ import fsspec
 from millrace_kit.errors import DataLossError, NotFoundError
 
 CHUNK_BYTES = 1 << 20
+S3_CONNECT_TIMEOUT_S = 3
+S3_READ_TIMEOUT_S = 15
+# Tries of one request by botocore; s3fs tries the whole call a few times more.
+S3_ATTEMPTS = 2
+
+
+def open_files(url: str) -> tuple[Any, str]:
+    """The file system of an fsspec URL, and the path on it.
+
+    S3 takes credentials, region and endpoint from the AWS_* variables, as delta-rs does. Directory listings are not cached: others write.
+    """
+    if url.partition("://")[0] not in {"s3", "s3a"}:
+        fs, path = fsspec.core.url_to_fs(url)
+        return fs, path
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    fs, path = fsspec.core.url_to_fs(
+        url,
+        endpoint_url=endpoint,
+        use_listings_cache=False,
+        config_kwargs={
+            "connect_timeout": S3_CONNECT_TIMEOUT_S,
+            "read_timeout": S3_READ_TIMEOUT_S,
+            "retries": {"total_max_attempts": S3_ATTEMPTS, "mode": "standard"},
+        },
+    )
+    return fs, path
+
+
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Errors of botocore's own kind as the OSError every file system raises; s3fs passes some through."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in {"botocore", "aiobotocore"}:
+            raise OSError(f"the store did not answer: {type(error).__name__}: {error}") from error
+        raise
 
 
 def sha256_file(path: Path) -> str:
@@ -41,14 +79,15 @@ class ContentStore:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._fs, self._root = fsspec.core.url_to_fs(self.url)
+        self._fs, self._root = open_files(self.url)
 
     def _path(self, sha256: str) -> str:
         return f"{self._root}/sha256/{sha256[:2]}/{sha256}"
 
     def has(self, sha256: str) -> bool:
         """Whether the content is there."""
-        return bool(self._fs.exists(self._path(sha256)))
+        with _as_os_error():
+            return bool(self._fs.exists(self._path(sha256)))
 
     def put_file(self, path: Path) -> str:
         """Store a local file; returns its digest. Storing again is free."""
@@ -80,13 +119,14 @@ class ContentStore:
             NotFoundError: nothing has this digest.
         """
         try:
-            return int(self._fs.size(self._path(sha256)))
+            with _as_os_error():
+                return int(self._fs.size(self._path(sha256)))
         except FileNotFoundError:
             raise NotFoundError("artifact", sha256) from None
 
     def remove(self, sha256: str) -> None:
         """Remove the content; what is not there is no error. For stores whose owner knows that nobody reads it any more."""
-        with contextlib.suppress(FileNotFoundError):
+        with _as_os_error(), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(sha256))
 
     def verify(self, sha256: str) -> None:
@@ -103,11 +143,12 @@ class ContentStore:
         """Remove what writers that were killed left before `older_than`; returns how many."""
         removed = 0
         try:
-            names = self._fs.ls(f"{self._root}/incoming", detail=False)
+            with _as_os_error():
+                names = self._fs.ls(f"{self._root}/incoming", detail=False)
         except FileNotFoundError:
             return 0
         for name in names:
-            with contextlib.suppress(FileNotFoundError):  # its writer was still there and has finished
+            with _as_os_error(), contextlib.suppress(FileNotFoundError):  # its writer was still there and has finished
                 changed: datetime = self._fs.modified(name)
                 if changed.replace(tzinfo=changed.tzinfo or UTC) < older_than:
                     self._fs.rm_file(name)
@@ -124,11 +165,18 @@ class ContentStore:
         digest = hashlib.sha256()
         held = b""
         try:
-            file = self._fs.open(self._path(sha256), "rb")
+            with _as_os_error():
+                file = self._fs.open(self._path(sha256), "rb")
         except FileNotFoundError:
             raise NotFoundError("artifact", sha256) from None
+
+        def read() -> bytes:
+            with _as_os_error():
+                chunk: bytes = file.read(CHUNK_BYTES)
+            return chunk
+
         with file:
-            while chunk := file.read(CHUNK_BYTES):
+            while chunk := read():
                 digest.update(chunk)
                 if held:
                     yield held
@@ -170,21 +218,24 @@ class ContentWriter:
         self._kept = False
         self.size_bytes = 0
         """Bytes added so far."""
-        self._fs.makedirs(os.path.dirname(scratch), exist_ok=True)  # noqa: PTH120 - an fsspec path
-        self._file = self._fs.open(scratch, "wb")
+        with _as_os_error():
+            self._fs.makedirs(os.path.dirname(scratch), exist_ok=True)  # noqa: PTH120 - an fsspec path
+            self._file = self._fs.open(scratch, "wb")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._file.close()
-        if not self._kept:
-            with contextlib.suppress(FileNotFoundError):
-                self._fs.rm_file(self._scratch)
+        with _as_os_error():
+            self._file.close()
+            if not self._kept:
+                with contextlib.suppress(FileNotFoundError):
+                    self._fs.rm_file(self._scratch)
 
     def add(self, chunk: bytes) -> None:
         """Append `chunk`."""
-        self._file.write(chunk)
+        with _as_os_error():
+            self._file.write(chunk)
         self._digest.update(chunk)
         self.size_bytes += len(chunk)
 
@@ -203,12 +254,15 @@ class ContentWriter:
         if found != sha256:
             message = f"the content has digest {found}, not {sha256}"
             raise DataLossError("DIGEST_MISMATCH", message, {"sha256": sha256, "found": found})
+        with _as_os_error():
+            self._move(self._address(sha256))
+        self._kept = True
+
+    def _move(self, target: str) -> None:
         self._file.flush()
         with contextlib.suppress(AttributeError, OSError):  # only local files can be synced
             os.fsync(self._file.fileno())
         self._file.close()
-        target = self._address(sha256)
         self._fs.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH120 - an fsspec path
-        # A rename, so that a reader never sees half a file.
+        # A rename, or on object storage a copy that appears whole, so that a reader never sees half a file.
         self._fs.mv(self._scratch, target)
-        self._kept = True
