@@ -1,0 +1,1 @@
+"""Jobs of the chart; each may run any number of times."""
