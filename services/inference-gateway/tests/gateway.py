@@ -66,6 +66,7 @@ class Rollout(rollout_pb2_grpc.RolloutServiceServicer):
         self.routes = rollout_pb2.Routes()
         self.applied = -1
         self.generation = 0
+        self.seen: dict[str, str] = {}
         self._changed = asyncio.Event()
 
     def set(self, *models: rollout_pb2.ModelRoute) -> int:
@@ -78,6 +79,7 @@ class Rollout(rollout_pb2_grpc.RolloutServiceServicer):
         async def reports() -> None:
             async for request in requests:
                 self.applied = request.applied_generation
+                self.seen[request.gateway_id] = request.figures_address
 
         reading = asyncio.ensure_future(reports())
         sent = 0

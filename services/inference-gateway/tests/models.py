@@ -1,6 +1,6 @@
 """Model servers for tests: the V2 protocol and gRPC health, in this process or in one of their own.
 
-`python models.py PORT NAME [delay_ms]` runs one until it is killed. It answers every row with the sum of its features, and says
+`python models.py PORT NAME [delay_ms [host]]` runs one until it is killed. It answers every row with the sum of its features, and says
 its name in the response's `model_version`.
 """
 
@@ -64,22 +64,22 @@ class Model(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.ServerLiveResponse(live=True)
 
 
-async def start(model: Model, port: int = 0) -> tuple[grpc.aio.Server, str]:
+async def start(model: Model, port: int = 0, host: str = "127.0.0.1") -> tuple[grpc.aio.Server, str]:
     options = [("grpc.max_receive_message_length", MAX_MESSAGE), ("grpc.max_send_message_length", MAX_MESSAGE)]
     server = grpc.aio.server(options=[*options, ("grpc.so_reuseport", 0)])
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(model, server)
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
-    bound = server.add_insecure_port(f"127.0.0.1:{port}")
+    bound = server.add_insecure_port(f"{host}:{port}")
     await server.start()
-    return server, f"127.0.0.1:{bound}"
+    return server, f"{host}:{bound}"
 
 
 @contextlib.asynccontextmanager
-async def serving(model: Model, port: int = 0) -> AsyncIterator[str]:
+async def serving(model: Model, port: int = 0, host: str = "127.0.0.1") -> AsyncIterator[str]:
     """The model's address while the context is open."""
-    server, address = await start(model, port)
+    server, address = await start(model, port, host)
     try:
         yield address
     finally:
@@ -88,7 +88,7 @@ async def serving(model: Model, port: int = 0) -> AsyncIterator[str]:
 
 async def main() -> None:
     model = Model(sys.argv[2], delay_s=float(sys.argv[3]) / 1000 if len(sys.argv) > 3 else 0.0)
-    server, _address = await start(model, int(sys.argv[1]))
+    server, _address = await start(model, int(sys.argv[1]), sys.argv[4] if len(sys.argv) > 4 else "127.0.0.1")
     await server.wait_for_termination()
 
 

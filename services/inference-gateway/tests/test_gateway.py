@@ -29,72 +29,18 @@ from gateway import (
     peers,
     route,
 )
+from load import INFER, infer, infer_request, load
 from millrace_api.events.v1 import events_pb2
 from millrace_api.prediction.v1 import prediction_pb2
 from millrace_kit.bus import PREDICTIONS, open_bus
 from tritonclient.grpc import service_pb2
 from tritonclient.grpc.aio import InferenceServerClient, InferInput
 
-INFER = "/inference.GRPCInferenceService/ModelInfer"
-
-
-def infer_request(rows: int = 1, columns: int = 3) -> service_pb2.ModelInferRequest:
-    request = service_pb2.ModelInferRequest(model_name=MODEL)
-    request.inputs.add(name="features", datatype="FP32", shape=[rows, columns])
-    request.raw_input_contents.append(np.ones((rows, columns), "<f4").tobytes())
-    return request
-
-
-async def infer(channel: grpc.aio.Channel, **metadata: str) -> str:
-    """The version that answered, by what Envoy says; checked against what the model says."""
-    call = channel.unary_unary(
-        INFER,
-        request_serializer=service_pb2.ModelInferRequest.SerializeToString,
-        response_deserializer=service_pb2.ModelInferResponse.FromString,
-    )(infer_request(), timeout=5, metadata=[(k.replace("_", "-"), v) for k, v in metadata.items()])
-    response = await call
-    version = dict(await call.initial_metadata())["x-millrace-version"]
-    assert response.model_version.startswith(version)
-    return version
-
 
 @contextlib.asynccontextmanager
 async def two_versions():
     async with models.serving(models.Model("1.0.0")) as first, models.serving(models.Model("1.1.0")) as second:
         yield first, second
-
-
-class Counts:
-    """What a load did so far."""
-
-    def __init__(self) -> None:
-        self.done = 0
-        self.errors: list[grpc.aio.AioRpcError] = []
-
-    async def grow(self, by: int) -> None:
-        wanted = self.done + by
-        await eventually(lambda: asyncio.sleep(0, self.done >= wanted), f"{by} more requests")
-
-
-@contextlib.asynccontextmanager
-async def load(g, clients: int = 4):
-    counts = Counts()
-
-    async def call() -> None:
-        while True:
-            try:
-                await infer(g.public_channel, x_millrace_model=MODEL, x_user=str(counts.done))
-            except grpc.aio.AioRpcError as error:
-                counts.errors.append(error)
-            counts.done += 1
-
-    tasks = [asyncio.create_task(call()) for _ in range(clients)]
-    try:
-        yield counts
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_unmodified_triton_client() -> None:

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from millrace_inference_gateway.routes import MAX_ENDPOINTS, Arm, Endpoint, RouteTable, Service
 
 IPV4, IPV6 = "IPv4", "IPv6"
+GRPC_PORT = "grpc"
 SERVICE_LABEL = "kubernetes.io/service-name"
 
 
@@ -52,13 +53,18 @@ class Pod:
     terminating: bool = False
 
 
+Ports: TypeAlias = tuple[tuple[str, int], ...]
+"""Name and number of the ports of a slice's pods."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """One EndpointSlice: the Service it belongs to and its pods by address."""
+    """One EndpointSlice: the Service it belongs to, its pods by address, and their ports."""
 
     service: str
     family: str
     pods: Mapping[str, Pod]
+    ports: Ports = ()
 
 
 def read_slice(item: Mapping[str, Any]) -> Slice:
@@ -75,7 +81,8 @@ def read_slice(item: Mapping[str, Any]) -> Slice:
             if _is_ip(address):
                 pods[address] = pod
     labels = item["metadata"].get("labels") or {}
-    return Slice(labels.get(SERVICE_LABEL, ""), family, pods)
+    ports = tuple((port.get("name") or "", port["port"]) for port in item.get("ports") or () if port.get("port"))
+    return Slice(labels.get(SERVICE_LABEL, ""), family, pods, ports)
 
 
 def _is_ip(text: str) -> bool:
@@ -86,25 +93,34 @@ def _is_ip(text: str) -> bool:
     return True
 
 
-def pods_in_rotation(slices: Iterable[Slice]) -> tuple[str, ...]:
-    """Addresses of a Service that should take new requests, sorted.
+def pods_in_rotation(slices: Iterable[Slice]) -> tuple[tuple[str, Ports], ...]:
+    """Addresses of a Service that should take new requests, with their ports, sorted.
 
     Ready pods. When there is none, those that still serve though they terminate. When there is none of them either, those that are
     not said to be ready: a node that lost the API server has all its pods unready there while they answer, and Envoy's own health
     checks know better.
     """
-    pods: dict[str, dict[str, Pod]] = {IPV4: {}, IPV6: {}}
+    ranks: dict[str, dict[tuple[str, Ports], int]] = {IPV4: {}, IPV6: {}}
     for each in slices:
+        known = ranks.setdefault(each.family, {})
         for address, pod in each.pods.items():
-            known = pods.setdefault(each.family, {})
             # A pod that moves between slices is in two of them for a moment, with what was known of it then and now.
-            if address not in known or _rank(pod) < _rank(known[address]):
-                known[address] = pod
+            known[address, each.ports] = min(_rank(pod), known.get((address, each.ports), _UNUSABLE))
     # A Service of two families lists every pod twice.
-    found = pods[IPV4] or pods[IPV6]
-    best = min(map(_rank, found.values()), default=_UNUSABLE)
-    chosen = sorted(address for address, pod in found.items() if _rank(pod) == best < _UNUSABLE)
-    return tuple(chosen[:MAX_ENDPOINTS])
+    found = ranks[IPV4] or ranks[IPV6]
+    best = min(found.values(), default=_UNUSABLE)
+    return tuple(sorted(place for place, rank in found.items() if rank == best < _UNUSABLE)[:MAX_ENDPOINTS])
+
+
+def pod_port(ports: Ports, wanted: int) -> int:
+    """The port of a pod that `wanted`, a port of its Service, leads to.
+
+    A Service may give its port another number at the pods; the model server's is then the one named `grpc`, or the only one.
+    """
+    numbers = dict(ports)
+    if not ports or wanted in numbers.values():
+        return wanted
+    return numbers.get(GRPC_PORT, ports[0][1] if len(ports) == 1 else wanted)
 
 
 _UNUSABLE = 3
@@ -131,7 +147,7 @@ class SliceEndpoints:
     synced: bool = False
     """Whether the API server has answered in this run."""
     _slices: dict[str, Slice] = field(default_factory=dict)
-    _rotation: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _rotation: dict[str, tuple[tuple[str, Ports], ...]] = field(default_factory=dict)
     _listeners: list[Callable[[], None]] = field(default_factory=list)
 
     def endpoints(self, arm: Arm) -> tuple[Endpoint, ...]:
@@ -139,19 +155,15 @@ class SliceEndpoints:
         service = arm.service
         if service is None or service.namespace != self.namespace:
             return arm.endpoints
-        addresses = self._rotation.get(service.name)
-        if addresses is not None:
-            return tuple(Endpoint(address, service.port) for address in addresses)
+        pods = self._rotation.get(service.name)
+        if pods is not None:
+            return tuple(dict.fromkeys(Endpoint(address, pod_port(ports, service.port)) for address, ports in pods))
         remembered = () if self.synced else self.remembered.get(service, ())
         return tuple(dict.fromkeys((*arm.endpoints, *remembered)))
 
     def on_changed(self, listener: Callable[[], None]) -> None:
         """Have `listener` called after a change."""
         self._listeners.append(listener)
-
-    def counts(self) -> dict[str, int]:
-        """Pods in rotation by Service."""
-        return {name: len(addresses) for name, addresses in self._rotation.items()}
 
     def replace(self, items: Iterable[Mapping[str, Any]]) -> None:
         """Take a whole list in the place of what was known."""
