@@ -100,3 +100,38 @@ spec:
     - name: tmp
       emptyDir: {sizeLimit: 64Mi}
 {{- end -}}
+
+{{/* Init container that ends when the dependencies of a service answer: `root`, `component`, `values`. */}}
+{{- define "millrace.wait" -}}
+{{- $image := .root.Values.bootstrap -}}
+- name: wait
+  image: {{ include "millrace.image" (dict "root" .root "image" $image.image) }}
+  imagePullPolicy: {{ .root.Values.images.pullPolicy }}
+  command: [millrace-bootstrap, wait, --config, /etc/millrace/wait.yaml]
+  {{- include "millrace.containerSecurity" .root | nindent 2 }}
+  env:
+    {{- include "millrace.environment" (dict "root" .root "values" .values "component" .component) | nindent 4 }}
+  {{- include "millrace.environmentFrom" (dict "root" .root "component" .component) | nindent 2 }}
+  resources:
+    {{- toYaml $image.resources | nindent 4 }}
+  volumeMounts:
+    {{- include "millrace.mounts" (dict "root" .root "component" .component) | nindent 4 }}
+    - {name: config, mountPath: /etc/millrace/wait.yaml, subPath: wait.yaml, readOnly: true}
+{{- end -}}
+
+{{/* Settings of `millrace-bootstrap wait` for one service: `root`, `component`. */}}
+{{- define "millrace.waitSettings" -}}
+bus:
+  {{- include "millrace.bus" (dict "root" .root "secured" (has "kafka" .component.uses)) | nindent 2 }}
+wait:
+  kafka: {{ has "kafka" .component.uses }}
+  {{- if has "postgres" .component.uses }}
+  postgres: ["${file:/etc/millrace/secrets/database-url}"]
+  {{- end }}
+  {{- if has "redis" .component.uses }}
+  redis: ["${file:/etc/millrace/secrets/redis-url}"]
+  {{- end }}
+  {{- if has "objectStorage" .component.uses }}
+  buckets: ["s3://{{ .root.Values.objectStorage.bucket }}"]
+  {{- end }}
+{{- end -}}

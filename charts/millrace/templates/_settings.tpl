@@ -90,4 +90,8 @@ metadata:
 data:
   config.yaml: |
     {{- include "millrace.settings" . | nindent 4 }}
+  {{- if and .root.Values.bootstrap.wait $component.uses }}
+  wait.yaml: |
+    {{- include "millrace.waitSettings" (dict "root" .root "component" $component) | nindent 4 }}
+  {{- end }}
 {{- end -}}

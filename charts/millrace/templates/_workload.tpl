@@ -62,6 +62,10 @@ spec:
       {{- include "millrace.pullSecrets" $root | nindent 6 }}
       {{- include "millrace.placement" (dict "values" $values "named" $named) | nindent 6 }}
       terminationGracePeriodSeconds: {{ add $values.shutdownDelaySeconds (mul 2 $values.drainSeconds) (.graceSeconds | default 0) 15 }}
+      {{- if and $root.Values.bootstrap.wait $component.uses }}
+      initContainers:
+        {{- include "millrace.wait" (dict "root" $root "component" $component "values" $values) | nindent 8 }}
+      {{- end }}
       containers:
         - name: {{ $component.name }}
           image: {{ include "millrace.image" (dict "root" $root "image" $values.image) }}
@@ -294,4 +298,9 @@ spec:
     - name: metrics
       port: 9090
       targetPort: metrics
+    {{- if eq .key "gateway" }}
+    - name: stats
+      port: 9091
+      targetPort: stats
+    {{- end }}
 {{- end -}}
