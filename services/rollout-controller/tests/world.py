@@ -78,6 +78,9 @@ class World:
     published: Route | None = None
     in_force: Route | None = None
     acknowledges: bool = True
+    lag: int = 0
+    """Looks that pass before the gateways have a route."""
+    on_the_way: list[Route | None] = field(default_factory=list)
     verdict: str = "undecided"
     requests: int = 0
     """Candidate requests in the present step."""
@@ -145,8 +148,10 @@ class World:
             for route in (self.in_force, self.published):
                 assert route is None or all(arm.version != version for arm in route.arms), f"{version} stopped in use"
         self.running = wanted
-        if self.acknowledges:
-            self.in_force = self.published
+        self.on_the_way.append(self.published)
+        if self.acknowledges and len(self.on_the_way) > self.lag:
+            self.in_force = self.on_the_way[-1 - self.lag]
+        del self.on_the_way[: -1 - self.lag]
 
     def check(self, before: Status) -> None:
         """What must hold after every look, whatever happened."""
@@ -157,8 +162,8 @@ class World:
             assert len(set(versions)) == len(versions)
             if s.failed is not None:
                 assert s.route.weight(s.failed.version) == 0 or s.stable.ref.version == s.failed.version
-        on_trial = before.candidate is not None and before.weight > 0 and s.trial == before.trial
-        if on_trial and self.verdict == "fail" and not self.deleting:
+        on_trial = before.candidate is not None and before.entered and s.trial == before.trial
+        if on_trial and self.verdict == "fail" and self.wanted.rollout.gates and not self.deleting:
             assert s.candidate is None or s.trial != before.trial
             assert s.route is None or s.route.weight(before.candidate.ref.version) == 0
         promoted = before.stable and s.stable and before.stable.ref.version != s.stable.ref.version
