@@ -9,7 +9,8 @@
 {{- if include "millrace.brings" (dict "root" . "name" "kafka") -}}
 {{- list (printf "%s-kafka.%s.svc:9092" (include "millrace.fullname" .) .Release.Namespace) | toYaml -}}
 {{- else -}}
-{{- required "kafka.bootstrapServers: is needed, for example [kafka:9092], unless dependencies.enabled brings a broker" .Values.kafka.bootstrapServers | toYaml -}}
+{{- if not .Values.kafka.bootstrapServers }}{{ fail "kafka.bootstrapServers: is needed, for example [kafka:9092], unless dependencies.enabled brings a broker" }}{{ end -}}
+{{- .Values.kafka.bootstrapServers | toYaml -}}
 {{- end -}}
 {{- end -}}
 
