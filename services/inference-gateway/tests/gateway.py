@@ -23,7 +23,7 @@ from millrace_api.rollout.v1 import rollout_pb2, rollout_pb2_grpc
 from millrace_inference_gateway.settings import GatewaySettings
 from millrace_kit.errors import InvalidArgumentError
 from millrace_kit.server import Service, running
-from millrace_kit.settings import ServiceSettings, load_settings
+from millrace_kit.settings import ServiceSettings, TlsSettings, load_settings
 
 HERE = Path(__file__).parent
 MODEL = "flight-delay"
@@ -67,6 +67,8 @@ class Rollout(rollout_pb2_grpc.RolloutServiceServicer):
         self.applied = -1
         self.generation = 0
         self.seen: dict[str, str] = {}
+        # By gateway: the generation it has, and when it said so.
+        self.acknowledged: dict[str, tuple[int, float]] = {}
         self._changed = asyncio.Event()
 
     def set(self, *models: rollout_pb2.ModelRoute) -> int:
@@ -80,6 +82,7 @@ class Rollout(rollout_pb2_grpc.RolloutServiceServicer):
             async for request in requests:
                 self.applied = request.applied_generation
                 self.seen[request.gateway_id] = request.figures_address
+                self.acknowledged[request.gateway_id] = request.applied_generation, time.monotonic()
 
         reading = asyncio.ensure_future(reports())
         sent = 0
@@ -116,12 +119,14 @@ class Features(feature_pb2_grpc.FeatureServiceServicer):
 
 
 @contextlib.asynccontextmanager
-async def peers(rollout: Rollout, features: Features, ports: Sequence[int]) -> AsyncIterator[None]:
+async def peers(
+    rollout: Rollout, features: Features, ports: Sequence[int], tls: TlsSettings | None = None
+) -> AsyncIterator[None]:
     one = Service("rollout", [lambda s: rollout_pb2_grpc.add_RolloutServiceServicer_to_server(rollout, s)])
     two = Service("feature", [lambda s: feature_pb2_grpc.add_FeatureServiceServicer_to_server(features, s)])
     async with (
-        running(one, ServiceSettings(listen=f"127.0.0.1:{ports[0]}", drain_s=0)),
-        running(two, ServiceSettings(listen=f"127.0.0.1:{ports[1]}", drain_s=0)),
+        running(one, ServiceSettings(listen=f"127.0.0.1:{ports[0]}", drain_s=0, tls=tls)),
+        running(two, ServiceSettings(listen=f"127.0.0.1:{ports[1]}", drain_s=0, tls=tls)),
     ):
         yield
 

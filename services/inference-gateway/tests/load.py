@@ -18,13 +18,13 @@ def infer_request(rows: int = 1, columns: int = 3) -> service_pb2.ModelInferRequ
     return request
 
 
-async def infer(channel: grpc.aio.Channel, **metadata: str) -> str:
+async def infer(channel: grpc.aio.Channel, *, timeout_s: float = 5, **metadata: str) -> str:
     """The version that answered, by what Envoy says; checked against what the model says."""
     call = channel.unary_unary(
         INFER,
         request_serializer=service_pb2.ModelInferRequest.SerializeToString,
         response_deserializer=service_pb2.ModelInferResponse.FromString,
-    )(infer_request(), timeout=5, metadata=[(k.replace("_", "-"), v) for k, v in metadata.items()])
+    )(infer_request(), timeout=timeout_s, metadata=[(k.replace("_", "-"), v) for k, v in metadata.items()])
     response = await call
     version = dict(await call.initial_metadata())["x-millrace-version"]
     assert response.model_version.startswith(version)

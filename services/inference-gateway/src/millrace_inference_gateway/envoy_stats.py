@@ -1,4 +1,4 @@
-"""The listener for the kubelet and Prometheus: two pages of Envoy's admin page, and nothing else of it."""
+"""The listener for the kubelet and Prometheus: two pages of Envoy's admin page, whether it lives, and nothing else."""
 
 from envoy.config.route.v3 import route_components_pb2, route_pb2
 from envoy.extensions.filters.http.router.v3 import router_pb2
@@ -8,6 +8,7 @@ from envoy.type.matcher.v3 import string_pb2
 from millrace_inference_gateway.envoy_clusters import ADMIN_CLUSTER, duration, packed
 
 PAGES = ("/ready", "/stats/prometheus")
+LIVE_PAGE = "/livez"
 TIMEOUT_S = 10.0
 
 
@@ -27,8 +28,14 @@ def stats_manager() -> hcm_pb2.HttpConnectionManager:
         )
         for page in PAGES
     ]
+    # Not ready while it ends, but alive: no reason to start it anew.
+    alive = route_components_pb2.DirectResponseAction(status=200)
+    alive.body.inline_string = "ok\n"
+    routes.append(
+        route_components_pb2.Route(match=route_components_pb2.RouteMatch(path=LIVE_PAGE), direct_response=alive)
+    )
     refusal = route_components_pb2.DirectResponseAction(status=404)
-    refusal.body.inline_string = f"only GET of {' and '.join(PAGES)}\n"
+    refusal.body.inline_string = f"only GET of {', '.join((*PAGES, LIVE_PAGE))}\n"
     routes.append(
         route_components_pb2.Route(match=route_components_pb2.RouteMatch(prefix="/"), direct_response=refusal)
     )

@@ -142,7 +142,7 @@ class GatewaySettings(ServiceSettings):
     envoy_admin_listen: str = "127.0.0.1:7409"
     """Where Envoy answers questions about itself; never expose it."""
     stats_listen: str = ""
-    """Where Envoy answers `/ready` and `/stats/prometheus` and nothing else, for the kubelet and Prometheus; empty opens none."""
+    """Where Envoy answers `/ready`, `/livez` and `/stats/prometheus` and nothing else, for the kubelet and Prometheus; empty opens none."""
     kubernetes: KubernetesSettings | None = None
     """Follow EndpointSlices; without it servers are those the routes list."""
     feature_address: str = "127.0.0.1:7402"
