@@ -98,6 +98,22 @@ def test_a_tolerant_check_keeps_what_is_not_here(secret: Path, tmp_path: Path) -
         load(tmp_path, "url: '${fil:/x}'", tolerant=True)
 
 
+def test_a_tolerant_check_knows_keys_that_must_have_a_form(tmp_path: Path) -> None:
+    class Formed(Settings):
+        pod: str = Field(pattern=r"^[a-z0-9-]+$")
+        number: int = 0
+
+    file = tmp_path / "settings.yaml"
+    file.write_text("pod: ${env:MILLRACE_NOT_SET}\n", encoding="utf-8")
+    assert load_settings(Formed, file, tolerant=True).pod == "placeholder"
+    file.write_text("{pod: '${env:MILLRACE_NOT_SET}', number: no}\n", encoding="utf-8")
+    with pytest.raises(SettingsError, match="number"):
+        load_settings(Formed, file, tolerant=True)
+    file.write_text("pod: A_B\n", encoding="utf-8")
+    with pytest.raises(SettingsError, match="pod"):
+        load_settings(Formed, file, tolerant=True)
+
+
 @pytest.mark.parametrize("wrong", ["number", "short", "picky", "no_such_key"])
 @pytest.mark.parametrize("reference", ["${env:MILLRACE_TEST_SECRET}", "x${url-env:MILLRACE_TEST_SECRET}"])
 def test_errors_never_show_a_secret(secret: Path, tmp_path: Path, wrong: str, reference: str) -> None:

@@ -38,13 +38,18 @@ class Expansion:
 
     Args:
         tolerant: leave a reference whose file or variable is not here as it stands, for a check away from the cluster.
+        stand_in: put this instead, for keys whose values must have a form that no reference has.
         environment: variables; the process's own when None.
     """
 
-    def __init__(self, *, tolerant: bool = False, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, *, tolerant: bool = False, stand_in: str = "", environment: Mapping[str, str] | None = None
+    ) -> None:
         self._tolerant = tolerant
+        self._stand_in = stand_in
         self._environment = os.environ if environment is None else environment
         self.problems: list[str] = []
+        self.unresolved = 0
 
     def expand(self, raw: object, key: str = "") -> object:
         """`raw` with the references in all its strings replaced; `key` is its dotted place, for problems."""
@@ -66,7 +71,8 @@ class Expansion:
             self.problems.append(f"{key or '(top)'}: {problem}")
             return found[0]
         if value is None:
-            return found[0]
+            self.unresolved += 1
+            return self._stand_in or found[0]
         for secret in (value, quote(value, safe=""), repr(value)[1:-1]):
             if len(secret) >= MIN_MASKED_CHARACTERS:
                 _secrets.add(secret)

@@ -136,6 +136,8 @@ class ServiceSettings(Settings):
 
 
 S = TypeVar("S", bound=Settings)
+# A word that is a name to everything here: Kubernetes, hosts, files.
+STAND_IN = "placeholder"
 
 
 def load_settings(kind: type[S], path: str | Path, *, tolerant: bool = False) -> S:
@@ -144,7 +146,8 @@ def load_settings(kind: type[S], path: str | Path, *, tolerant: bool = False) ->
     Args:
         kind: class of the settings.
         path: file.
-        tolerant: leave references to files and variables that are not here as they stand: a check away from the cluster.
+        tolerant: leave references to files and variables that are not here as they stand: a check away from the cluster. Where a
+            key's value must have a form, a harmless word stands in.
 
     Raises:
         SettingsError: the file is missing, is no YAML mapping, a reference leads nowhere, or a key is unknown or wrong; the message
@@ -160,7 +163,12 @@ def load_settings(kind: type[S], path: str | Path, *, tolerant: bool = False) ->
     expanded = expansion.expand(raw if raw is not None else {})
     if expansion.problems:
         raise SettingsError(f"{path}: {'; '.join(expansion.problems)}")
-    return parse_settings(kind, expanded, str(path))
+    try:
+        return parse_settings(kind, expanded, str(path))
+    except SettingsError:
+        if not expansion.unresolved:
+            raise
+    return parse_settings(kind, Expansion(tolerant=True, stand_in=STAND_IN).expand(raw), str(path))
 
 
 def parse_settings(kind: type[S], raw: object, origin: str) -> S:
