@@ -45,7 +45,7 @@ def secure(address: str, tls: TlsSettings, *, own: bool = True) -> grpc.aio.Chan
 @contextlib.asynccontextmanager
 async def with_tls_inside(tls: TlsSettings) -> AsyncIterator[tuple[Gateway, Rollout]]:
     with tempfile.TemporaryDirectory(prefix="gw-") as folder:
-        g, rollout = Gateway(Path(folder), tls=tls.model_dump()), Rollout()
+        g, rollout = Gateway(Path(folder), tls=tls.model_dump(), allowed_clients=["controller"]), Rollout()
         # The certificate names localhost, as a pod's names its Service.
         fields = g.config.read_text()
         for port in g.peer_ports:
@@ -64,7 +64,9 @@ async def with_tls_inside(tls: TlsSettings) -> AsyncIterator[tuple[Gateway, Roll
 
 
 async def test_mutual_tls_inside(tmp_path: Path) -> None:
-    tls = certificates.write(tmp_path, certificates.Authority.new(), "localhost")
+    authority = certificates.Authority.new()
+    tls = certificates.write(tmp_path / "one", authority, "localhost", "controller")
+    other = certificates.write(tmp_path / "other", authority, "localhost", "somebody")
     async with with_tls_inside(tls) as (g, rollout), models.serving(models.Model("1.0.0")) as address:
         await rollout.in_force(rollout.set(route(arm("1.0.0", address))))
         # Through Envoy, which has no certificate: by the socket of the pod.
@@ -78,12 +80,17 @@ async def test_mutual_tls_inside(tmp_path: Path) -> None:
                 return [v.requests for v in found.versions] == [2] and found.logged == 2
 
             await eventually(counted, "both calls in figures and log")
-        for channel in (g.channel, secure(g.python_address, tls, own=False)):
+        refused = grpc.StatusCode.UNAVAILABLE
+        for channel, code in (
+            (g.channel, refused),
+            (secure(g.python_address, tls, own=False), refused),
+            (secure(g.python_address, other), grpc.StatusCode.PERMISSION_DENIED),
+        ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await prediction_pb2_grpc.GatewayServiceStub(channel).GetFigures(
                     prediction_pb2.GetFiguresRequest(), timeout=5
                 )
-            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert caught.value.code() is code
             await channel.close()
 
 
