@@ -15,6 +15,7 @@ from millrace_rollout_controller.hub import Hub
 from millrace_rollout_controller.local_executor import LocalExecutor
 from millrace_rollout_controller.peers import Figures, Registry
 from millrace_rollout_controller.reconciler import Limits
+from millrace_rollout_controller.prometheus import Prometheus
 from millrace_rollout_controller.servicer import RolloutServicer
 from millrace_rollout_controller.settings import RolloutSettings
 from millrace_rollout_controller.store import Store
@@ -57,6 +58,7 @@ async def build(settings: RolloutSettings, *, clock: Clock | None = None) -> Ser
         limits=Limits(drain_s=settings.drain_s),
         tick_s=settings.tick_s,
         poll_s=settings.poll_s,
+        prometheus=Prometheus(settings.prometheus, clock),
     )
     deployments = Deployments(store, executor, clock, max_deployments=settings.max_deployments)
     servicer = RolloutServicer(deployments, controller, hub, clock, max_gateways=settings.max_gateways)

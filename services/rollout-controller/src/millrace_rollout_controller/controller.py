@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from millrace_kit.clock import Clock
 from millrace_kit.errors import ConflictError
@@ -17,6 +17,8 @@ from millrace_rollout_controller.evidence import Evidence, Poll, advance
 from millrace_rollout_controller.executor import Executor, Wanted
 from millrace_rollout_controller.hub import Hub
 from millrace_rollout_controller.peers import Figures, Registry
+from millrace_rollout_controller.prometheus import Prometheus
+from millrace_rollout_controller.queries import queries
 from millrace_rollout_controller.reconciler import (
     Action,
     ArmSeen,
@@ -75,6 +77,8 @@ class Controller:
         limits: Limits,
         tick_s: float,
         poll_s: float,
+        prometheus: Prometheus | None = None,
+        namespace: str = "",
     ) -> None:
         self._store = store
         self._hub = hub
@@ -83,6 +87,11 @@ class Controller:
         self._figures = figures
         self._clock = clock
         self._limits = limits
+        self._prometheus = prometheus
+        self._namespace = namespace
+        self._queries: dict[str, dict[int, str]] = {}
+        self._answers: dict[str, float | None] = {}
+        self._asking: asyncio.Task[None] | None = None
         self._tick_s = tick_s
         self._poll_s = poll_s
         self._known: dict[tuple[str, str], _Known] = {}
@@ -132,29 +141,44 @@ class Controller:
             self._news.set()
             for task in self._lookups.values():
                 task.cancel()
+            if self._asking is not None:
+                self._asking.cancel()
 
     async def poll(self, stop: asyncio.Event) -> None:
         """Ask for figures and outcomes until `stop`; the next look takes what came."""
         while not stop.is_set():
+            # On its own: a slow Prometheus delays no other evidence.
+            if self._asking is None or self._asking.done():
+                self._asking = asyncio.create_task(self._ask())
             if self._models:
                 self._polls = await self._figures.poll(list(self._models))
                 self._wake.set()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), self._poll_s)
 
+    async def _ask(self) -> None:
+        if self._prometheus is None:
+            return
+        wanted = {query for queries_ in self._queries.values() for query in queries_.values()}
+        if found := await self._prometheus.answers(wanted):
+            self._answers |= found
+            self._wake.set()
+
     async def tick(self) -> bool:
         """Look at everything once; returns whether a status changed."""
         rows = await asyncio.to_thread(self._store.rows)
         self._models = [row.model for row in rows]
         polls, self._polls = self._polls, {}
+        answers, self._answers = self._answers, {}
         seen = self._executor.seen()
         plan, changed = _Plan(), False
         names = {(row.name, row.created_at.isoformat()) for row in rows}
+        self._queries = {name: asked for name, asked in self._queries.items() if name in {row.name for row in rows}}
         self._known = {name: known for name, known in self._known.items() if name in names}
         for row in rows:
             known = self._remember(row)
             try:
-                changed |= await self._look(row, known, polls.get(row.model, Poll()), seen)
+                changed |= await self._look(row, known, replace(polls.get(row.model, Poll()), answers=answers), seen)
             except ConflictError:
                 # Somebody changed it meanwhile: look again right away, and go on as before until then.
                 changed = True
@@ -181,6 +205,8 @@ class Controller:
     async def _look(self, row: Row, known: _Known, poll: Poll, seen: Mapping[tuple[str, str], ArmSeen]) -> bool:
         now, status = self._clock.now(), row.status
         on_trial = status.candidate is not None and status.entered
+        asked = self._asked(row.model, known.spec, status) if on_trial else {}
+        self._queries[row.name] = asked
         evidence = advance(
             known.evidence,
             poll,
@@ -191,6 +217,7 @@ class Controller:
             wanted=known.spec.rollout.gates,
             gateways=self._figures.addresses,
             compared=compared(known.spec),
+            answers={index: poll.answers[query] for index, query in asked.items() if query in poll.answers},
         )
         item = Item(row.name, known.spec, row.generation, row.deleting)
         observed = self._observe(row, known.spec, seen)
@@ -206,6 +233,15 @@ class Controller:
         if changed:
             _show(row.name, status, after)
         return changed
+
+    def _asked(self, model: str, spec: manifest.Spec, status: Status) -> dict[int, str]:
+        subject = {
+            "model": model,
+            "candidate": status.candidate.ref.version if status.candidate is not None else "",
+            "stable": status.stable.ref.version if status.stable is not None else "",
+            "namespace": self._namespace,
+        }
+        return queries(spec.rollout.gates, subject)
 
     def _observe(self, row: Row, spec: manifest.Spec, seen: Mapping[tuple[str, str], ArmSeen]) -> Observed:
         status = row.status

@@ -4,6 +4,7 @@ from millrace_kit.settings import ServiceSettings, Settings
 from pydantic import Field
 
 from millrace_rollout_controller.kubernetes.settings import KubernetesSettings
+from millrace_rollout_controller.prometheus import PrometheusSettings
 
 
 class TritonSettings(Settings):
@@ -50,6 +51,8 @@ class RolloutSettings(ServiceSettings):
     """Servers of one machine; without meaning in a cluster."""
     kubernetes: KubernetesSettings | None = None
     """A cluster instead of this machine; `database_url` and `triton` have no meaning then."""
+    prometheus: PrometheusSettings = PrometheusSettings()
+    """Where gates with a PromQL query ask."""
     tick_s: float = Field(default=0.25, gt=0, le=60)
     """Time between two looks at everything."""
     poll_s: float = Field(default=1.0, gt=0, le=60)
