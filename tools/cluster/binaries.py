@@ -4,6 +4,7 @@ A program is built again when what it is built from changes (module version, or 
 """
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -32,10 +33,12 @@ class Program:
     package: str
     """`./folder` in `kubernetes/`, or `module/path@version`."""
     ldflags: str = "-s -w"
+    inside: str = ""
+    """`./folder` to build in the folder of module `package`: `go install` refuses modules with `replace` lines."""
 
     def key(self) -> str:
         """Changes whenever the program has to be built again."""
-        digest = hashlib.sha256(f"{self.package} {self.ldflags}".encode())
+        digest = hashlib.sha256(f"{self.package} {self.ldflags}{self.inside}".encode())
         if self.package.startswith("./"):
             for path in sorted([SOURCES / "go.mod", SOURCES / "go.sum", *(SOURCES / self.package).glob("*.go")]):
                 digest.update(path.read_bytes())
@@ -58,6 +61,7 @@ PROGRAMS = {
         Program("coredns", "./coredns"),
         Program("pause", "./pause"),
         Program("helm", "helm.sh/helm/v3/cmd/helm@v3.22.0"),
+        Program("untt", "github.com/helm-unittest/helm-unittest@v1.1.2", inside="./cmd/helm-unittest"),
     )
 }
 
@@ -90,6 +94,9 @@ def _build(program: Program) -> None:
     if program.package.startswith("./"):
         command = ["go", "build", "-ldflags", program.ldflags, "-o", str(BIN / program.name), program.package]
         folder = SOURCES
+    elif program.inside:
+        command = ["go", "build", "-ldflags", program.ldflags, "-o", str(BIN / program.name), program.inside]
+        folder = _module(program.package, environment)
     else:
         command = ["go", "install", "-ldflags", program.ldflags, program.package]
         environment["GOBIN"] = str(BIN)
@@ -99,3 +106,14 @@ def _build(program: Program) -> None:
     )
     if done.returncode:
         raise BuildError(f"{program.name}: {' '.join(command)} failed:\n{done.stderr[-3000:]}")
+
+
+def _module(package: str, environment: dict[str, str]) -> Path:
+    """Folder of a module's sources in Go's cache."""
+    command = ["go", "mod", "download", "-json", package]
+    done = subprocess.run(
+        command, env=environment, check=False, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S
+    )
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return Path(json.loads(done.stdout)["Dir"])
