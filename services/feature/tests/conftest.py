@@ -178,14 +178,18 @@ class World:
 
     root: Path
     redis: RedisSettings | None = None
+    files_url: str = ""
+    """Where lake and training sets are; empty is `root`."""
+    database_url: str = ""
     offsets: dict[str, int] = field(default_factory=dict)
 
     @property
     def settings(self) -> FeatureSettings:
         return FeatureSettings(
             state_dir=str(self.root / "state"),
-            lake_url=str(self.root / "lake"),
-            training_sets_url=str(self.root / "sets"),
+            lake_url=f"{self.files_url or self.root}/lake",
+            training_sets_url=f"{self.files_url or self.root}/sets",
+            database_url=self.database_url,
             bus=BusSettings(path=str(self.root / "bus.sqlite")),
             online_store=OnlineStoreSettings(kind="redis", redis=self.redis) if self.redis else OnlineStoreSettings(),
             fetch_wait_s=0.02,
@@ -199,7 +203,7 @@ class World:
         offset = self.offsets[contract] = self.offsets.get(contract, 0) + 1
         marked = table.append_column("_source", pa.array([source] * table.num_rows, pa.string()))
         marked = marked.append_column("_offset", pa.array([offset] * table.num_rows, pa.int64()))
-        write_deltalake(str(self.root / "lake" / contract), marked, mode="append")
+        write_deltalake(f"{self.settings.lake_url}/{contract}", marked, mode="append")
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as stream:
             stream.write_table(table)
@@ -209,7 +213,7 @@ class World:
             contract=contract,
             contract_version=1,
             arrow_ipc=sink.getvalue().to_pybytes(),
-            table_version=DeltaTable(str(self.root / "lake" / contract)).version(),
+            table_version=DeltaTable(f"{self.settings.lake_url}/{contract}").version(),
             source=source,
             source_offset=offset,
             rows=table.num_rows,
@@ -229,15 +233,16 @@ class World:
 
 
 @pytest.fixture
-def store_kind() -> str:
-    """The online store of `world`; a module parametrizes it."""
-    return "embedded"
+def place() -> str:
+    """What `world` keeps its state in; a module parametrizes it."""
+    return "machine"
 
 
 @pytest.fixture
-def world(tmp_path: Path, store_kind: str, request: pytest.FixtureRequest) -> World:
-    if store_kind == "redis":
-        return World(tmp_path, RedisSettings(url=request.getfixturevalue("redis_url"), read_timeout_s=5))
+def world(tmp_path: Path, place: str, request: pytest.FixtureRequest) -> World:
+    if place == "cluster":
+        redis = RedisSettings(url=request.getfixturevalue("redis_url"), read_timeout_s=5)
+        return World(tmp_path, redis, request.getfixturevalue("s3_url"), request.getfixturevalue("postgres_url"))
     return World(tmp_path)
 
 

@@ -14,7 +14,11 @@ from millrace_api.feature.v1 import feature_pb2
 from millrace_kit.content import ContentStore
 from millrace_kit.errors import MillraceError
 
-pytestmark = pytest.mark.parametrize("store_kind", ["embedded", pytest.param("redis", marks=pytest.mark.redis)])
+# Files of one machine; Redis, PostgreSQL and S3.
+pytestmark = pytest.mark.parametrize(
+    "place",
+    ["machine", pytest.param("cluster", marks=[pytest.mark.redis, pytest.mark.postgres, pytest.mark.s3])],
+)
 
 BASE = datetime(2013, 5, 1, 12, 0, tzinfo=UTC)
 EVENTS = pa.schema(

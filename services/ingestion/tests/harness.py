@@ -21,6 +21,9 @@ from millrace_kit.client import open_channel
 from millrace_kit.server import running
 from millrace_kit.settings import BusSettings
 
+PLACES: dict[Path, dict[str, str]] = {}
+"""Settings of tests that keep their lake or database elsewhere than in their folder; see the fixture `place`."""
+
 SCHEMA = pa.schema(
     [
         ("event_id", pa.string()),
@@ -123,7 +126,7 @@ class Client:
 
 
 def lake(folder: Path, name: str = "flights") -> pa.Table:
-    return DeltaTable(str(folder / "lake" / name)).to_pyarrow_table()
+    return DeltaTable(f"{settings_for(folder).lake()}/{name}").to_pyarrow_table()
 
 
 async def bus_messages(folder: Path, name: str = "flights") -> list[Message]:
@@ -142,13 +145,13 @@ def landed(message: Message) -> RecordsLanded:
 
 
 def settings_for(folder: Path, **changes: Any) -> IngestionSettings:
-    return IngestionSettings(
-        state_dir=str(folder / "state"),
-        lake_url=str(folder / "lake"),
-        bus=BusSettings(path=str(folder / "bus.sqlite")),
-        drain_s=2.0,
-        **changes,
-    )
+    given: dict[str, Any] = {
+        "state_dir": str(folder / "state"),
+        "lake_url": str(folder / "lake"),
+        "bus": BusSettings(path=str(folder / "bus.sqlite")),
+        "drain_s": 2.0,
+    }
+    return IngestionSettings(**{**given, **PLACES.get(folder, {}), **changes})
 
 
 @asynccontextmanager

@@ -199,7 +199,13 @@ async def test_a_full_queue_refuses_writes_and_makes_streams_wait(tmp_path) -> N
         assert client.lake().num_rows == 20 - len(refused)
 
 
-async def test_a_lake_that_fails_answers_unavailable_and_recovers(client: Client, tmp_path) -> None:
+async def test_a_lake_that_fails_answers_unavailable_and_recovers(tmp_path) -> None:
+    async with serving(tmp_path) as client:
+        await client.register()
+        await fails_and_recovers(client, tmp_path)
+
+
+async def fails_and_recovers(client: Client, tmp_path) -> None:
     await client.write(1, records(0, 1))
     folder = tmp_path / "lake" / "flights"
     away = tmp_path / "away"

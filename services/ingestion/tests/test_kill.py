@@ -65,8 +65,8 @@ class Process:
 
 
 @pytest.fixture
-def process(tmp_path: Path):
-    one = Process(tmp_path)
+def process(place: Path):
+    one = Process(place)
     yield one
     one.kill()
 

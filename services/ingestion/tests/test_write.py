@@ -194,6 +194,6 @@ async def test_rows_keep_their_order_in_the_lake(client: Client) -> None:
             yield pb.WriteStreamRequest(batch=batch(i + 1, records(i * 10, 10)))
 
     assert len([answer async for answer in client.stub.WriteStream(requests())]) == 20
-    for file in DeltaTable(str(client.folder / "lake" / "flights")).file_uris():
+    for file in DeltaTable(f"{client.settings.lake()}/flights").file_uris():
         offsets = pq.read_table(file)["_offset"].to_pylist()
         assert offsets == sorted(offsets)

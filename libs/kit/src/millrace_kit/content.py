@@ -8,7 +8,7 @@ A store that does not answer raises OSError, whatever library speaks to it, with
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +23,9 @@ S3_CONNECT_TIMEOUT_S = 3
 S3_READ_TIMEOUT_S = 15
 # Tries of one request by botocore; s3fs tries the whole call a few times more.
 S3_ATTEMPTS = 2
+
+# delta-rs's own defaults try for three minutes.
+_DELTA_DEADLINES = {"connect_timeout": "3s", "timeout": "30s", "max_retries": "4", "retry_timeout": "30s"}
 
 
 def open_files(url: str) -> tuple[Any, str]:
@@ -45,6 +48,17 @@ def open_files(url: str) -> tuple[Any, str]:
         },
     )
     return fs, path
+
+
+def lake_options(url: str, given: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Options that delta-rs is given for a table below `url`: deadlines on object storage, unless `given` says otherwise.
+
+    Credentials, region and endpoint come from the AWS_* variables. Commits to S3 are conditional puts (If-None-Match), so that of two
+    writers one fails; no lock table is needed.
+    """
+    if url.partition("://")[0] not in {"s3", "s3a"}:
+        return dict(given or {})
+    return {**_DELTA_DEADLINES, **(given or {})}
 
 
 @contextlib.contextmanager

@@ -1,12 +1,29 @@
 """Definitions and training-set records in SQL: every definitions hash ever applied, and which is current."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from millrace_kit.errors import NotFoundError
+from millrace_kit.errors import NotFoundError, UnavailableError
 from millrace_kit.sql import migrate, reading
-from sqlalchemy import Column, DateTime, Engine, Integer, LargeBinary, MetaData, String, Table, Text, insert, select
+from sqlalchemy import (
+    Column,
+    Connection,
+    DateTime,
+    Engine,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    insert,
+    select,
+)
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from millrace_feature.plan import Definitions, from_json, to_json
 
@@ -45,15 +62,31 @@ class Stored:
 
 
 class Catalog:
-    """What the service knows besides online values. Safe from any thread."""
+    """What the service knows besides online values. Safe from any thread; every method raises UnavailableError without the database."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         migrate(engine, SCRIPTS)
 
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except (OperationalError, PoolTimeoutError) as error:
+            raise UnavailableError("DATABASE_UNAVAILABLE", "the database did not answer") from error
+
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        try:
+            with reading(self._engine) as connection:
+                yield connection
+        except (OperationalError, PoolTimeoutError) as error:
+            raise UnavailableError("DATABASE_UNAVAILABLE", "the database did not answer") from error
+
     def apply(self, definitions: Definitions, registry: bytes, at: datetime) -> bool:
         """Make `definitions` current; False when they were."""
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             newest = connection.execute(
                 select(applied_table.c.digest).order_by(applied_table.c.id.desc()).limit(1)
             ).scalar()
@@ -73,7 +106,7 @@ class Catalog:
 
     def current_digest(self) -> str | None:
         """Hash of the definitions applied last."""
-        with reading(self._engine) as connection:
+        with self._reading() as connection:
             newest = select(applied_table.c.digest).order_by(applied_table.c.id.desc()).limit(1)
             return connection.execute(newest).scalar()
 
@@ -88,7 +121,7 @@ class Catalog:
         Raises:
             NotFoundError: they were never applied here.
         """
-        with reading(self._engine) as connection:
+        with self._reading() as connection:
             row = connection.execute(select(definitions_table).where(definitions_table.c.digest == digest)).first()
         if row is None:
             raise NotFoundError("definitions", digest)
@@ -96,7 +129,7 @@ class Catalog:
 
     def put_training_set(self, digest: str, record: bytes) -> bytes:
         """Keep a serialized TrainingSet under its digest; returns the one kept first."""
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             kept = connection.execute(
                 select(training_sets_table.c.record).where(training_sets_table.c.digest == digest)
             ).scalar()
@@ -111,7 +144,7 @@ class Catalog:
         Raises:
             NotFoundError: nothing was built with this digest.
         """
-        with reading(self._engine) as connection:
+        with self._reading() as connection:
             query = select(training_sets_table.c.record).where(training_sets_table.c.digest == digest)
             record = connection.execute(query).scalar()
         if record is None:

@@ -4,8 +4,6 @@ import asyncio
 import logging
 
 from millrace_kit.errors import MillraceError
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from millrace_feature.catalog import Catalog
 from millrace_feature.settings import FeatureSettings
@@ -37,9 +35,8 @@ class DefinitionsFollower:
             if digest is None or digest == self._worker.wanted_digest:
                 return
             stored = await asyncio.to_thread(self._catalog.get, digest)
-        except (MillraceError, OperationalError, PoolTimeoutError) as error:
+            # An ApplyDefinitions of this replica may have come between; it stands in the database too.
+            if digest == await asyncio.to_thread(self._catalog.current_digest):
+                self._worker.switch(stored.definitions)
+        except MillraceError as error:
             log.warning("the database did not say which definitions are in force: %s", error)
-            return
-        # An ApplyDefinitions of this replica may have come between; it stands in the database too.
-        if stored.definitions.digest == await asyncio.to_thread(self._catalog.current_digest):
-            self._worker.switch(stored.definitions)

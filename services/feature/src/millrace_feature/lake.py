@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
-from millrace_kit.errors import FailedPreconditionError, NotFoundError
+from millrace_kit.content import lake_options
+from millrace_kit.errors import FailedPreconditionError, NotFoundError, UnavailableError
 
 from millrace_feature.plan import LatestView, WindowView
 from millrace_feature.rows import Row, pick_rows
@@ -38,29 +39,45 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def _unavailable(contract: str, error: Exception) -> UnavailableError:
+    message = f"the lake did not answer for table {contract!r}: {type(error).__name__}"
+    return UnavailableError("LAKE_UNAVAILABLE", message, {"table": contract})
+
+
 class Lake:
     """The tables below one URL."""
 
     def __init__(self, url: str, limits: Limits) -> None:
         self._url = url.rstrip("/")
+        self._options = lake_options(self._url) or None
         self._limits = limits
 
     def newest_version(self, contract: str) -> int:
-        """Newest version of the table; `NO_TABLE` when there is none yet."""
+        """Newest version of the table; `NO_TABLE` when there is none yet.
+
+        Raises:
+            UnavailableError: the lake does not answer.
+        """
         try:
-            return int(DeltaTable(f"{self._url}/{contract}").version())
+            return int(DeltaTable(f"{self._url}/{contract}", storage_options=self._options).version())
         except TableNotFoundError:
             return NO_TABLE
+        except (DeltaError, OSError) as error:
+            raise _unavailable(contract, error) from error
 
     def open(self, contract: str, version: int) -> Any:
         """The table at `version` as a pyarrow dataset.
 
         Raises:
-            NotFoundError: the table has no such version (any more).
+            NotFoundError: the table has no such version.
+            UnavailableError: the lake does not answer, or no longer has what that version needs.
         """
         try:
-            return DeltaTable(f"{self._url}/{contract}", version=version).to_pyarrow_dataset()
-        except (TableNotFoundError, DeltaError, OSError):
+            table = DeltaTable(f"{self._url}/{contract}", version=version, storage_options=self._options)
+            return table.to_pyarrow_dataset()
+        except (TableNotFoundError, DeltaError, OSError) as error:
+            if self.newest_version(contract) >= version >= 0:  # a log entry that is there could not be read
+                raise _unavailable(contract, error) from error
             raise NotFoundError("table version", f"{contract}@{version}") from None
 
     @contextlib.contextmanager
@@ -80,6 +97,8 @@ class Lake:
                 connection.register(f"lake_{contract}", dataset)
                 columns[contract] = {field.name: field.type for field in dataset.schema}
             yield Query(connection, columns)
+        except (OSError, duckdb.IOException) as error:
+            raise _unavailable(", ".join(versions), error) from error
         finally:
             connection.close()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from millrace_api.ingestion.v1 import ingestion_pb2_grpc
 from millrace_kit.bus import open_bus
 from millrace_kit.clock import Clock, SystemClock
+from millrace_kit.content import lake_options
 from millrace_kit.entry import run_service
 from millrace_kit.server import Service, Worker
 from millrace_kit.sql import migrate, open_engine
@@ -45,7 +46,7 @@ async def build(
     def make_lane(contract: Contract) -> Lane:
         table = LakeTable(
             f"{settings.lake()}/{contract.name}",
-            settings.lake_options,
+            lake_options(settings.lake(), settings.lake_options),
             compact_target_bytes=settings.compact_target_mib * MIB,
         )
         folder = Path(settings.state_dir) / "event-ids" / contract.name
@@ -60,6 +61,7 @@ async def build(
         contracts=[contract_from_bytes(version, body) for version, body in await asyncio.to_thread(store.contracts)],
         make_lane=make_lane,
         serialize=contract_bytes,
+        deserialize=contract_from_bytes,
         budget=Budget(settings.max_queued_batches, settings.max_queued_mib * MIB),
         limits=IntakeLimits(
             settings.max_contracts,

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from millrace_kit.errors import NotFoundError, ResourceExhaustedError
+from millrace_kit.errors import ConflictError, NotFoundError, ResourceExhaustedError
 
 from millrace_ingestion.contracts import Contract, check_evolution
 from millrace_ingestion.intake import Budget, decode, decode_letters
@@ -32,6 +32,7 @@ class Ingestor:
         contracts: newest version of each contract, at the start.
         make_lane: makes the lane of a contract.
         serialize: a contract's stored form.
+        deserialize: a contract from its version and stored form.
         budget: what may wait at once.
         limits: sizes.
         letters: dead letters kept already.
@@ -44,6 +45,7 @@ class Ingestor:
         contracts: Sequence[Contract],
         make_lane: Callable[[Contract], Lane],
         serialize: Callable[[Contract], bytes],
+        deserialize: Callable[[int, bytes], Contract],
         budget: Budget,
         limits: IntakeLimits,
         letters: int,
@@ -53,6 +55,7 @@ class Ingestor:
         self._make_lane = make_lane
         self._lanes = {contract.name: make_lane(contract) for contract in contracts}
         self._serialize = serialize
+        self._deserialize = deserialize
         self._budget = budget
         self._limits = limits
         self._letters = letters
@@ -99,15 +102,31 @@ class Ingestor:
                 check_evolution(current, contract)
             numbered = replace(contract, version=current.version + 1 if current is not None else 1)
             body = self._serialize(numbered)
-            await asyncio.to_thread(self._store.add_contract, numbered.name, numbered.version, body)
-            if current is None:
-                self._lanes[numbered.name] = self._make_lane(numbered)
-                self._new_lanes.put_nowait(self._lanes[numbered.name])
-            else:
-                await self._lanes[numbered.name].follow(numbered)
-            self._contracts[numbered.name] = numbered
+            try:
+                await asyncio.to_thread(self._store.add_contract, numbered.name, numbered.version, body)
+            except ConflictError:
+                await self._learn()  # so that trying again sees what was registered
+                raise
+            await self._take_in(numbered)
             await self._lanes[numbered.name].ready()
             return numbered, True
+
+    async def _take_in(self, contract: Contract) -> None:
+        """Land by this version of a contract from now on."""
+        if contract.name not in self._lanes:
+            self._lanes[contract.name] = self._make_lane(contract)
+            self._new_lanes.put_nowait(self._lanes[contract.name])
+        else:
+            await self._lanes[contract.name].follow(contract)
+        self._contracts[contract.name] = contract
+
+    async def _learn(self) -> None:
+        """Take in what another process has registered: two run for a moment while one takes over from the other."""
+        for version, body in await asyncio.to_thread(self._store.contracts):
+            contract = self._deserialize(version, body)
+            known = self._contracts.get(contract.name)
+            if known is None or known.version < version:
+                await self._take_in(contract)
 
     def contract(self, name: str) -> Contract:
         """The newest version of a contract.
@@ -141,6 +160,9 @@ class Ingestor:
             ResourceExhaustedError: a limit is reached.
             UnavailableError: the service stops, or an earlier batch of the stream failed.
         """
+        if incoming.contract not in self._contracts:
+            async with self._registering:
+                await self._learn()
         contract = self.contract(incoming.contract)
         size = incoming.payload_bytes
         if size > self._limits.max_batch_bytes:
