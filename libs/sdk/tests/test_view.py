@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 
 import pytest
-from millrace.view import COLUMNS, WIDE_COLUMNS, age, deployment_row, table
+from millrace.view import COLUMNS, WIDE_COLUMNS, age, comparison_words, deployment_row, table
 from millrace_api.rollout.v1 import rollout_pb2 as rollout
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -37,6 +37,16 @@ def test_row_of_a_moving_rollout() -> None:
 def test_row_at_rest_has_no_weight_and_step() -> None:
     deployment = rollout.Deployment(name="m", stable_version="1.0.0", steps=4, step=3)
     assert deployment_row(deployment, NOW) == ("m", "False", "1.0.0", "-", "-", "-", "-")
+
+
+def test_a_comparison_in_words() -> None:
+    result = rollout.ComparisonResult(
+        metric="outcome/accuracy", candidate=0.9, stable=0.8, candidate_samples=500, stable_samples=600, lower=0.02, upper=0.18,
+        confidence=0.95, better="candidate",
+    )  # fmt: skip
+    assert comparison_words(result) == (
+        "candidate 0.9 over 500, stable 0.8 over 600, difference +0.02 to +0.18 at 95%: candidate"
+    )
 
 
 def test_columns_line_up() -> None:

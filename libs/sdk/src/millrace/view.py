@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import datetime
 
-from millrace_api.rollout.v1.rollout_pb2 import Deployment, Verdict
+from millrace_api.rollout.v1.rollout_pb2 import ComparisonResult, Deployment, Verdict
 
 COLUMNS = ("NAME", "READY", "STABLE", "CANDIDATE", "WEIGHT", "STEP", "AGE")
 WIDE_COLUMNS = (*COLUMNS, "PHASE", "GENERATION", "GATES")
@@ -23,6 +23,14 @@ def age(created_at: str, now: datetime) -> str:
 def verdict_word(verdict: int) -> str:
     """The verdict as people write it: pass, fail or undecided."""
     return Verdict.Name(verdict).removeprefix("VERDICT_").lower()  # type: ignore[arg-type]
+
+
+def comparison_words(result: ComparisonResult) -> str:
+    """One comparison as a sentence: both values, the bounds of their difference and what they say."""
+    return (
+        f"candidate {result.candidate:g} over {result.candidate_samples}, stable {result.stable:g} over {result.stable_samples}, "
+        f"difference {result.lower:+g} to {result.upper:+g} at {result.confidence:.0%}: {result.better}"
+    )
 
 
 def deployment_row(deployment: Deployment, now: datetime, *, wide: bool = False) -> tuple[str, ...]:

@@ -100,11 +100,15 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
         "weight": finite(deployment.candidate_weight),
         "step": deployment.step + 1 if deployment.candidate_version else 0,
         "steps": deployment.steps,
+        "strategy": deployment.strategy,
+        "waiting": deployment.waiting,
+        "previous": deployment.previous_version,
         "arms": [
             {
                 "version": arm.version,
                 "role": word(ArmRole.Name, arm.role, "ARM_ROLE_"),
                 "weight": finite(arm.weight),
+                "copies": finite(arm.mirror_percent),
                 "servers": len(arm.endpoints),
             }
             for arm in deployment.arms
@@ -116,6 +120,17 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
                 "evidence": gate.evidence,
             }
             for gate in deployment.gates
+        ],
+        "comparisons": [
+            {
+                "metric": c.metric,
+                "candidate": finite(c.candidate),
+                "stable": finite(c.stable),
+                "lower": finite(c.lower),
+                "upper": finite(c.upper),
+                "better": c.better,
+            }
+            for c in deployment.comparisons
         ],
         "conditions": [
             {"type": c.type, "status": c.status, "reason": c.reason, "message": c.message}

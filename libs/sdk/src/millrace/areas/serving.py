@@ -94,9 +94,9 @@ class RolloutArea:
         """Delete a ModelDeployment and stop its servers."""
         call(self.stub.DeleteDeployment, rollout.DeleteDeploymentRequest(name=name))
 
-    def act(self, name: str, verb: rollout.Verb.ValueType) -> rollout.Deployment:
-        """Promote, pause, resume or abort."""
-        answer: rollout.ActResponse = call(self.stub.Act, rollout.ActRequest(name=name, verb=verb))
+    def act(self, name: str, verb: rollout.Verb.ValueType, weight: float = 0.0) -> rollout.Deployment:
+        """Promote, pause, resume, abort, undo, or hold the candidate at `weight` percent (VERB_SET_WEIGHT only)."""
+        answer: rollout.ActResponse = call(self.stub.Act, rollout.ActRequest(name=name, verb=verb, weight=weight))
         return answer.deployment
 
 

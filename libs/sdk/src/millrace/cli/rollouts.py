@@ -1,4 +1,4 @@
-"""`apply`, `get`, `describe`, `promote`, `pause`, `resume`, `abort`, `delete`: ModelDeployments."""
+"""`apply`, `get`, `describe`, `promote`, `pause`, `resume`, `abort`, `undo`, `set-weight`, `delete`: ModelDeployments."""
 
 import json
 import sys
@@ -13,12 +13,14 @@ from millrace_api.rollout.v1.rollout_pb2 import (
     VERB_PAUSE,
     VERB_PROMOTE,
     VERB_RESUME,
+    VERB_SET_WEIGHT,
+    VERB_UNDO,
     Deployment,
     Verb,
 )
 
 from millrace.cli.local import Context
-from millrace.view import COLUMNS, WIDE_COLUMNS, deployment_row, table, verdict_word
+from millrace.view import COLUMNS, WIDE_COLUMNS, comparison_words, deployment_row, table, verdict_word
 
 OUTPUT = click.Choice(["table", "wide", "json", "yaml", "name"])
 
@@ -87,11 +89,18 @@ def describe(context: Context, name: str) -> None:
         deployment = client.rollout.get(name)
     _print([deployment], "wide")
     for arm in deployment.arms:
-        click.echo(f"arm        {arm.version:<12} {arm.weight:g} %  {', '.join(arm.endpoints)}")
+        copies = f" + copies of {arm.mirror_percent:g} %" if arm.mirror_percent else ""
+        click.echo(f"arm        {arm.version:<12} {arm.weight:g} %{copies}  {', '.join(arm.endpoints)}")
+    if deployment.waiting:
+        click.echo(f"waiting    {deployment.waiting}")
+    if deployment.previous_version:
+        click.echo(f"previous   {deployment.previous_version}  (millrace undo {name})")
     for condition in deployment.conditions:
         click.echo(f"condition  {condition.type:<12} {condition.status:<8} {condition.reason}: {condition.message}")
     for gate in deployment.gates:
         click.echo(f"gate       {verdict_word(gate.verdict):<12} {gate.gate}: {gate.evidence}")
+    for result in deployment.comparisons:
+        click.echo(f"comparison {result.metric:<17} {comparison_words(result)}")
     for event in deployment.events:
         click.echo(f"event      {event.at}  {event.type:<8} {event.reason}: {event.message}")
     if deployment.phase == "Degraded":
@@ -108,6 +117,18 @@ def _verb(word: str, verb: Verb.ValueType, text: str) -> click.Command:
         click.echo(f"modeldeployment/{name} {word}: {deployment.phase}")
 
     return command
+
+
+@click.command("set-weight")
+@click.argument("name")
+@click.argument("weight", type=click.FloatRange(0, 100))
+@click.pass_obj
+def set_weight(context: Context, name: str, weight: float) -> None:
+    """Hold the candidate at WEIGHT percent of the traffic until resume."""
+    with context.client() as client:
+        deployment = client.rollout.act(name, VERB_SET_WEIGHT, weight)
+    click.echo(f"modeldeployment/{name} set-weight {weight:g}: {deployment.phase}")
+    click.echo(f"next: millrace resume {name}", err=True)
 
 
 @click.command()
@@ -128,5 +149,7 @@ COMMANDS = (
     _verb("pause", VERB_PAUSE, "Hold the rollout at its present weight."),
     _verb("resume", VERB_RESUME, "Go on with a paused rollout."),
     _verb("abort", VERB_ABORT, "Send all traffic back to the stable version."),
+    _verb("undo", VERB_UNDO, "Go back to the version that was stable before, without steps."),
+    set_weight,
     delete,
 )

@@ -83,7 +83,7 @@ const word = (text, kind = text) => element("span", { class: kind }, text);
 
 function rollout(deployment, figures) {
   const box = element("div", { class: "rollout" });
-  const step = deployment.candidate ? ` step ${deployment.step} of ${deployment.steps}` : "";
+  const step = deployment.candidate ? ` ${deployment.strategy} step ${deployment.step} of ${deployment.steps}` : "";
   box.append(element("div", { class: "head" }, element("h3", {}, deployment.name), word(deployment.phase, deployment.ready ? "good" : "wait"), word(step, "soft")));
   const bar = element("div", { class: "bar", role: "img", "aria-label": deployment.arms.map((a) => `${a.version} ${a.weight} percent`).join(", ") });
   for (const arm of deployment.arms) {
@@ -94,10 +94,16 @@ function rollout(deployment, figures) {
     bar.append(part);
   }
   box.append(bar);
+  const copied = deployment.arms.filter((a) => a.copies).map((a) => `${a.version} gets copies of ${a.copies} % of the requests`);
+  const previous = !deployment.candidate && deployment.previous ? [`millrace undo ${deployment.name} goes back to ${deployment.previous}`] : [];
+  const notes = [...copied, ...(deployment.waiting ? [deployment.waiting] : []), ...previous];
+  if (notes.length) box.append(element("p", { class: "soft" }, notes.join(" · ")));
   const rows = figures.map((f) => [f.version, number(f.requests), number(f.errors), decimal(f.p99_ms, 1), number(f.outcomes), decimal(f.accuracy)]);
   const gates = deployment.gates.map((g) => [g.gate, word(g.verdict), g.evidence]);
   const events = deployment.events.slice(0, 8).map((e) => [e.at.slice(11, 19), word(e.reason, e.type), e.message]);
-  const left = element("div", {}, table([["gate"], ["verdict"], ["evidence"]], gates, "no gate is being weighed"), element("p", {}),
+  const results = deployment.comparisons.map((c) => [c.metric, decimal(c.candidate), decimal(c.stable), `${decimal(c.lower)} to ${decimal(c.upper)}`, word(c.better)]);
+  const compared = results.length ? [table([["metric"], ["candidate", "number"], ["stable", "number"], ["difference"], ["better"]], results, ""), element("p", {})] : [];
+  const left = element("div", {}, table([["gate"], ["verdict"], ["evidence"]], gates, "no gate is being weighed"), element("p", {}), ...compared,
     table([["version"], ["requests", "number"], ["errors", "number"], ["p99 ms", "number"], ["outcomes", "number"], ["accuracy", "number"]], rows, "no requests yet"));
   box.append(element("div", { class: "split" }, left, element("div", { class: "scroll" }, table([["time"], ["event"], ["what"]], events, "no events"))));
   return box;
