@@ -190,7 +190,7 @@ async def test_the_runtime_refuses_content_that_is_not_the_version(tmp_path: Pat
     files = Files()
     files.add(tiny)
     root = tmp_path / "repository"
-    await repository.write(root, ref, Server(), 1, files, max_bytes=1 << 20)
+    await repository.write(root, ref, Server(), repository.Flavour(), files, max_bytes=1 << 20)
     (root / "flight-delay" / "1" / "model.onnx").write_bytes(onnx_model(5.0))
     parts = triton.Triton.prepare(tmp_path / "triton")
     log = tmp_path / "log"

@@ -82,7 +82,7 @@ def test_defaults_bring_a_version_straight_to_all_traffic() -> None:
         ("spec/server/replicas", 0, "spec.server.replicas"),
         ("spec/server/replicas", True, "spec.server.replicas"),
         ("spec/server/autoscaling", {}, "spec.server.autoscaling.maxReplicas"),
-        ("spec/server/autoscaling", {}, "spec.server.autoscaling.maxReplicas"),
+        ("spec/server/maxBatchSize", "64", "spec.server.maxBatchSize"),
         ("spec/server/max_batch_size", 64, "spec.server.max_batch_size"),
         ("spec/routing/sticky/header", "X User", "spec.routing.sticky.header"),
         ("spec/routing/rules/0/when", "request.headers[", "spec.routing.rules[0].when"),

@@ -1,45 +1,96 @@
-"""The only wiring of the rollout controller."""
+"""The only wiring of the rollout controller: on one machine, or in a cluster."""
 
 import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import grpc.aio
 from millrace_api.rollout.v1 import rollout_pb2_grpc
-from millrace_kit.client import open_channel
+from millrace_kit.client import open_bare_channel, open_channel, target_options
 from millrace_kit.clock import Clock, SystemClock
 from millrace_kit.entry import run_service
 from millrace_kit.server import Service, Worker
 
 from millrace_rollout_controller.controller import Controller
 from millrace_rollout_controller.deployments import Deployments
-from millrace_rollout_controller.hub import Hub
+from millrace_rollout_controller.executor import Executor
+from millrace_rollout_controller.hub import Hub, Table
+from millrace_rollout_controller.kubernetes import wiring
 from millrace_rollout_controller.local_executor import LocalExecutor
 from millrace_rollout_controller.peers import Figures, Registry
-from millrace_rollout_controller.reconciler import Limits
+from millrace_rollout_controller.plans import Limits
 from millrace_rollout_controller.prometheus import Prometheus
 from millrace_rollout_controller.servicer import RolloutServicer
 from millrace_rollout_controller.settings import RolloutSettings
+from millrace_rollout_controller.sql_store import SqlStore
 from millrace_rollout_controller.store import Store
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where deployments are kept and servers run."""
+
+    store: Store
+    executor: Executor
+    hub: Hub
+    around: Callable[[Controller], Sequence[Worker]]
+    """The workers that run the controller."""
+    closers: Sequence[Callable[[], Awaitable[None]]]
+    trial_save_s: float = 0.0
 
 
 async def build(settings: RolloutSettings, *, clock: Clock | None = None) -> Service:
     """The service, ready to run."""
     clock = clock or SystemClock()
-    store = await asyncio.to_thread(Store.open, settings.database_url)
-    table = await asyncio.to_thread(store.load_routes)
-    gateways = await asyncio.to_thread(store.load_gateways)
-    hub = Hub(table, gateways, forget_s=settings.gateway_forget_s, ack_s=settings.gateway_ack_s)
-
     registry_channel = open_channel(settings.registry_address, tls=settings.tls)
     drift_channel = open_channel(settings.drift_address, tls=settings.tls)
-    gateway_channels = {a: open_channel(a, tls=settings.tls) for a in settings.gateway_addresses}
     registry = Registry(
         registry_channel,
         clock,
         timeout_s=settings.registry_timeout_s,
         artifact_timeout_s=settings.artifact_timeout_s,
     )
-    figures = Figures(gateway_channels, drift_channel, timeout_s=settings.poll_timeout_s)
+    place = await (
+        _this_machine(settings, registry, clock) if settings.kubernetes is None else _cluster(settings, clock)
+    )
+    figures = Figures(
+        settings.gateway_addresses,
+        place.hub.figures_addresses,
+        lambda address: _open_gateway(settings, address),
+        drift_channel,
+        timeout_s=settings.poll_timeout_s,
+    )
+    controller = Controller(
+        store=place.store,
+        hub=place.hub,
+        executor=place.executor,
+        registry=registry,
+        figures=figures,
+        clock=clock,
+        limits=Limits(drain_s=settings.drain_s),
+        tick_s=settings.tick_s,
+        poll_s=settings.poll_s,
+        prometheus=Prometheus(settings.prometheus, clock),
+        namespace=settings.kubernetes.namespace if settings.kubernetes is not None else "",
+        trial_save_s=place.trial_save_s,
+    )
+    deployments = Deployments(place.store, place.executor, clock, max_deployments=settings.max_deployments)
+    servicer = RolloutServicer(deployments, controller, place.hub, clock, max_gateways=settings.max_gateways)
+    return Service(
+        "rollout-controller",
+        [lambda server: rollout_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server)],
+        ["millrace_api.rollout.v1.RolloutService"],
+        [*place.around(controller), Worker("poll", controller.poll)],
+        [*place.closers, registry_channel.close, drift_channel.close, figures.close, place.executor.close],
+    )
 
+
+async def _this_machine(settings: RolloutSettings, registry: Registry, clock: Clock) -> _Place:
+    store = await asyncio.to_thread(SqlStore.open, settings.database_url)
+    table = await asyncio.to_thread(store.load_routes)
+    gateways = await asyncio.to_thread(store.load_gateways)
+    hub = Hub(table, gateways, forget_s=settings.gateway_forget_s, ack_s=settings.gateway_ack_s)
     executor = LocalExecutor(
         Path(settings.state_dir) / "rollout",
         settings.triton,
@@ -48,37 +99,27 @@ async def build(settings: RolloutSettings, *, clock: Clock | None = None) -> Ser
         drain_s=settings.drain_s,
         stop_on_close=settings.stop_servers_on_exit,
     )
-    controller = Controller(
-        store=store,
-        hub=hub,
-        executor=executor,
-        registry=registry,
-        figures=figures,
-        clock=clock,
-        limits=Limits(drain_s=settings.drain_s),
-        tick_s=settings.tick_s,
-        poll_s=settings.poll_s,
-        prometheus=Prometheus(settings.prometheus, clock),
-    )
-    deployments = Deployments(store, executor, clock, max_deployments=settings.max_deployments)
-    servicer = RolloutServicer(deployments, controller, hub, clock, max_gateways=settings.max_gateways)
 
     async def close_store() -> None:
         await asyncio.to_thread(store.close)
 
-    return Service(
-        "rollout-controller",
-        [lambda server: rollout_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server)],
-        ["millrace_api.rollout.v1.RolloutService"],
-        [Worker("reconcile", controller.run), Worker("poll", controller.poll)],
-        [
-            close_store,
-            registry_channel.close,
-            drift_channel.close,
-            *(channel.close for channel in gateway_channels.values()),
-            executor.close,
-        ],
-    )
+    return _Place(store, executor, hub, lambda controller: [Worker("reconcile", controller.run)], [close_store])
+
+
+async def _cluster(settings: RolloutSettings, clock: Clock) -> _Place:
+    assert settings.kubernetes is not None
+    hub = Hub(Table(), {}, forget_s=settings.gateway_forget_s, ack_s=settings.gateway_ack_s)
+    hub.serving = False
+    parts = await wiring.connect(settings.kubernetes, hub, clock, limit=settings.max_deployments)
+    return _Place(parts.store, parts.executor, hub, parts.workers, parts.closers, settings.kubernetes.evidence_save_s)
+
+
+def _open_gateway(settings: RolloutSettings, address: str) -> grpc.aio.Channel:
+    if settings.tls is None or not settings.gateway_tls_name:
+        return open_channel(address, tls=settings.tls)
+    name = settings.gateway_tls_name
+    options = [*target_options(address), ("grpc.ssl_target_name_override", name), ("grpc.default_authority", name)]
+    return open_bare_channel(address, options, tls=settings.tls)
 
 
 def main() -> None:

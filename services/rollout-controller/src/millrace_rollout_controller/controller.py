@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from millrace_kit.clock import Clock
-from millrace_kit.errors import ConflictError
+from millrace_kit.errors import ConflictError, UnavailableError
 
 from millrace_rollout_controller import manifest, metrics
 from millrace_rollout_controller.evidence import Evidence, Poll, advance
@@ -38,6 +38,8 @@ from millrace_rollout_controller.store import Row, Store
 log = logging.getLogger(__name__)
 EVIDENCE_SAVE_S = 30.0
 """How often marks are stored while no candidate is on trial."""
+UNAVAILABLE_PAUSE_S = 1.0
+"""Wait before the next look while the storage does not answer."""
 
 
 @dataclass
@@ -77,9 +79,11 @@ class Controller:
         limits: Limits,
         tick_s: float,
         poll_s: float,
+        trial_save_s: float = 0.0,
         prometheus: Prometheus | None = None,
         namespace: str = "",
     ) -> None:
+        self._trial_save_s = trial_save_s
         self._store = store
         self._hub = hub
         self._executor = executor
@@ -126,7 +130,7 @@ class Controller:
             while not stop.is_set():
                 self._wake.clear()
                 began = self._clock.monotonic()
-                changed = await self.tick()
+                changed = await self._try_tick()
                 metrics.TICK_SECONDS.set(self._clock.monotonic() - began)
                 # What moved may move on at once.
                 pause = self._tick_s / 5 if changed else self._tick_s
@@ -143,6 +147,15 @@ class Controller:
                 task.cancel()
             if self._asking is not None:
                 self._asking.cancel()
+
+    async def _try_tick(self) -> bool:
+        """One look; while the storage does not answer everything stays as it is, and gateways keep their routes."""
+        try:
+            return await self.tick()
+        except (UnavailableError, ConflictError) as error:
+            log.warning("nothing can be decided now: %s", error.message)
+            await asyncio.sleep(UNAVAILABLE_PAUSE_S)
+            return False
 
     async def poll(self, stop: asyncio.Event) -> None:
         """Ask for figures and outcomes until `stop`; the next look takes what came."""
@@ -182,6 +195,8 @@ class Controller:
             except ConflictError:
                 # Somebody changed it meanwhile: look again right away, and go on as before until then.
                 changed = True
+            except UnavailableError as error:
+                log.warning("%s is not decided on now: %s", row.name, error.message)
             except Exception:
                 metrics.TICK_FAILURES.labels(row.name).inc()
                 log.exception("deployment %s", row.name)
@@ -223,7 +238,7 @@ class Controller:
         observed = self._observe(row, known.spec, seen)
         after, actions = reconcile(item, status, observed, evidence, now, limits=self._limits)
         monotonic = self._clock.monotonic()
-        stale = on_trial or monotonic - known.saved_at > EVIDENCE_SAVE_S
+        stale = monotonic - known.saved_at >= (self._trial_save_s if on_trial else EVIDENCE_SAVE_S)
         changed = after != status
         if changed or (stale and evidence != known.evidence):
             values = {name: getattr(row, name) for name in Row.__slots__} | {"status": after, "evidence": evidence}

@@ -7,6 +7,8 @@ stream but does not acknowledge for `ack_s` is left out as well, so one stuck ga
 import asyncio
 from dataclasses import dataclass
 
+from millrace_kit.errors import UnavailableError
+
 from millrace_rollout_controller.state import Route
 
 MAX_HISTORY = 1000
@@ -20,6 +22,8 @@ class GatewaySeen:
     applied: int
     seen_at: float
     streams: int = 0
+    figures_address: str = ""
+    """Where it answers for its figures; empty where the settings name it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,16 @@ class Hub:
         self._history: list[Table] = [table]
         self._news = asyncio.Event()
         self._closed = False
+        self.serving = True
+        """Whether this replica may tell gateways anything; false until it leads."""
+
+    def restore(self, table: Table, gateways: dict[str, GatewaySeen]) -> None:
+        """Begin from what another replica left."""
+        self.table, self.gateways = table, gateways
+        self._changed = {route.model: table.generation for route in table.routes}
+        self._history = [table]
+        self.serving = True
+        self._wake()
 
     def next_table(self, changes: dict[str, Route | None], now_s: float) -> Table | None:
         """The table with `changes`; None when they change nothing.
@@ -86,14 +100,20 @@ class Hub:
         self._history = [t for t in self._history if t.generation >= oldest][-MAX_HISTORY:]
         self._wake()
 
-    def connected(self, gateway: str, applied: int, now_s: float) -> None:
-        """A gateway opened a stream."""
+    def connected(self, gateway: str, applied: int, now_s: float, figures_address: str = "") -> None:
+        """A gateway opened a stream.
+
+        Raises:
+            UnavailableError: this replica does not lead; another one has the routes.
+        """
+        if not self.serving:
+            raise UnavailableError("NOT_LEADER", "this replica stands by; the routes are the leader's")
         seen = self.gateways.get(gateway)
         if seen is None and len(self.gateways) >= MAX_GATEWAYS:
             silent = [name for name, g in self.gateways.items() if not g.streams]
             for name in sorted(silent, key=lambda name: self.gateways[name].seen_at)[:1]:
                 del self.gateways[name]
-        self.gateways[gateway] = GatewaySeen(applied, now_s, (seen.streams if seen else 0) + 1)
+        self.gateways[gateway] = GatewaySeen(applied, now_s, (seen.streams if seen else 0) + 1, figures_address)
 
     def acknowledged(self, gateway: str, applied: int, now_s: float) -> None:
         """A gateway has `applied` in force."""
@@ -124,6 +144,10 @@ class Hub:
                 if gateway.applied and table.generation >= gateway.applied:
                     used |= table.endpoints
         return frozenset(used)
+
+    def figures_addresses(self) -> list[str]:
+        """Where connected gateways answer for their figures."""
+        return sorted({g.figures_address for g in self.gateways.values() if g.streams and g.figures_address})
 
     def alive(self, now_s: float) -> int:
         """How many gateways count."""

@@ -58,6 +58,7 @@ class LocalExecutor:
         self._clock = clock
         self._drain_s = drain_s
         self._stop_on_close = stop_on_close
+        self._flavour = repository.Flavour(threads=settings.onnx_threads)
         self._parts: triton.Triton | None = None
         self._replicas: dict[str, Replica] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -134,7 +135,7 @@ class LocalExecutor:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     def _keys(self, wanted: Sequence[Wanted]) -> list[str]:
-        return [repository.key(want.ref, want.server, self._settings.onnx_threads) for want in wanted]
+        return [repository.key(want.ref, want.server, self._flavour) for want in wanted]
 
     def _adopt_left(self, wanted: Sequence[Wanted], keys: Sequence[str]) -> None:
         """Make replicas of the records an earlier process left; what nobody wants any more is stopped like any other."""
@@ -197,16 +198,15 @@ class LocalExecutor:
         name = want.deployment, want.ref.version
         root = self._folder / "repositories" / key
         limit = self._settings.max_artifact_mib * 1024 * 1024
-        threads = self._settings.onnx_threads
         async with self._locks.setdefault(key, asyncio.Lock()):
             try:
-                if not await asyncio.to_thread(repository.intact, root, want.ref, want.server, threads, limit):
+                if not await asyncio.to_thread(repository.intact, root, want.ref, want.server, self._flavour, limit):
                     if root.exists():
                         log.warning(
                             "repository %s of %s was changed on disk; it is written anew", key, want.ref.version
                         )
                     root.parent.mkdir(parents=True, exist_ok=True)
-                    await repository.write(root, want.ref, want.server, threads, self._source, max_bytes=limit)
+                    await repository.write(root, want.ref, want.server, self._flavour, self._source, max_bytes=limit)
             except DataLossError as error:
                 self._refusals[name] = Refusal("DataLoss", f"DATA_LOSS: {error.message}; not loaded", permanent=True)
                 raise

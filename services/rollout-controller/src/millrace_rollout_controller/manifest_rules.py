@@ -46,7 +46,9 @@ def check_spec(spec: "Spec") -> None:
     for index, rule in enumerate(spec.routing.rules):
         cel_rules.check_rule(rule.when, f"spec.routing.rules[{index}].when")
         if rule.to == "candidate" and spec.rollout.strategy == "Shadow":
-            raise InvalidArgumentError(f"spec.routing.rules[{index}].to", "cannot be candidate: a shadow answers nobody")
+            raise InvalidArgumentError(
+                f"spec.routing.rules[{index}].to", "cannot be candidate: a shadow answers nobody"
+            )
     _check_strategy(spec)
     for index, gate in enumerate(spec.rollout.gates):
         _check_gate(gate, f"spec.rollout.gates[{index}]")

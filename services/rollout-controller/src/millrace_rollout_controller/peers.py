@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grpc
@@ -101,37 +101,70 @@ def _prove(artifact: ArtifactRef, digest: str, size: int) -> None:
 
 
 class Figures:
-    """Polls every gateway and the drift monitor; who does not answer in time is left out."""
+    """Polls every gateway and the drift monitor; who does not answer in time is left out.
 
-    def __init__(self, gateways: Mapping[str, grpc.aio.Channel], drift: grpc.aio.Channel, *, timeout_s: float) -> None:
-        self._gateways = {a: prediction_pb2_grpc.GatewayServiceStub(channel) for a, channel in gateways.items()}
+    Args:
+        fixed: addresses of gateways that are always asked.
+        live: addresses of gateways that are connected now.
+        open_gateway: makes a channel to one.
+        drift: channel to the drift monitor.
+        timeout_s: deadline of each question.
+    """
+
+    def __init__(
+        self,
+        fixed: Sequence[str],
+        live: Callable[[], Sequence[str]],
+        open_gateway: Callable[[str], grpc.aio.Channel],
+        drift: grpc.aio.Channel,
+        *,
+        timeout_s: float,
+    ) -> None:
+        self._fixed = fixed
+        self._live = live
+        self._open = open_gateway
+        self._channels: dict[str, grpc.aio.Channel] = {}
         self._drift = drift_pb2_grpc.DriftServiceStub(drift)
         self._timeout_s = timeout_s
 
     @property
     def addresses(self) -> list[str]:
         """The gateways asked."""
-        return list(self._gateways)
+        return sorted({*self._fixed, *self._live()})
 
     async def poll(self, models: Sequence[str]) -> dict[str, Poll]:
         """What each model's sources say now."""
+        addresses = self.addresses
+        await self._close_all_but(addresses)
         answers, outcomes = await asyncio.gather(
-            asyncio.gather(*(self._ask_gateway(address) for address in self._gateways)),
+            asyncio.gather(*(self._ask_gateway(address) for address in addresses)),
             asyncio.gather(*(self._ask_drift(model) for model in models)),
         )
         polls: dict[str, Poll] = {}
         for model, found in zip(models, outcomes, strict=True):
             gateways = {
                 address: GatewayFigures(answer.instance_id, convert.gateway_counts(answer, model))
-                for address, answer in zip(self._gateways, answers, strict=True)
+                for address, answer in zip(addresses, answers, strict=True)
                 if answer is not None and answer.instance_id
             }
             polls[model] = Poll(gateways, found)
         return polls
 
+    async def _close_all_but(self, addresses: Sequence[str]) -> None:
+        for address in self._channels.keys() - set(addresses):
+            await self._channels.pop(address).close()
+
+    async def close(self) -> None:
+        """Close the channels to gateways."""
+        await self._close_all_but(())
+
     async def _ask_gateway(self, address: str) -> prediction_pb2.GetFiguresResponse | None:
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = self._channels[address] = self._open(address)
+        stub = prediction_pb2_grpc.GatewayServiceStub(channel)
         try:
-            answer: prediction_pb2.GetFiguresResponse = await self._gateways[address].GetFigures(
+            answer: prediction_pb2.GetFiguresResponse = await stub.GetFigures(
                 prediction_pb2.GetFiguresRequest(), timeout=self._timeout_s
             )
         except grpc.aio.AioRpcError:

@@ -7,7 +7,9 @@ one that was changed is thrown away and written anew.
 import hashlib
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Literal
 from uuid import uuid4
 
 from millrace_kit.content import sha256_file
@@ -24,9 +26,23 @@ _TYPES = {name: f"TYPE_{name}" for name in ("BOOL", "INT8", "INT16", "INT32", "I
 _RUNTIME = Path(__file__).with_name("triton_model.py")
 
 
-def key(ref: VersionRef, server: Server, threads: int) -> str:
+@dataclass(frozen=True, slots=True)
+class Flavour:
+    """How a server runs an ONNX graph."""
+
+    backend: Literal["pythonOnnx", "onnxruntime"] = "pythonOnnx"
+    """Our model.py on Triton's Python backend, or Triton's own onnxruntime backend."""
+    threads: int = 1
+    """Threads of one onnxruntime session."""
+    gpu: bool = False
+    """Instances on the GPUs the server sees; only with `onnxruntime`."""
+    warmup: int = 0
+    """Requests of one row of zeros the server answers to itself before it is ready; 0 where somebody else warms it up."""
+
+
+def key(ref: VersionRef, server: Server, flavour: Flavour) -> str:
     """Short name of everything that decides how a server behaves; equal keys can share a repository."""
-    parts = (ref.digest, config(ref, server, threads), sha256_file(_RUNTIME))
+    parts = (ref.digest, config(ref, server, flavour), sha256_file(_RUNTIME))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -34,14 +50,14 @@ def needed(ref: VersionRef, max_bytes: int) -> list[ArtifactRef]:
     """The files a server needs: the graph and tensors stored beside it.
 
     Raises:
-        FailedPreconditionError: this machine cannot serve the version; the message says why.
+        FailedPreconditionError: the version cannot be served; the message says why.
     """
     if ref.platform != PLATFORM:
-        message = f"platform {ref.platform!r} is not served on this machine; it serves {PLATFORM}"
+        message = f"platform {ref.platform!r} is not served; Triton here serves {PLATFORM}"
         raise FailedPreconditionError("PLATFORM_UNSUPPORTED", message, {"platform": ref.platform})
     for tensor in (*ref.inputs, *ref.outputs):
         if tensor.datatype not in _TYPES:
-            message = f"tensor {tensor.name!r} has datatype {tensor.datatype}, which is not served on this machine"
+            message = f"tensor {tensor.name!r} has datatype {tensor.datatype}, which is not served"
             raise FailedPreconditionError("DATATYPE_UNSUPPORTED", message, {"tensor": tensor.name})
     files = [a for a in ref.artifacts if a.path == MODEL_FILE or a.path.endswith((".data", ".bin"))]
     if not ref.inputs or not ref.outputs or all(a.path != MODEL_FILE for a in files):
@@ -55,20 +71,31 @@ def needed(ref: VersionRef, max_bytes: int) -> list[ArtifactRef]:
     return files
 
 
-def config(ref: VersionRef, server: Server, threads: int) -> str:
+def config(ref: VersionRef, server: Server, flavour: Flavour) -> str:
     """The text of `config.pbtxt`."""
     digests = {a.path: a.sha256 for a in ref.artifacts if a.path == MODEL_FILE or a.path.endswith((".data", ".bin"))}
     lines = [
         f"name: {json.dumps(ref.model)}",
-        'backend: "python"',
+        f"backend: {json.dumps('python' if flavour.backend == 'pythonOnnx' else 'onnxruntime')}",
         f"max_batch_size: {server.max_batch_size}",
         *(_tensor("input", tensor) for tensor in ref.inputs),
         *(_tensor("output", tensor) for tensor in ref.outputs),
-        f"instance_group [ {{ count: {server.instances} kind: KIND_CPU }} ]",
+        f"instance_group [ {{ count: {server.instances} kind: {'KIND_GPU' if flavour.gpu else 'KIND_CPU'} }} ]",
         f"dynamic_batching {{ max_queue_delay_microseconds: {server.queue_delay_us} }}",
-        _parameter("artifacts", json.dumps(digests, sort_keys=True)),
-        _parameter("threads", str(threads)),
     ]
+    if flavour.backend == "pythonOnnx":
+        lines += [
+            _parameter("artifacts", json.dumps(digests, sort_keys=True)),
+            _parameter("threads", str(flavour.threads)),
+        ]
+    else:
+        lines += [
+            f"default_model_filename: {json.dumps(MODEL_FILE)}",
+            _parameter("intra_op_thread_count", str(flavour.threads)),
+            _parameter("inter_op_thread_count", "1"),
+        ]
+    if flavour.warmup:
+        lines.append(_warm_up(ref, flavour.warmup))
     return "\n".join(lines) + "\n"
 
 
@@ -79,16 +106,26 @@ def _tensor(kind: str, tensor: Tensor) -> str:
     return f"{kind} [ {{ name: {json.dumps(tensor.name)} data_type: {data_type} dims: [ {dims} ] }} ]"
 
 
+def _warm_up(ref: VersionRef, count: int) -> str:
+    inputs = "\n".join(
+        f"    inputs {{ key: {json.dumps(tensor.name)} value {{ data_type: {_TYPES.get(tensor.datatype, 'TYPE_INVALID')}"
+        f" dims: [ {', '.join(str(max(1, size)) for size in tensor.shape)} ] zero_data: true }} }}"
+        for tensor in ref.inputs
+    )
+    return f'model_warmup [ {{\n    name: "zeros"\n    batch_size: 1\n    count: {count}\n{inputs}\n}} ]'
+
+
 def _parameter(name: str, value: str) -> str:
     return f"parameters {{ key: {json.dumps(name)} value {{ string_value: {json.dumps(value)} }} }}"
 
 
-def intact(root: Path, ref: VersionRef, server: Server, threads: int, max_bytes: int) -> bool:
+def intact(root: Path, ref: VersionRef, server: Server, flavour: Flavour, max_bytes: int) -> bool:
     """Whether the repository is there and every file is what it should be. Reads all of it: call it in a thread."""
     model = root / ref.model
     expected = {model / "1" / a.path: a.sha256 for a in needed(ref, max_bytes)}
-    expected[model / "1" / "model.py"] = sha256_file(_RUNTIME)
-    expected[model / "config.pbtxt"] = hashlib.sha256(config(ref, server, threads).encode()).hexdigest()
+    if flavour.backend == "pythonOnnx":
+        expected[model / "1" / "model.py"] = sha256_file(_RUNTIME)
+    expected[model / "config.pbtxt"] = hashlib.sha256(config(ref, server, flavour).encode()).hexdigest()
     # Byte code that a server wrote is no part of what was proved.
     for cache in list(root.rglob("__pycache__")):
         shutil.rmtree(cache, ignore_errors=True)
@@ -97,13 +134,13 @@ def intact(root: Path, ref: VersionRef, server: Server, threads: int, max_bytes:
 
 
 async def write(
-    root: Path, ref: VersionRef, server: Server, threads: int, source: ArtifactSource, *, max_bytes: int
+    root: Path, ref: VersionRef, server: Server, flavour: Flavour, source: ArtifactSource, *, max_bytes: int
 ) -> None:
     """Write the repository to `root`, whole or not at all.
 
     Raises:
         DataLossError: an artifact has another digest than the version names; nothing is left behind.
-        FailedPreconditionError: this machine cannot serve the version.
+        FailedPreconditionError: the version cannot be served.
         MillraceError: the registry does not answer now.
     """
     files = needed(ref, max_bytes)
@@ -115,8 +152,9 @@ async def write(
             target = folder / artifact.path
             target.parent.mkdir(parents=True, exist_ok=True)
             await source.fetch(artifact, target)
-        shutil.copyfile(_RUNTIME, folder / "model.py")
-        (scratch / ref.model / "config.pbtxt").write_text(config(ref, server, threads), encoding="utf-8")
+        if flavour.backend == "pythonOnnx":
+            shutil.copyfile(_RUNTIME, folder / "model.py")
+        (scratch / ref.model / "config.pbtxt").write_text(config(ref, server, flavour), encoding="utf-8")
         if root.exists():
             shutil.rmtree(root)
         scratch.rename(root)

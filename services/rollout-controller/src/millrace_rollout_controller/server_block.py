@@ -16,7 +16,8 @@ OBJECT_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
 TARGET = r"^[1-9][0-9]{0,6}(us|ms|s|%)$"
 _UNITS_US = {"us": 1, "ms": 1000, "s": 1_000_000}
 
-Amount = Annotated[str, Field(pattern=QUANTITY, max_length=32)] | int | float
+Amount = Annotated[str, Field(pattern=QUANTITY, max_length=32)] | Annotated[int, Field(ge=0)]
+"""A whole number, or a text like 500m or 2Gi."""
 
 
 class Block(BaseModel):

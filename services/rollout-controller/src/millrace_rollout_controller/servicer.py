@@ -110,8 +110,9 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         applied = _generation(first)
         if self._streams >= self._max_gateways:
             raise ResourceExhaustedError("max_gateways", f"{self._max_gateways} gateways are connected")
+        figures_address = check.optional_text(first.figures_address, "figures_address", limit=300)
+        self._hub.connected(gateway, applied, self._clock.now().timestamp(), figures_address)
         self._streams += 1
-        self._hub.connected(gateway, applied, self._clock.now().timestamp())
         self._controller.wake()
         reader = asyncio.create_task(self._read_acknowledgements(gateway, request_iterator))
         # A controller that never published says nothing: a gateway may hold good routes from before.

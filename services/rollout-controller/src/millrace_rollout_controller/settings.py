@@ -45,6 +45,8 @@ class RolloutSettings(ServiceSettings):
     """Where versions and artifacts come from."""
     gateway_addresses: tuple[str, ...] = ("127.0.0.1:7405",)
     """Every gateway whose figures count."""
+    gateway_tls_name: str = ""
+    """Name expected in the certificates of gateways that say their own address, which is that of a pod; empty takes the address."""
     drift_address: str = "127.0.0.1:7406"
     """Where outcomes come from."""
     triton: TritonSettings = TritonSettings()

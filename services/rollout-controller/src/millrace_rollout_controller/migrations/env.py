@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from millrace_rollout_controller.store import metadata
+from millrace_rollout_controller.sql_store import metadata
 
 context.configure(connection=context.config.attributes["connection"], target_metadata=metadata, render_as_batch=True)
 context.run_migrations()

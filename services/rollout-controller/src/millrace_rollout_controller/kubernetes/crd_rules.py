@@ -1,0 +1,188 @@
+"""What pydantic cannot say to an API server: patterns and CEL rules of the CRD, by the field they stand at.
+
+The same rules as `manifest_rules.check_spec` and `server_block.check_server`; a test holds both against one table of manifests. Not here,
+because one object cannot say it or CEL cannot: routing rules compile, one deployment per model. The controller says those in the status.
+"""
+
+from typing import Any
+
+Rule = dict[str, str]
+_NAME = "^[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?$"
+_IDENTIFIER = r"(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)"
+SEMVER = (
+    r"^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
+    rf"(-{_IDENTIFIER}(\.{_IDENTIFIER})*)?(\+[0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*)?$"
+)
+_STRATEGY = "(has(self.strategy) ? self.strategy : 'Canary')"
+_DECIMALS = {
+    # A text of a number costs too much; a hundredth divided again is the nearest double, as the parser found it.
+    "rule": "double(int(double(self) * 100.0 + 0.5)) / 100.0 == double(self)",
+    "message": "has more than two decimals",
+}
+_DURATION = {
+    "rule": "duration(self) > duration('0s') && duration(self) <= duration('720h')",
+    "message": "must be more than 0 and at most 720h",
+}
+_PROMOTE = {
+    "rule": "!has(self.onSuccess) || self.onSuccess != 'Promote' || has(self.duration)"
+    " || (has(self.minRequests) && self.minRequests > 0)",
+    "message": "Promote needs minRequests or duration",
+    "fieldPath": ".onSuccess",
+}
+SCHEMA: dict[str, dict[str, Any]] = {
+    "spec.model": {"pattern": _NAME, "maxLength": 63, "minLength": 1},
+    "spec.version": {"pattern": SEMVER, "maxLength": 128, "minLength": 5},
+}
+"""Added to a field's schema."""
+
+
+def _rule(rule: str, message: str, field: str = "") -> Rule:
+    return {"rule": rule, "message": message} | ({"fieldPath": field} if field else {})
+
+
+def _forms(metric: str, *allowed: str) -> list[Rule]:
+    refused = [form for form in ("max", "min", "compare") if form not in allowed]
+    return [
+        _rule(
+            f"!has(self.metric) || self.metric != '{metric}' || !has(self.{form})",
+            f"does not fit {metric}; use {' or '.join(allowed)}",
+            f".{form}",
+        )
+        for form in refused
+    ]
+
+
+def _bound(form: str) -> list[Rule]:
+    rules = [
+        _rule(
+            f"!has(self.metric) || self.metric == 'latencyP99Ms' || !has(self.{form})"
+            f" || (self.{form} > 0.0 && self.{form} < 1.0)",
+            "must be between 0 and 1, both left out",
+            f".{form}",
+        )
+    ]
+    if form == "max":
+        rules.append(
+            _rule(
+                "!has(self.metric) || self.metric != 'latencyP99Ms' || !has(self.max)"
+                " || (self.max > 0.0 && self.max <= 600000.0)",
+                "must be more than 0 and at most 600000 (milliseconds)",
+                ".max",
+            )
+        )
+    return rules
+
+
+def _only(block: str, strategy: str) -> Rule:
+    return _rule(f"!has(self.{block}) || {_STRATEGY} == '{strategy}'", f"belongs to {strategy}", f".{block}")
+
+
+CEL: dict[str, list[Rule]] = {
+    "spec.model": [_rule("self == oldSelf", "cannot change; delete the deployment first")],
+    "spec": [
+        _rule(
+            "!has(self.rollout) || !has(self.rollout.strategy) || self.rollout.strategy != 'ABTest'"
+            " || (has(self.routing) && has(self.routing.sticky))",
+            "is needed by ABTest: a caller must stay on one version",
+            ".routing.sticky",
+        ),
+        _rule(
+            "!has(self.rollout) || !has(self.rollout.strategy) || self.rollout.strategy != 'Shadow'"
+            " || !has(self.routing) || !has(self.routing.rules) || self.routing.rules.all(r, r.to != 'candidate')",
+            "cannot send to candidate: a shadow answers nobody",
+            ".routing.rules",
+        ),
+    ],
+    "spec.rollout": [
+        _only("steps", "Canary"),
+        _only("blueGreen", "BlueGreen"),
+        _only("abTest", "ABTest"),
+        _only("shadow", "Shadow"),
+    ],
+    "spec.rollout.steps": [
+        _rule(
+            "self.map(s, double(s.weight)).isSorted()"
+            " && self.all(s, self.exists_one(other, double(other.weight) == double(s.weight)))",
+            "each weight must be greater than the step's before",
+        ),
+    ],
+    "spec.rollout.steps.items.weight": [_DECIMALS],
+    "spec.rollout.steps.items.pause.duration": [_DURATION],
+    "spec.rollout.blueGreen.mirrorPercent": [_DECIMALS],
+    "spec.rollout.blueGreen.pause.duration": [_DURATION],
+    "spec.rollout.abTest": [_PROMOTE],
+    "spec.rollout.abTest.split": [_DECIMALS],
+    "spec.rollout.abTest.duration": [_DURATION],
+    "spec.rollout.shadow": [_PROMOTE],
+    "spec.rollout.shadow.mirrorPercent": [_DECIMALS],
+    "spec.rollout.shadow.duration": [_DURATION],
+    "spec.rollout.gates.items": [
+        _rule("has(self.metric) != has(self.promql)", "needs exactly one of metric and promql"),
+        _rule(
+            "[has(self.max), has(self.min), has(self.compare)].filter(given, given).size() == 1",
+            "needs exactly one of max, min and compare",
+        ),
+        *_forms("errorRate", "max", "compare"),
+        *_forms("latencyP99Ms", "max"),
+        *_forms("outcome/accuracy", "min", "compare"),
+        *_forms("outcome/brier", "max", "compare"),
+        _rule("!has(self.promql) || !has(self.compare)", "does not fit promql; use max or min", ".compare"),
+        _rule("has(self.margin) == has(self.compare)", "belongs to compare, and compare needs it", ".margin"),
+        _rule("!has(self.failureLimit) || has(self.promql)", "belongs to promql", ".failureLimit"),
+        _rule(
+            "!has(self.confidence) || has(self.metric)",
+            "belongs to metric; a query has failureLimit",
+            ".confidence",
+        ),
+        *_bound("max"),
+        *_bound("min"),
+    ],
+    "spec.rollout.gates.items.promql": [
+        _rule(
+            r"self.findAll('(?s)\\{\\{.*?\\}\\}').all(name,"
+            " name in ['{{model}}', '{{candidate}}', '{{stable}}', '{{namespace}}'])",
+            "names something else than {{model}}, {{candidate}}, {{stable}} and {{namespace}}",
+        ),
+    ],
+    "spec.server": [
+        _rule(
+            "!has(self.autoscaling) || !has(self.autoscaling.minReplicas)"
+            " || self.autoscaling.minReplicas >= (has(self.replicas) ? self.replicas : 1)",
+            "must be at least spec.server.replicas",
+            ".autoscaling.minReplicas",
+        ),
+        _rule(
+            "!has(self.autoscaling) || (self.autoscaling.maxReplicas >= (has(self.replicas) ? self.replicas : 1)"
+            " && (!has(self.autoscaling.minReplicas) || self.autoscaling.maxReplicas >= self.autoscaling.minReplicas))",
+            "must be at least minReplicas and spec.server.replicas",
+            ".autoscaling.maxReplicas",
+        ),
+    ],
+    "spec.server.autoscaling": [
+        _rule(
+            "(has(self.target) ? self.target : '80%').endsWith('%')"
+            " == ((has(self.metric) ? self.metric : 'cpu') == 'cpu')",
+            "needs a percentage with cpu and a time like 5ms with queueTime",
+            ".target",
+        ),
+    ],
+    "spec.server.tolerations.items": [
+        _rule(
+            "!has(self.operator) || self.operator != 'Exists' || !has(self.value) || self.value == ''",
+            "belongs to operator Equal",
+            ".value",
+        ),
+        _rule(
+            "(has(self.operator) && self.operator == 'Exists') || has(self.key)", "is needed by operator Equal", ".key"
+        ),
+    ],
+    # Keys of a map have no pattern of their own in a structural schema.
+    "spec.server.nodeSelector": [
+        _rule(
+            r"self.all(key, size(key) <= 317"
+            r" && key.matches('^([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?$'))",
+            "needs names of labels",
+        ),
+    ],
+}
+"""Rules by the path of the schema they stand at."""
