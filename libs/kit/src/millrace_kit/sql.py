@@ -13,6 +13,8 @@ BUSY_TIMEOUT_MS = 10_000
 POOL_SIZE = 10
 POOL_TIMEOUT_S = 10
 MIGRATION_LOCK = 0x6D696C6C
+# Longest wait of a transaction for its turn; then it fails with OperationalError.
+TURN_TIMEOUT_MS = 10_000
 
 
 def open_engine(url: str) -> Engine:
@@ -55,6 +57,19 @@ def reading(engine: Engine) -> Iterator[Connection]:
             snapshot = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         with snapshot.begin():
             yield snapshot
+
+
+def take_turn(connection: Connection, lock: int) -> None:
+    """Wait until no other transaction holds `lock`; held to the end of this one. What is read afterwards is the newest there is.
+
+    Replicas that look before they write take turns by it; SQLite's writers do so anyway.
+
+    Raises:
+        OperationalError: the turn did not come within `TURN_TIMEOUT_MS`.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(text(f"SET LOCAL lock_timeout = {TURN_TIMEOUT_MS}"))
+        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": lock})
 
 
 def migrate(engine: Engine, scripts: Path) -> None:

@@ -1,6 +1,6 @@
 """Predictions and outcomes in SQL, joined in either order, and the sums over them.
 
-Every function works inside the caller's transaction and is idempotent: what is known already changes nothing. One process writes
+Every function works inside the caller's transaction and is idempotent: what is known already changes nothing. Writers take turns
 (the store holds a lock), so looking before inserting is exact.
 """
 

@@ -1,12 +1,16 @@
-"""The stream worker: bus messages in, windows closed, in a loop that loses nothing however it ends."""
+"""The stream worker: bus messages in, windows closed, in a loop that loses nothing however it ends.
+
+Replicas share the partitions. Positions are kept with the effects in one transaction, which goes through only while they are the ones its
+messages were read from; so a partition that moved to another replica meanwhile is not counted twice.
+"""
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from millrace_kit.bus import PREDICTIONS, Bus, Message, Subscription, TopicPartition, records_topic
 from millrace_kit.clock import Clock
-from millrace_kit.errors import MillraceError
+from millrace_kit.errors import MillraceError, UnavailableError
 from sqlalchemy.exc import OperationalError
 
 from millrace_drift_monitor import metrics
@@ -79,6 +83,8 @@ class Monitor:
         self._fetch_messages = fetch_messages
         self._max_ahead_us = int(max_ahead_s * MICROS)
         self._specs: dict[str, OutcomeSpec] = {}
+        self._positions: dict[TopicPartition, int] = {}
+        self._mine: dict[TopicPartition, int] = {}
         self._next_lag = 0.0
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -100,8 +106,7 @@ class Monitor:
         """Read with one set of topics until it has to change."""
         self._specs = await asyncio.to_thread(self._store.specs)
         topics = self._topics()
-        positions = await asyncio.to_thread(self._store.positions)
-        subscription = await self._bus.subscribe(topics, group=GROUP, at=positions)
+        subscription = await self._bus.subscribe(topics, group=GROUP, starts=self._starts)
         try:
             while not stop.is_set():
                 messages = await subscription.fetch(max_messages=self._fetch_messages, timeout_s=FETCH_TIMEOUT_S)
@@ -112,12 +117,18 @@ class Monitor:
                     count_applied(applied)
                 if len(messages) < self._fetch_messages:
                     await self._close_due()
-                await self._measure_lag(subscription, positions, messages)
+                await self._measure_lag(subscription)
                 specs = await asyncio.to_thread(self._store.specs)
                 if specs.keys() != self._specs.keys():
                     return
         finally:
             await subscription.close()
+
+    def _starts(self, _places: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
+        """Where to begin in partitions that just came."""
+        self._positions = self._store.positions()
+        self._mine.clear()
+        return self._positions
 
     def _topics(self) -> list[str]:
         contracts = {spec.contract for spec in self._specs.values() if spec.contract}
@@ -145,24 +156,37 @@ class Monitor:
             except MalformedError as error:
                 metrics.MALFORMED.labels("message").inc()
                 log.warning("message %s/%d/%d left out: %s", message.topic, message.partition, message.offset, error)
-        return self._store.apply(predictions, outcomes, positions, self._specs.keys(), now_us)
+        models = self._specs.keys()
+        applied = self._store.apply(predictions, outcomes, positions, models, now_us, starts=self._positions)
+        if applied is not None:
+            self._positions.update(positions)
+            self._mine.update(positions)
+        return applied
 
     async def _close_due(self) -> None:
         now_us = now_micros(self._clock.now())
         closed = await asyncio.to_thread(self._closer.close_due, now_us, self._specs.__contains__)
         count_closed(closed)
 
-    async def _measure_lag(
-        self, subscription: Subscription, positions: dict[TopicPartition, int], messages: Sequence[Message]
-    ) -> None:
-        for message in messages:
-            positions[message.place] = message.offset + 1
+    async def _measure_lag(self, subscription: Subscription) -> None:
         now = self._clock.monotonic()
         if now < self._next_lag:
             return
         self._next_lag = now + LAG_INTERVAL_S
+        positions = await asyncio.to_thread(self._store.positions)
         lags: dict[str, int] = {}
         for place, end in (await subscription.end_offsets()).items():
             lags[place.topic] = lags.get(place.topic, 0) + max(0, end - positions.get(place, 0))
         for topic, lag in lags.items():
             metrics.LAG.labels(topic).set(lag)
+        await self._tell_bus(subscription)
+
+    async def _tell_bus(self, subscription: Subscription) -> None:
+        """The bus too knows the positions, for those who watch or scale by the group's lag; nobody reads from there."""
+        mine, self._mine = self._mine, {}
+        if not mine:
+            return
+        try:
+            await subscription.commit(mine)
+        except UnavailableError as error:
+            log.info("the bus did not take the group's positions: %s", error.message)

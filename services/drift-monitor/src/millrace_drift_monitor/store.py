@@ -1,6 +1,6 @@
 """The drift monitor's database: every transaction that changes what the stream, the registry or a reference say.
 
-One process writes, and its writers take turns (`_write`), so a check and the insert that follows it cannot be interleaved.
+Writers take turns (`write`), in one process and over all replicas, so a check and the insert that follows it cannot be interleaved.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from millrace_kit.bus import TopicPartition, records_topic
 from millrace_kit.errors import AlreadyExistsError
-from millrace_kit.sql import migrate, open_engine, reading
+from millrace_kit.sql import migrate, open_engine, reading, take_turn
 from sqlalchemy import Connection, Engine, and_, insert, select, update
 
 from millrace_drift_monitor.ledger import Taken, adopt, take_outcomes, take_predictions
@@ -30,6 +30,7 @@ from millrace_drift_monitor.tables import (
 from millrace_drift_monitor.windows import OpenWindow, WindowCounter, open_windows
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+WRITE_LOCK = 0x64726966
 # Profiles held in memory; a reference never changes, so a copy is never stale.
 PROFILE_CACHE = 64
 
@@ -67,6 +68,7 @@ class Store:
     def write(self) -> Iterator[Connection]:
         """A transaction that changes something; they take turns."""
         with self._lock, self.engine.begin() as connection:
+            take_turn(connection, WRITE_LOCK)
             yield connection
 
     # The stream.
@@ -83,16 +85,19 @@ class Store:
         positions: Mapping[TopicPartition, int],
         known_models: AbstractSet[str],
         now_us: int,
+        *,
+        starts: Mapping[TopicPartition, int],
     ) -> Applied | None:
         """Take in what was fetched, and the positions after it, in one transaction.
 
-        Returns None and changes nothing when another model than `known_models` became known since the messages were decoded:
-        its outcomes may have to be read from the beginning, so the caller starts over.
+        Returns None and changes nothing when another model than `known_models` became known since the messages were decoded (its
+        outcomes may have to be read from the beginning), or when a position is no longer the one in `starts` that was read from
+        (another replica reads that partition now): the caller starts over.
         """
         taken = Taken()
         with self.write() as connection:
             specs = specs_of(connection)
-            if specs.keys() != known_models:
+            if specs.keys() != known_models or not _stand_at(connection, {p: starts.get(p, 0) for p in positions}):
                 return None
             take_predictions(connection, predictions, specs, now_us, taken)
             for batch in outcomes:
@@ -235,6 +240,12 @@ def specs_of(connection: Connection) -> dict[str, OutcomeSpec]:
         row.model: OutcomeSpec(row.contract, row.subject_column, row.label_column, row.threshold)
         for row in connection.execute(select(MODEL_INFO))
     }
+
+
+def _stand_at(connection: Connection, positions: Mapping[TopicPartition, int]) -> bool:
+    """Whether the stored positions are these."""
+    stored = {TopicPartition(r.topic, r.partition): r.next_offset for r in connection.execute(select(POSITION))}
+    return all(stored.get(place, 0) == offset for place, offset in positions.items())
 
 
 def _keep_position(connection: Connection, place: TopicPartition, offset: int) -> None:
