@@ -17,6 +17,7 @@ from millrace_inference_gateway.access_log_receiver import AccessLogReceiver
 from millrace_inference_gateway.applier import Applier
 from millrace_inference_gateway.endpoints import EndpointSource, ListedEndpoints, SliceEndpoints
 from millrace_inference_gateway.envoy_admin import EnvoyAdmin
+from millrace_inference_gateway.envoy_auth import watch_auth
 from millrace_inference_gateway.envoy_control import EnvoyControl
 from millrace_inference_gateway.envoy_end import until_envoy_ends
 from millrace_inference_gateway.envoy_files import envoy_files
@@ -45,9 +46,9 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
     """Wire the gateway: routes in, figures and predictions out, Predict in between."""
     clock = clock or SystemClock()
     admin = EnvoyAdmin(settings.envoy_admin_listen)
-    store = RouteStore(settings.folder)
+    store, files = RouteStore(settings.folder), envoy_files(settings)
     source, following = _endpoint_source(settings, store, clock)
-    applier = Applier(settings, EnvoyControl(envoy_files(settings), admin, settings), store, source, clock)
+    applier = Applier(settings, EnvoyControl(files, admin, settings), store, source, clock)
     rollout = open_channel(settings.rollout_address, tls=settings.tls)
     watch = RouteWatch(
         rollout,
@@ -115,6 +116,7 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
         grpc_services=GRPC_SERVICES,
         workers=[
             *following,
+            Worker("auth", lambda stop: watch_auth(files, settings.auth, stop)),
             Worker("routes", applier.run),
             Worker("route-watch", watch.run),
             Worker("access-log", receiver.watch_stop),

@@ -25,6 +25,7 @@ from envoy.type.matcher.v3 import regex_pb2
 from google.protobuf.message import Message
 from google.protobuf.wrappers_pb2 import BoolValue, UInt32Value
 
+from millrace_inference_gateway.envoy_auth import auth_filters
 from millrace_inference_gateway.envoy_clusters import (
     access_log_service,
     address,
@@ -89,6 +90,8 @@ def _public(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> list
     )
     lua = lua_pb2.Lua(default_source_code=base_pb2.DataSource(inline_string=source))
     manager.http_filters.insert(0, hcm_pb2.HttpFilter(name=LUA_FILTER, typed_config=packed(lua)))
+    for number, each in enumerate(auth_filters(files, settings.auth)):
+        manager.http_filters.insert(number, each)
     if settings.envoy.connection_age_s:
         manager.common_http_protocol_options.max_connection_duration.CopyFrom(duration(settings.envoy.connection_age_s))
     listener = _listener("public", address(host, port), manager)

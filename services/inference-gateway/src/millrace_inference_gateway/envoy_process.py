@@ -15,6 +15,7 @@ from google.protobuf.json_format import MessageToJson
 from millrace_kit.clock import uuid7
 from millrace_kit.settings import SettingsError, load_settings
 
+from millrace_inference_gateway.envoy_auth import AuthFileError, write_auth
 from millrace_inference_gateway.envoy_bootstrap import bootstrap
 from millrace_inference_gateway.envoy_files import (
     EnvoyFiles,
@@ -52,6 +53,7 @@ def prepare(settings: GatewaySettings) -> EnvoyFiles:
         write_clusters(files, table, settings)
         write_routes(files, table, settings)
     write_secrets(files, settings.public_tls)
+    write_auth(files, settings.auth)
     settings.ledger.mkdir(parents=True, exist_ok=True)
     message = bootstrap(settings, files, uuid7())
     write_atomically(files.bootstrap, MessageToJson(message, preserving_proto_field_name=True, indent=1).encode())
@@ -90,7 +92,12 @@ def main() -> None:
     except SettingsError as error:
         print(f"millrace-inference-gateway-envoy: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    line = supervised(settings, command(settings, prepare(settings)))
+    try:
+        files = prepare(settings)
+    except AuthFileError as error:
+        print(f"millrace-inference-gateway-envoy: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    line = supervised(settings, command(settings, files))
     os.execv(line[0], line)  # noqa: S606 - this process becomes the supervisor
 
 

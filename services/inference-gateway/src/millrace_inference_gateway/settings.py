@@ -128,6 +128,32 @@ class PublicTlsSettings(Settings):
         return self
 
 
+class JwtSettings(Settings):
+    """Callers that bring a JWT (`authorization: Bearer …`)."""
+
+    issuer: str = Field(min_length=1)
+    """`iss` the token must have."""
+    audiences: tuple[str, ...] = ()
+    """`aud` of which the token must have one; empty takes any."""
+    jwks_file: str = Field(min_length=1)
+    """JSON Web Key Set of the issuer; read again when it changes."""
+
+
+class AuthSettings(Settings):
+    """Who may call the public port, and how often; health checks are for everybody. By default everybody may."""
+
+    api_keys_file: str = ""
+    """One `name sha256-of-the-key` a line; read again when it changes. With `jwt` a caller needs one of both."""
+    api_key_header: str = Field(default="x-api-key", pattern="^[a-z0-9][a-z0-9-]{0,62}$")
+    """Metadata that carries the key."""
+    jwt: JwtSettings | None = None
+    """Take JWTs of one issuer."""
+    calls_per_s: int = Field(default=0, ge=0, le=10_000_000)
+    """Calls a second this replica takes from all clients together; more get RESOURCE_EXHAUSTED. 0 is no limit."""
+    burst: int = Field(default=0, ge=0, le=10_000_000)
+    """Calls it takes at once after a pause; 0 takes `calls_per_s`."""
+
+
 class GatewaySettings(ServiceSettings):
     """The gateway."""
 
@@ -139,6 +165,7 @@ class GatewaySettings(ServiceSettings):
     public_listen: str = "127.0.0.1:7400"
     """Where Envoy takes clients' calls."""
     public_tls: PublicTlsSettings = PublicTlsSettings()
+    auth: AuthSettings = AuthSettings()
     envoy_admin_listen: str = "127.0.0.1:7409"
     """Where Envoy answers questions about itself; never expose it."""
     stats_listen: str = ""
