@@ -5,12 +5,25 @@ from contextlib import AsyncExitStack
 
 import numpy as np
 import pytest
+from kafka.admin import KafkaAdminClient
 from millrace_api.drift.v1 import drift_pb2
 from millrace_api.events.v1 import events_pb2
+from millrace_drift_monitor.monitor import GROUP
 from millrace_kit.bus import PREDICTIONS, Outgoing, open_bus
 from millrace_kit.settings import BusSettings
 
 BATCHES, ROWS = 60, 20
+
+
+def has_two_members(address: str) -> bool:
+    """Whether both monitors are in the group and have partitions."""
+    admin = KafkaAdminClient(bootstrap_servers=[address])
+    try:
+        members = admin.describe_groups([GROUP])[GROUP]["members"]
+        owned = [m["member_assignment"]["assigned_partitions"] for m in members if m["member_assignment"]]
+        return len([partitions for partitions in owned if partitions]) == 2
+    finally:
+        admin.close()
 
 
 @pytest.mark.slow
@@ -47,6 +60,7 @@ async def test_replicas_come_and_go_under_load(world, helpers, kafka_address) ->
 
         await publish_some(range(15))
         async with world.monitor(bus=settings):
+            await helpers.until(lambda: asyncio.to_thread(has_two_members, kafka_address), deadline_s=60)
             await publish_some(range(15, 40))
 
             async def shared():

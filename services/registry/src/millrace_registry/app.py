@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from millrace_api.registry.v1 import registry_pb2_grpc
@@ -37,7 +37,7 @@ async def build(settings: RegistrySettings, *, clock: Clock | None = None) -> Se
     engine = open_engine(settings.database())
     await asyncio.to_thread(migrate, engine, MIGRATIONS)
     files = ContentStore(settings.artifacts())
-    await asyncio.to_thread(files.sweep, older_than=clock.now() - ABANDONED_AFTER)
+    await asyncio.to_thread(_sweep, files, clock.now() - ABANDONED_AFTER)
     store = SqlStore(
         engine,
         clock,
@@ -60,6 +60,14 @@ async def build(settings: RegistrySettings, *, clock: Clock | None = None) -> Se
         workers=[relay.worker],
         closers=[close_database, bus.close],
     )
+
+
+def _sweep(files: ContentStore, older_than: datetime) -> None:
+    """Left-overs do no harm, so a store that does not answer is no reason not to serve models."""
+    try:
+        files.sweep(older_than=older_than)
+    except OSError as error:
+        log.warning("left-overs of uploads were not removed: %s", error)
 
 
 def _look_at_audit(store: SqlStore) -> None:
