@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -215,3 +216,16 @@ def test_what_is_no_manifest_is_refused(text: str) -> None:
 def test_any_text_is_a_manifest_or_refused(text: str) -> None:
     with pytest.raises(InvalidArgumentError):
         manifest.parse(text)
+
+
+SAMPLES = sorted((Path(__file__).parents[3] / "deploy/samples/flights/manifests").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
+def test_the_samples_are_right(path: Path) -> None:
+    assert manifest.parse(path.read_text()).metadata.name == "flight-delay"
+
+
+def test_there_is_a_sample_of_every_strategy() -> None:
+    found = {manifest.parse(path.read_text()).spec.rollout.strategy for path in SAMPLES}
+    assert found == {"Canary", "BlueGreen", "ABTest", "Shadow"}
