@@ -118,7 +118,7 @@ IMAGES = {
         "triton-cpu", "Triton, its Python backend, ONNX Runtime", "deploy/images/triton-cpu", "requirements-triton.txt"
     ),
     "trainer": _own(
-        "trainer", "torch with CUDA, ONNX, Optuna, the SDK", "deploy/images/trainer", "protos", "libs/kit", "libs/sdk",
+        "trainer", "torch with CUDA, ONNX, Optuna, the SDK", "deploy/images/trainer", "protos", "libs/kit", "libs/sdk", "charts/millrace-crds/templates",
         "services/training-coordinator",
     ),
 }  # fmt: skip

@@ -115,7 +115,8 @@ def _position(deployment: Deployment) -> Iterator[Node]:
         filled = round(deployment.candidate_weight / 100 * BAR)
         bar = "█" * filled + "░" * (BAR - filled)
         yield Node(f"weight {bar} {deployment.candidate_weight:g}%")
-        if weights := _steps(deployment.manifest_yaml):
+        weights = _steps(deployment.manifest_yaml)
+        if weights and deployment.phase != "Preparing":  # no step is entered before the servers are ready
             shown = [
                 f"{weight:g} ✔"
                 if number < deployment.step
@@ -155,11 +156,12 @@ def _arms(arms: Iterable[Arm], pods: Sequence[Pod], now: datetime) -> Iterator[N
 def _pod(pod: Pod, now: datetime) -> Node:
     text = f"{pod.name}  {pod.state}  {'ready' if pod.ready else 'not ready'}"
     if pod.restarts:
-        text += f"  {pod.restarts} restarts"
+        text += f"  {pod.restarts} restart{'s' if pod.restarts > 1 else ''}"
     text += f"  {age(pod.created_at, now)}" + (f"  on {pod.node}" if pod.node else "")
-    ending = pod.state == "Terminating"
-    tone: Tone = "muted" if ending else "good" if pod.ready else "moving"
-    return Node(text, "bad" if pod.state not in {"Running", "Terminating"} and "Back" in pod.state else tone)
+    if pod.state == "Terminating":
+        return Node(text, "muted")
+    expected = pod.state in {"Running", "Succeeded"} or pod.state.startswith("Pending")
+    return Node(text, "bad" if not expected else "good" if pod.ready else "moving")
 
 
 def _gates(deployment: Deployment) -> Iterator[Node]:

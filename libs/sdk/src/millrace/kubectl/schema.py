@@ -6,13 +6,16 @@ Only what CRD schemas may say is understood. The field of a finding is written a
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import yaml
 from cel import cel
 
 Schema = Mapping[str, Any]
+CHART = Path(__file__).parents[5] / "charts" / "millrace-crds" / "templates" / "modeldeployments.yaml"
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "object": (Mapping,),
     "array": (list,),
@@ -34,9 +37,13 @@ class Finding:
         return f"{self.field}: {self.message}"
 
 
+@cache
 def crd() -> Schema:
-    """The CRD this package was made with."""
-    found: Schema = yaml.safe_load(files("millrace.kubectl").joinpath("crd.yaml").read_text(encoding="utf-8"))
+    """The CRD this package was made with: packed into the wheel, in a checkout the chart's own file."""
+    packed = files("millrace.kubectl").joinpath("crd.yaml")
+    text = (packed if packed.is_file() else CHART).read_text(encoding="utf-8")
+    # Helm's way to write two braces that are none of its own.
+    found: Schema = yaml.safe_load(re.sub(r'\{\{ "(\{\{|\}\})" \}\}', r"\1", text))
     return found
 
 
