@@ -104,6 +104,19 @@ async def test_only_named_clients_are_admitted_and_the_others_are_named(tmp_path
     assert "RegistryService/GetModel" in str(caught.value.details())
 
 
+async def test_a_unix_socket_is_inside(tmp_path: Path) -> None:
+    tls = write(tmp_path / "tls", Authority.new(), "localhost")
+    servicer, socket = Servicer(), f"unix:{tmp_path / 's.sock'}"
+
+    def add(server: grpc.aio.Server) -> None:
+        registry_pb2_grpc.add_RegistryServiceServicer_to_server(servicer, server)
+        server.add_insecure_port(socket)
+
+    guarded = settings(tls, allowed_clients=("nobody",))
+    async with running(Service("test", [add]), guarded), open_channel(socket) as channel:
+        assert (await ask(channel)).name == "m"
+
+
 def test_names_of_clients_need_certificates() -> None:
     with pytest.raises(SettingsError, match="allowed_clients"):
         parse_settings(ServiceSettings, {"allowed_clients": ["a"]}, "here")

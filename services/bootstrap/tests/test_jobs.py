@@ -254,7 +254,13 @@ def test_a_job_without_its_settings_is_refused(command: str, tmp_path: Path) -> 
 
 def test_a_smoke_test_of_nothing_running_names_everything(tmp_path: Path) -> None:
     away = f"127.0.0.1:{free_port()}"
-    smoke = {"call_timeout_s": 0.5, "registry_address": away, "gateway_address": away, "console_url": f"http://{away}"}
+    smoke = {
+        "call_timeout_s": 0.5,
+        "patience_s": 0,
+        "registry_address": away,
+        "gateway_address": away,
+        "console_url": f"http://{away}",
+    }
     done = run("smoke", {"smoke": smoke}, tmp_path)
     assert done.returncode == 1
     rows = done.stdout.splitlines()

@@ -109,6 +109,8 @@ class SmokeSettings(Settings):
     """The console, `http://host:port`."""
     call_timeout_s: float = Field(default=20.0, gt=0, le=300)
     """Deadline of one call."""
+    patience_s: float = Field(default=30.0, ge=0, le=300)
+    """How long a call is repeated while its service is UNAVAILABLE."""
     name: str = Field(default="millrace_smoke", pattern=r"^[a-z][a-z0-9_]{0,40}$")
     """Name of the contract and the model that the test makes; they stay, and are used again by the next test."""
 

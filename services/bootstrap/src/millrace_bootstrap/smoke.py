@@ -29,6 +29,7 @@ from millrace_bootstrap.settings import SmokeSettings
 
 log = logging.getLogger(__name__)
 RECORDS = 3
+RETRY_S = 0.5
 GATEWAY_METHODS = "/inference.GRPCInferenceService/"
 
 
@@ -70,14 +71,27 @@ class Smoke:
                     results.append(Result(service, call, 0.0, "", "the deadline of the whole test had passed"))
                     continue
                 try:
-                    said = check()
+                    said = self._patiently(check)
                 except grpc.RpcError as error:
                     answer = MillraceError.from_rpc(error)
                     problem = f"{answer.code.name} {answer.reason}: {answer.message}"
-                except (UnexpectedAnswerError, OSError, ValueError) as error:
+                except Exception as error:
+                    log.exception("%s %s", service, call)
                     problem = f"{type(error).__name__}: {error}"
                 results.append(Result(service, call, time.monotonic() - started, said, problem))
         return results
+
+    def _patiently(self, check: Callable[[], str]) -> str:
+        """The check, again while a service is away: a test may come in the middle of a rollout."""
+        end = time.monotonic() + self._settings.patience_s
+        while True:
+            try:
+                return check()
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > end:
+                    raise
+                log.warning("not yet: %s", error.details())
+            time.sleep(RETRY_S)
 
     def _checks(self) -> Sequence[tuple[str, str, Callable[[], str]]]:
         at = self._settings
@@ -176,7 +190,7 @@ class Smoke:
     def _figures(self) -> str:
         stub = prediction_pb2_grpc.GatewayServiceStub(self._channel(self._settings.gateway_admin_address))
         answer = self._call(stub.GetFigures, prediction_pb2.GetFiguresRequest())
-        return f"figures of {len(answer.figures)} versions"
+        return f"figures of {len(answer.versions)} versions, routes of generation {answer.routes_generation}"
 
     def _gateway(self) -> str:
         # As raw bytes: the messages are tritonclient's, which would bring numpy into this image.
