@@ -42,9 +42,9 @@ SERVICES = {
     "training-coordinator": "SQLAlchemy, Kubernetes client",
     "inference-gateway": "Envoy and its messages",
     "drift-monitor": "SciPy, Arrow",
-    "rollout-controller": "kopf, Triton's client",
+    "rollout-controller": "Kubernetes client, Triton's client",
     "console": "Starlette",
-    "bootstrap": "cryptography, Kafka's client",
+    "bootstrap": "Kubernetes client, cryptography",
 }  # fmt: skip
 IGNORED = {"tests", "__pycache__", "node_modules"}
 SUBSTITUTES = Path(__file__).parent / "substitutes"
