@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import re
-import signal
 import ssl
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 from aiohttp import web
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -76,6 +76,13 @@ class RunningPod:
                 return str(path) + value[len(mount) :]
         return value
 
+    def kill(self) -> None:
+        """SIGKILL to everything, as when a container's first process dies."""
+        everything = [psutil.Process(self.process.pid)] if self.process.poll() is None else []
+        for process in [*everything, *(child for one in everything for child in one.children(recursive=True))]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
     def pump(self, loop: asyncio.AbstractEventLoop) -> None:
         """Collect lines with their times; runs in a thread."""
         for line in self.process.stdout:
@@ -123,12 +130,11 @@ class StandinKubelet:
         try:
             yield self
         finally:
+            for pod in self.pods.values():
+                pod.kill()
             for task in (*tasks, *self._tasks):
                 task.cancel()
             results = await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
-            for pod in self.pods.values():
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pod.process.pid, signal.SIGKILL)
             await runner.cleanup()
             await self._api.call("DELETE", f"/api/v1/nodes/{self.node}")
             errors = [r for r in results if isinstance(r, Exception)]
@@ -238,7 +244,7 @@ class StandinKubelet:
                 mine.told_to_end = True
                 mine.process.terminate()
                 grace_s = pod["metadata"].get("deletionGracePeriodSeconds", 30)
-                asyncio.get_running_loop().call_later(grace_s, mine.process.kill)
+                asyncio.get_running_loop().call_later(grace_s, mine.kill)
             return
         path = f"/api/v1/namespaces/{self._namespace}/pods/{name}"
         phase = pod["status"]["phase"]
@@ -259,7 +265,9 @@ class StandinKubelet:
             over = pod.over
             for stamp, line in pod.lines[sent:]:
                 sent += 1
-                if datetime.fromisoformat(stamp) >= since:
+                if datetime.fromisoformat(stamp) < since:
+                    continue
+                with contextlib.suppress(ConnectionError):
                     await answer.write(stamp.encode() + b" " + line)
             if over or request.query.get("follow") != "true":
                 return answer

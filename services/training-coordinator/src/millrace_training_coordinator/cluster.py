@@ -30,7 +30,7 @@ from millrace_training_coordinator.kubeapi import (
 )
 from millrace_training_coordinator.observer import Observer, View
 from millrace_training_coordinator.ownership import WorkDirLock
-from millrace_training_coordinator.podlogs import LOG, AttemptLog, PodLogs
+from millrace_training_coordinator.podlogs import LOG, AttemptLog, PodLogs, cut_logs
 from millrace_training_coordinator.results import RESULT_FILE, Output, StageFailedError
 from millrace_training_coordinator.stagespec import StageSpec
 from millrace_training_coordinator.workstore import WorkStore, attempt_path
@@ -93,6 +93,7 @@ class KubernetesExecutor:
             WorkDirTakenError: another coordinator holds it.
         """
         await self._lock.acquire()
+        await asyncio.to_thread(cut_logs, self._runs)
 
     def release(self) -> None:
         """Give the work folder up."""

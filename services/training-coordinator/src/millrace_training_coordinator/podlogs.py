@@ -8,6 +8,7 @@ dropped. The API knows times of lines to the nanosecond but starts at whole seco
 import asyncio
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,18 @@ RETRY_S = 1.0
 IDLE_S = 60.0
 MARK_EVERY_S = 1.0
 MAX_LINE_BYTES = 1 << 20
+
+
+def cut_logs(runs: Path) -> None:
+    """Cut every log to the length it had when its position was written; before anybody reads them again."""
+    for path in runs.glob(f"*/*/*/{POSITION}"):
+        try:
+            size = int(json.loads(path.read_text(encoding="utf-8"))["size"])
+            file = path.with_name(LOG)
+            if file.stat().st_size > size:
+                os.truncate(file, size)
+        except (OSError, ValueError, KeyError) as error:
+            log.warning("%s: lines may stand twice: %s", path, error)
 
 
 class AttemptLog:
