@@ -155,6 +155,19 @@ class World:
             if error.status not in {404, 409}:
                 raise
 
+    async def annotate(self, action: str, name: str = "flight-delay") -> None:
+        body = {"metadata": {"annotations": {names.ACTION_ANNOTATION: action}}}
+        await self.cluster.merge(self.path("modeldeployments", name), body)
+
+    async def answered(self, nonce: str) -> Object:
+        async def there() -> Object | None:
+            last: Object = (await self.status()).get("lastAction") or {}
+            return last if last.get("id") == nonce else None
+
+        found = await until(there, what=f"an answer to {nonce}")
+        assert isinstance(found, dict)
+        return found
+
 
 def settings(kubeconfig: Path, namespace: str, folder: Path, peers: Peers, pod: str = "one") -> RolloutSettings:
     return RolloutSettings.model_validate(
@@ -163,7 +176,7 @@ def settings(kubeconfig: Path, namespace: str, folder: Path, peers: Peers, pod: 
             "drift_address": peers.address, "drain_s": 0.2, "tick_s": 0.05, "poll_s": 0.2, "gateway_forget_s": 2.0,
             "kubernetes": KubernetesSettings(
                 namespace=namespace, kubeconfig=str(kubeconfig), pod_name=pod, evidence_save_s=0.5, writes_per_s=500,
-                lease=LeaseSettings(duration_s=3, renew_deadline_s=2, renew_s=0.2), label_own_pod=False,
+                lease=LeaseSettings(duration_s=12, renew_deadline_s=8, renew_s=0.2), label_own_pod=False,
             ),
         }
     )  # fmt: skip

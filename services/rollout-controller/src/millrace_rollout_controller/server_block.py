@@ -122,6 +122,8 @@ def check_server(server: Server) -> None:
     Raises:
         InvalidArgumentError: names the first field that does not fit the others.
     """
+    if bad := [key for key in server.node_selector if not re.fullmatch(LABEL_KEY, key)]:
+        raise InvalidArgumentError("spec.server.nodeSelector", f"{bad[0][:80]!r} is no name of a label")
     for index, toleration in enumerate(server.tolerations):
         where = f"spec.server.tolerations[{index}]"
         if toleration.operator == "Exists" and toleration.value:

@@ -47,8 +47,8 @@ def read(item: Object, check: Checker) -> Admitted:
         spec = manifest.parse(text).spec
         check(spec)
     except InvalidArgumentError as error:
-        field = error.metadata.get("field", "spec")
-        return _last_good(item, internal, Problem(field, error.message))
+        message = error.message.removeprefix(f"{error.field}: ")
+        return _last_good(item, internal, Problem(error.field, message))
     return Admitted(item, text, spec, generation, internal)
 
 

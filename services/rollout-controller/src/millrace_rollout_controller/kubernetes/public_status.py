@@ -42,6 +42,11 @@ class Problem:
     message: str
     reason: str = "InvalidManifest"
 
+    @property
+    def text(self) -> str:
+        """Field and message."""
+        return f"{self.field}: {self.message}"[:1000]
+
 
 def pack(value: BaseModel) -> str:
     """A model as text."""
@@ -95,7 +100,7 @@ def public(
         "step": status.step + 1 if candidate and status.entered else 0,
         "steps": steps,
         "progress": f"{status.step + 1}/{steps}" if candidate and status.entered else "",
-        "waiting": problem.message if problem is not None else status.waiting,
+        "waiting": problem.text if problem is not None else status.waiting,
         "paused": status.paused,
         "conditions": conditions,
         "arms": [
@@ -163,7 +168,7 @@ def condition(c: Condition, generation: int) -> Object:
 
 
 def _with_problem(conditions: list[Object], problem: Problem, generation: int) -> list[Object]:
-    said = {"reason": problem.reason, "message": f"{problem.field}: {problem.message}"[:1000]}
+    said = {"reason": problem.reason, "message": problem.text}
     return [
         one | said | {"status": "True", "observedGeneration": generation} if one["type"] == "Degraded" else one
         for one in conditions
@@ -172,7 +177,7 @@ def _with_problem(conditions: list[Object], problem: Problem, generation: int) -
 
 def refused(problem: Problem, generation: int, before: Object, now: str) -> Object:
     """The status of an object that never had a good manifest."""
-    message = f"{problem.field}: {problem.message}"[:1000]
+    message = problem.text
     old = {one["type"]: one for one in before.get("conditions", [])}
     conditions = []
     for kind, value in (("Ready", "False"), ("Progressing", "False"), ("Degraded", "True")):

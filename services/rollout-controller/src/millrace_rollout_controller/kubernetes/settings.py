@@ -1,10 +1,10 @@
 """Settings of a controller in a cluster. Blocks named "raw" take Kubernetes' own structures, unchanged."""
 
 import socket
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from millrace_kit.settings import Settings
-from pydantic import Field
+from pydantic import Field, model_validator
 
 TRITON_ARGS = (
     "--model-repository=/models",
@@ -28,6 +28,12 @@ class LeaseSettings(Settings):
     """A leader that could not renew for this long writes no more and ends its process."""
     renew_s: float = Field(default=2.0, ge=0.1, le=60)
     """Time between two attempts to renew or to take the lease."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.renew_s < self.renew_deadline_s < self.duration_s:
+            raise ValueError("needs renew_s < renew_deadline_s < duration_s, or two replicas could write at once")
+        return self
 
 
 class GpuSettings(Settings):
@@ -106,6 +112,12 @@ class ModelServerSettings(Settings):
     """Threads of one onnxruntime session."""
     min_available: int = Field(default=0, ge=0, le=1000)
     """PodDisruptionBudget: this many stay up; 0 says "all but one" instead."""
+
+    @model_validator(mode="after")
+    def _sleep_fits(self) -> Self:
+        if self.pre_stop_s >= self.grace_s:
+            raise ValueError("pre_stop_s must be less than grace_s: the kubelet kills at the end of the grace")
+        return self
 
 
 class FetchSettings(Settings):

@@ -96,9 +96,7 @@ class KubernetesStore:
             if one.problem is not None and not _said(one.item, one.problem):
                 with contextlib.suppress(ConflictError, UnavailableError):
                     row = self._call(self._write_status(one, row, None))
-                    self._events.add(
-                        one.item, "Warning", one.problem.reason, f"{one.problem.field}: {one.problem.message}"
-                    )
+                    self._events.add(one.item, "Warning", one.problem.reason, one.problem.text)
             if (asked := annotations.unanswered(one.item)) is not None and not row.deleting:
                 row = self._answer(one, row, asked)
             self._rows[name] = row
@@ -167,7 +165,7 @@ class KubernetesStore:
         if wanted != status:
             with contextlib.suppress(ConflictError, UnavailableError):
                 self._call(self._put_status(item, wanted))
-                self._events.add(item, "Warning", problem.reason, f"{problem.field}: {problem.message}")
+                self._events.add(item, "Warning", problem.reason, problem.text)
 
     def create(self, row: Row) -> Row:
         """See `Store.create`."""
@@ -358,9 +356,7 @@ class KubernetesStore:
 def _said(item: Object, problem: Problem) -> bool:
     """Whether the status names the problem already."""
     status = item.get("status") or {}
-    return (
-        status.get("waiting") == problem.message and status.get("observedGeneration") == item["metadata"]["generation"]
-    )
+    return status.get("waiting") == problem.text and status.get("observedGeneration") == item["metadata"]["generation"]
 
 
 def _with(row: Row, **values: object) -> Row:
