@@ -43,6 +43,8 @@ class Peers:
     address: str = ""
     in_force: rollout_pb2.Routes = field(default_factory=rollout_pb2.Routes)
     generations: list[int] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Weights in force, with every change of the routes."""
 
     def versions(self) -> dict[str, float]:
         """Weights in force."""
@@ -138,6 +140,7 @@ async def gateway(peers: Peers, controller: str) -> None:
                     await asyncio.sleep(0.1)
                     peers.in_force = answer.routes
                     peers.generations.append(answer.routes.generation)
+                    peers.history.append(peers.versions())
                     request = rollout_pb2.WatchRoutesRequest(
                         gateway_id="local", applied_generation=answer.routes.generation
                     )

@@ -212,6 +212,36 @@ async def test_verbs_watch_and_delete(tmp_path: Path, peers: Peers) -> None:
         await until(lambda: not peers.in_force.models)
 
 
+async def test_blue_green_and_undo_by_the_api(tmp_path: Path, peers: Peers) -> None:
+    rollout = {"strategy": "BlueGreen", "blueGreen": {"keepOldSeconds": 60}}
+    async with (
+        controller(settings(tmp_path, peers)) as (stub, address),
+        background(gateway(peers, address), traffic(peers)),
+    ):
+        undo = pb.ActRequest(name="flight-delay", verb=pb.VERB_UNDO)
+        await apply(stub, "1.0.0", rollout=rollout)
+        await phase(stub, "Promoted", "1.0.0")
+        await refused(stub.Act(undo), grpc.StatusCode.FAILED_PRECONDITION)
+        await apply(stub, "1.1.0", rollout=rollout)
+        promoted = await phase(stub, "Promoted", "1.1.0")
+        assert (promoted.previous_version, promoted.strategy, promoted.steps) == ("1.0.0", "BlueGreen", 2)
+        await until(lambda: peers.versions() == {"1.1.0": 100.0, "1.0.0": 0.0}, what="the old version is kept")
+        undone = (await stub.Act(undo)).deployment
+        assert (undone.generation, 'version: "1.0.0"' in undone.manifest_yaml) == (promoted.generation + 1, True)
+        await phase(stub, "Promoted", "1.0.0")
+        await until(lambda: peers.versions() == {"1.0.0": 100.0, "1.1.0": 0.0}, what="back")
+        assert {weight for weights in peers.history for weight in weights.values()} == {0.0, 100.0}, "nothing between"
+        bad = grpc.StatusCode.INVALID_ARGUMENT
+        await apply(stub, "1.2.0")
+        await phase(stub, "Progressing")
+        weigh = pb.ActRequest(name="flight-delay", verb=pb.VERB_SET_WEIGHT, weight=33.333)
+        await refused(stub.Act(weigh), bad, "weight")
+        await refused(stub.Act(pb.ActRequest(name="flight-delay", verb=pb.VERB_PAUSE, weight=5)), bad, "weight")
+        await stub.Act(pb.ActRequest(name="flight-delay", verb=pb.VERB_SET_WEIGHT, weight=12.5))
+        await until(lambda: peers.versions().get("1.2.0") == 12.5, what="the weight a person asked for")
+    assert peers.problems == []
+
+
 def start(folder: Path, config: dict[str, object]) -> subprocess.Popen[bytes]:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))

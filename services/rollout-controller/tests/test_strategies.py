@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from millrace_rollout_controller.actions import VERBS, Refused
+from millrace_rollout_controller.actions import VERBS, Refused, with_version
 from millrace_rollout_controller.counts import Sums
 from millrace_rollout_controller.experiments import Comparison
 from millrace_rollout_controller.state import Status
@@ -264,6 +265,23 @@ def test_verbs_that_make_no_sense_are_refused_with_a_reason() -> None:
     first = World(spec("1.0.0"), broken={"1.0.0"})
     first.tick()
     assert reason(first.act("abort")) == "NO_STABLE_VERSION"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# why\nspec:\n  model: m\n  version: 1.0.0  # the good one\n  rollout: {steps: [{weight: 5}]}\n",
+        '{"spec": {"model": "m", "version": "1.0.0", "server": {"replicas": 2}}}',
+        "spec: {version: '1.0.0', model: m}",
+    ],
+)
+def test_another_version_leaves_the_rest_of_the_text_alone(text: str) -> None:
+    changed = with_version(text, "0.9.0-rc.1")
+    before, after = yaml.safe_load(text), yaml.safe_load(changed)
+    assert after["spec"].pop("version") == "0.9.0-rc.1"
+    before["spec"].pop("version")
+    assert after == before
+    assert ("# the good one" in text) == ("# the good one" in changed)
 
 
 def reason(refused: Refused | None) -> str:
