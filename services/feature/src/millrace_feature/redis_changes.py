@@ -72,10 +72,6 @@ class ChangeWriter:
         self._rows: list[tuple[Group, Row, bytes | None]] = []
         self._progress: dict[str, Progress] = {}
 
-    def watched(self) -> list[str]:
-        """Keys whose change by another makes the transaction fail."""
-        return [self._keys.groups, *sorted({self._keys.positions(place.topic) for place in self._change.positions})]
-
     def read(self) -> None:
         """Look at what stands in Redis.
 

@@ -13,14 +13,9 @@ from millrace_kit.errors import UnavailableError
 from redis.exceptions import RedisError
 
 from millrace_feature.index import TileSeries
+from millrace_feature.redis_calls import unavailable
 from millrace_feature.redis_layout import CHUNK_HOPS, Group, Keys, Progress, Run, joined_runs, unpack_row
 from millrace_feature.store import Ask, Followed, LatestAsk, NewestRow, WindowAsk
-
-
-def unavailable(error: Exception) -> UnavailableError:
-    """The one error callers see when Redis fails."""
-    message = f"the online store did not answer: {type(error).__name__}: {error}"
-    return UnavailableError("ONLINE_STORE_UNAVAILABLE", message)
 
 
 def rebuilding(group: str) -> UnavailableError:

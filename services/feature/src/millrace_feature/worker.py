@@ -158,6 +158,7 @@ class StreamWorker:
     async def _start_over(self) -> None:
         """Follow the wanted definitions again; reads go on being answered where their groups stand."""
         self._definitions = None
+        self._positions = {}
         await self._close()
 
     async def _turn(self, stop: asyncio.Event) -> None:
@@ -207,6 +208,9 @@ class StreamWorker:
         if not await asyncio.to_thread(self._store.is_intact):
             self._is_lost = True
             raise StoreMovedError("groups are gone")
+        stored = await asyncio.to_thread(self._store.positions)
+        if any(stored.get(place, 0) < offset for place, offset in self._positions.items()):
+            raise StoreMovedError("the store has gone back to an earlier state")
         if now >= self._next_tidy:
             self._next_tidy = now + TIDY_S
             await asyncio.to_thread(self._store.tidy)
