@@ -78,6 +78,8 @@ class Rollout(rollout_pb2_grpc.RolloutServiceServicer):
         return self.generation
 
     async def WatchRoutes(self, requests, context):
+        await context.send_initial_metadata((("x-millrace-generation", str(self.generation)),))
+
         async def reports() -> None:
             async for request in requests:
                 self.applied = request.applied_generation

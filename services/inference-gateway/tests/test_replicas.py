@@ -250,6 +250,53 @@ async def test_probes_and_metrics() -> None:
         await asyncio.to_thread(g.envoy.wait, 15)
 
 
+async def test_ready_only_with_the_routes_of_now() -> None:
+    metrics = free_ports(1)[0]
+    own = f"127.0.0.1:{metrics}"
+    with tempfile.TemporaryDirectory(prefix="gw-") as folder:
+        changes = {"telemetry": {"metrics_listen": own}}
+        g, rollout = Gateway(Path(folder), **changes), Rollout()
+
+        async def is_ready() -> bool:
+            return (await asyncio.to_thread(page, own, "/readyz"))[0] == 200
+
+        async def starting() -> bool:
+            return (await asyncio.to_thread(page, own, "/readyz"))[0] == 503
+
+        try:
+            # New, and the controller is away: no routes, not ready, for as long as it takes.
+            g.start_python()
+            g.start_envoy()
+            await g.generation(0)
+            assert await starting()
+            async with models.serving(models.Model("1.0.0")) as address:
+                generation = rollout.set(route(arm("1.0.0", address)))
+                async with peers(rollout, Features(), g.peer_ports):
+                    await rollout.in_force(generation)
+                    await eventually(is_ready, "ready with routes", 60)
+                # Once ready, the controller is not needed.
+                assert await is_ready()
+                # Back after a while, with Envoy away: the routes of then are known and those of now cannot be in force.
+                g.kill_python()
+                g.kill_envoy()
+                generation = rollout.set(route(arm("1.0.1", address)))
+                async with peers(rollout, Features(), g.peer_ports):
+                    g.start_python()
+                    await eventually(starting, "a start", 60)
+                    g.start_envoy()
+                    await eventually(is_ready, "ready with the new routes", 60)
+                    assert (await g.figures()).routes_generation == generation
+                # Back while the controller is away: after a moment the last routes have to do.
+                g.kill_python()
+                g.start_python()
+                await eventually(is_ready, "ready without the controller", 60)
+        except BaseException:
+            print(g.logs())
+            raise
+        finally:
+            await g.close()
+
+
 async def test_connections_grow_old_and_streams_live_on() -> None:
     async with (
         gateways(1, envoy={"connection_age_s": 0.5, "goaway_s": 0.2}) as (made, rollout),

@@ -53,6 +53,7 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
     watch = RouteWatch(
         rollout,
         applier,
+        clock,
         gateway_id=settings.gateway_id,
         figures_address=settings.advertise_address,
         reconnect_s=settings.reconnect_s,
@@ -105,11 +106,6 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
         for collector in collectors:
             REGISTRY.unregister(collector)
 
-    def ready() -> bool:
-        # Without any routes it is enough to know that there are none.
-        table = applier.in_force
-        return table is not None and (table.generation > 0 or watch.connected)
-
     return Service(
         name="inference-gateway",
         add_servicers=[add],
@@ -124,7 +120,7 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
             Worker("ledger", ledger.run),
         ],
         closers=[close_log, bus.close, rollout.close, features.close, models.close],
-        ready=ready,
+        ready=watch.ready,
         linger=lambda: until_envoy_ends(admin, settings),
     )
 

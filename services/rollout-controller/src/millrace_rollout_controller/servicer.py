@@ -115,6 +115,8 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         self._streams += 1
         self._controller.wake()
         reader = asyncio.create_task(self._read_acknowledgements(gateway, request_iterator))
+        # Said at once, so that a new gateway knows whether to wait for routes before it takes calls.
+        await context.send_initial_metadata((("x-millrace-generation", str(self._hub.table.generation)),))
         # A controller that never published says nothing: a gateway may hold good routes from before.
         sent = 0
         try:
