@@ -1,0 +1,318 @@
+"""Grafana dashboards of the chart, made from tables of panels: `python -m chart.dashboards` writes them, `--check` compares.
+
+A panel is a question and the queries that answer it. Everything else of a dashboard's JSON is the same everywhere.
+"""
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parents[2] / "charts" / "millrace" / "dashboards"
+COLUMNS, WIDTH, HEIGHT = 2, 12, 8
+# Grafana's own number of this JSON's layout.
+SCHEMA_VERSION = 39
+HERE = 'namespace="$namespace"'
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart."""
+
+    title: str
+    """The question it answers."""
+    queries: tuple[tuple[str, str], ...]
+    """PromQL and legend; `HERE` is written as `%%`."""
+    unit: str = "short"
+    """Grafana's name of the unit."""
+    kind: str = "timeseries"
+    """Grafana's name of the panel."""
+
+
+def _rate(metric: str, by: str, more: str = "") -> str:
+    return f"sum by ({by}) (rate({metric}{{%%{more}}}[$__rate_interval]))"
+
+
+def _quantile(share: float, metric: str, by: str) -> str:
+    return f"histogram_quantile({share}, sum by ({by}, le) (rate({metric}_bucket{{%%}}[$__rate_interval])))"
+
+
+TRAFFIC = (
+    Panel(
+        "How many requests does each version answer?",
+        ((_rate("millrace_gateway_requests_total", "model, version"), "{{model}} {{version}}"),),
+        "reqps",
+    ),
+    Panel(
+        "What share of them fails?",
+        (
+            (
+                f"{_rate('millrace_gateway_errors_total', 'model, version')} / {_rate('millrace_gateway_requests_total', 'model, version')}",
+                "{{model}} {{version}}",
+            ),
+        ),
+        "percentunit",
+    ),
+    Panel(
+        "How long do model servers take?",
+        tuple(
+            (
+                _quantile(share, "millrace_gateway_model_seconds", "model, version"),
+                f"{{{{model}}}} {{{{version}}}} p{round(share * 100)}",
+            )
+            for share in (0.5, 0.99)
+        ),
+        "s",
+    ),
+    Panel(
+        "Which weights are in force?",
+        (("avg by (model, version, role) (millrace_gateway_weight_percent{%%})", "{{model}} {{version}} {{role}}"),),
+        "percent",
+    ),
+    Panel(
+        "How many servers does each version have?",
+        (("min by (model, version) (millrace_gateway_endpoints{%%})", "{{model}} {{version}}"),),
+    ),
+    Panel("Do all gateways hold the same routes?", (("millrace_gateway_routes_generation{%%}", "{{pod}}"),)),
+    Panel(
+        "Does the prediction log keep up?",
+        (
+            (_rate("millrace_gateway_predictions_logged_total", "pod"), "{{pod}} logged"),
+            (_rate("millrace_gateway_predictions_dropped_total", "pod"), "{{pod}} lost"),
+        ),
+        "ops",
+    ),
+    Panel(
+        "Do gateways see the cluster's endpoints?",
+        (("min by (pod) (millrace_gateway_endpoint_watch_connected{%%})", "{{pod}}"),),
+    ),
+)
+ROLLOUTS = (
+    Panel(
+        "In which phase is each deployment?",
+        (("millrace_rollout_phase{%%} == 1", "{{deployment}} {{phase}}"),),
+        kind="state-timeline",
+    ),
+    Panel(
+        "Which weights are wanted?",
+        (("max by (deployment, version) (millrace_rollout_weight_percent{%%})", "{{deployment}} {{version}}"),),
+        "percent",
+    ),
+    Panel(
+        "What do gates say?",
+        (
+            (
+                "sum by (deployment, gate, verdict) (increase(millrace_rollout_gate_verdicts_total{%%}[$__rate_interval]))",
+                "{{deployment}} {{gate}} {{verdict}}",
+            ),
+        ),
+    ),
+    Panel(
+        "How many servers are ready?",
+        (("max by (deployment, version) (millrace_rollout_servers_ready{%%})", "{{deployment}} {{version}}"),),
+    ),
+    Panel("How many gateways count?", (("max(millrace_rollout_gateways{%%})", "gateways"),)),
+    Panel("How long is one look at everything?", (("max(millrace_rollout_tick_seconds{%%})", "tick"),), "s"),
+    Panel(
+        "Does evidence come?",
+        ((_rate("millrace_rollout_poll_failures_total", "source"), "{{source}} without answer"),),
+        "ops",
+    ),
+    Panel(
+        "Does reconciling fail?",
+        ((_rate("millrace_rollout_tick_failures_total", "deployment"), "{{deployment}}"),),
+        "ops",
+    ),
+)
+DATA = (
+    Panel(
+        "How many records land?",
+        ((_rate("millrace_ingestion_records_total", "contract, result"), "{{contract}} {{result}}"),),
+        "ops",
+    ),
+    Panel(
+        "Why are records refused?",
+        ((_rate("millrace_ingestion_rejected_total", "contract, reason"), "{{contract}} {{reason}}"),),
+        "ops",
+    ),
+    Panel(
+        "How long is a commit to the lake?",
+        ((_quantile(0.99, "millrace_ingestion_commit_seconds", "contract"), "{{contract}} p99"),),
+        "s",
+    ),
+    Panel("How much waits in ingestion?", (("sum(millrace_ingestion_queued_batches{%%})", "batches"),)),
+    Panel(
+        "How fresh are online features?",
+        ((_quantile(0.99, "millrace_feature_freshness_seconds", "namespace"), "p99"),),
+        "s",
+    ),
+    Panel(
+        "How far behind is the online store?",
+        (("max by (contract) (millrace_feature_lag_messages{%%})", "{{contract}}"),),
+    ),
+    Panel(
+        "How many rows are read online?",
+        ((_rate("millrace_feature_read_rows_total", "feature_service"), "{{feature_service}}"),),
+        "ops",
+    ),
+    Panel(
+        "What state are read values in?",
+        ((_rate("millrace_feature_read_features_total", "feature_service, status"), "{{feature_service}} {{status}}"),),
+        "ops",
+    ),
+)
+LEARNING = (
+    Panel(
+        "How many predictions and outcomes come in?",
+        (
+            (_rate("millrace_drift_predictions_total", "namespace"), "predictions"),
+            (_rate("millrace_drift_outcomes_joined_total", "namespace"), "with outcome"),
+        ),
+        "ops",
+    ),
+    Panel("What is found?", (("sum by (kind) (increase(millrace_drift_findings_total{%%}[1h]))", "{{kind}}"),)),
+    Panel("How far behind is the drift monitor?", (("max by (topic) (millrace_drift_lag{%%})", "{{topic}}"),)),
+    Panel("How many predictions wait for an outcome?", (("max(millrace_drift_unjoined{%%})", "waiting"),)),
+    Panel("How do training runs stand?", (("max by (state) (millrace_training_runs{%%})", "{{state}}"),)),
+    Panel(
+        "How long do stages take?",
+        ((_quantile(0.5, "millrace_training_stage_seconds", "stage"), "{{stage}} median"),),
+        "s",
+    ),
+    Panel(
+        "Which stages are tried again?",
+        ((_rate("millrace_training_stage_retries_total", "pipeline, stage"), "{{pipeline}} {{stage}}"),),
+        "ops",
+    ),
+    Panel(
+        "What becomes of findings?",
+        (("sum by (verdict) (increase(millrace_training_retrain_findings_total{%%}[1h]))", "{{verdict}}"),),
+    ),
+)
+SERVICES = (
+    Panel(
+        "How many calls does each service answer?",
+        ((_rate("millrace_rpc_server_duration_seconds_count", "job"), "{{job}}"),),
+        "reqps",
+    ),
+    Panel(
+        "Which calls fail?",
+        (
+            (
+                _rate(
+                    "millrace_rpc_server_duration_seconds_count", "job, method, code", ',code!~"OK|CANCELLED|NOT_FOUND"'
+                ),
+                "{{job}} {{method}} {{code}}",
+            ),
+        ),
+        "reqps",
+    ),
+    Panel(
+        "How long do calls take?",
+        ((_quantile(0.99, "millrace_rpc_server_duration_seconds", "job"), "{{job}} p99"),),
+        "s",
+    ),
+    Panel("Do workers fail?", ((_rate("millrace_worker_failures_total", "job, worker"), "{{job}} {{worker}}"),), "ops"),
+    Panel(
+        "What moves on the bus?",
+        (
+            (_rate("millrace_bus_messages_published_total", "topic"), "{{topic}} in"),
+            (_rate("millrace_bus_messages_consumed_total", "topic"), "{{topic}} out"),
+        ),
+        "ops",
+    ),
+    Panel("Do facts wait to be published?", (("max by (job) (millrace_outbox_pending{%%})", "{{job}}"),)),
+)
+DASHBOARDS = {
+    "traffic": ("Millrace: traffic", TRAFFIC),
+    "rollouts": ("Millrace: rollouts", ROLLOUTS),
+    "data": ("Millrace: records and features", DATA),
+    "learning": ("Millrace: drift and training", LEARNING),
+    "services": ("Millrace: services", SERVICES),
+}
+
+
+def metrics_in(text: str) -> set[str]:
+    """Names of Millrace's metrics in a text."""
+    return set(re.findall(r"\bmillrace_[a-z0-9_]+", text)) - {"millrace_reading"}
+
+
+def dashboard(name: str, title: str, panels: tuple[Panel, ...]) -> dict[str, Any]:
+    """One dashboard as Grafana reads it."""
+    return {
+        "uid": f"millrace-{name}",
+        "title": title,
+        "tags": ["millrace"],
+        "schemaVersion": SCHEMA_VERSION,
+        "version": 1,
+        "editable": True,
+        "refresh": "30s",
+        "time": {"from": "now-3h", "to": "now"},
+        "links": [{"type": "dashboards", "title": "Millrace", "tags": ["millrace"], "asDropdown": True}],
+        "templating": {"list": [_variable("datasource"), _variable("namespace")]},
+        "panels": [_panel(number, panel) for number, panel in enumerate(panels)],
+    }
+
+
+def _variable(name: str) -> dict[str, Any]:
+    if name == "datasource":
+        return {"name": name, "type": "datasource", "query": "prometheus", "label": "Data source"}
+    query = "label_values(millrace_rpc_server_duration_seconds_count, namespace)"
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    return {"name": name, "type": "query", "datasource": source, "query": query, "refresh": 2, "label": "Namespace"}
+
+
+def _panel(number: int, panel: Panel) -> dict[str, Any]:
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    place = {"x": number % COLUMNS * WIDTH, "y": number // COLUMNS * HEIGHT, "w": WIDTH, "h": HEIGHT}
+    targets = [
+        {
+            "refId": chr(ord("A") + index),
+            "datasource": source,
+            "expr": query.replace("%%", HERE),
+            "legendFormat": legend,
+        }
+        for index, (query, legend) in enumerate(panel.queries)
+    ]
+    return {
+        "id": number + 1,
+        "type": panel.kind,
+        "title": panel.title,
+        "datasource": source,
+        "gridPos": place,
+        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0}, "overrides": []},
+        "options": {"legend": {"showLegend": True, "displayMode": "list", "placement": "bottom"}},
+        "targets": targets,
+    }
+
+
+def rendered() -> dict[str, str]:
+    """Text of every file, by its name."""
+    return {
+        f"{name}.json": json.dumps(dashboard(name, title, panels), indent=1) + "\n"
+        for name, (title, panels) in DASHBOARDS.items()
+    }
+
+
+def main() -> int:
+    """Write the files, or check them."""
+    parser = argparse.ArgumentParser(prog="python -m chart.dashboards", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when a file is not up to date")
+    arguments = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    stale = 0
+    for name, text in rendered().items():
+        path = FOLDER / name
+        if not arguments.check:
+            path.write_text(text, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            print(f"{path} is not what its table says: run python -m chart.dashboards", file=sys.stderr)
+            stale = 1
+    return stale
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
