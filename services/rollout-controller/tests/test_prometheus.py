@@ -19,7 +19,11 @@ from millrace_rollout_controller.manifest import Gate
 from millrace_rollout_controller.prometheus import Prometheus, PrometheusSettings, single_value
 from millrace_rollout_controller.queries import queries
 
+from .peers import Peers, gateway, traffic
 from .support import until
+from .test_service import apply, background, controller, deployment, peers, phase, settings
+
+__all__ = ["peers"]
 
 GATE = Gate(promql="errors", max=1.0, failureLimit=3)
 SUBJECT = {"model": "flight-delay", "candidate": "1.1.0-rc.1+x", "stable": "1.0.0", "namespace": "prod"}
@@ -185,3 +189,34 @@ async def test_a_real_prometheus(prometheus: str) -> None:
     assert await client.answers(asked) == {}, "not due yet"
     clock.advance(10)
     assert await client.answers(["42"]) == {"42": 42.0}
+
+
+async def test_a_rollout_by_the_answers_of_a_real_prometheus(prometheus: str, tmp_path: Path, peers: Peers) -> None:
+    def rollout(promql: str) -> dict[str, object]:
+        return {"steps": [{"weight": 20}], "gates": [{"promql": promql, "max": 1, "failureLimit": 2}]}
+
+    asked = PrometheusSettings(url=prometheus, interval_s=0.2)
+    async with (
+        controller(settings(tmp_path, peers, prometheus=asked)) as (stub, address),
+        background(gateway(peers, address), traffic(peers)),
+    ):
+        await apply(stub, "1.0.0")
+        await phase(stub, "Promoted")
+        await apply(
+            stub, "1.1.0", rollout=rollout('vector(5) unless absent(up{job="self"}) unless up{v="{{candidate}}"}')
+        )
+        back = await phase(stub, "RolledBack", "1.0.0")
+        event = next(e for e in back.events if e.reason == "GateFailed")
+        assert "value 5; beyond the bound 2 times in a row" in event.message
+
+        await apply(stub, "1.1.0", rollout=rollout('nothing{version="{{candidate}}"}'))
+        await phase(stub, "Progressing")
+        sent = peers.requests["1.1.0"]
+        await until(lambda: peers.requests["1.1.0"] > sent + 100, what="traffic of the candidate")
+        held = await deployment(stub)
+        assert held.candidate_weight == 20
+        assert "is undecided: no answer that is a number" in held.waiting
+
+        await apply(stub, "1.1.0", rollout=rollout("vector(0.5)"))
+        await phase(stub, "Promoted", "1.1.0")
+    assert peers.problems == []
