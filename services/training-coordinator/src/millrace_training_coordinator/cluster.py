@@ -38,6 +38,8 @@ from millrace_training_coordinator.workstore import WorkStore, attempt_path
 log = logging.getLogger(__name__)
 
 LOG_END_S = 15.0
+# Every pod waits some seconds; the log speaks of longer waits.
+QUIET_S = 5.0
 # Statuses of a refusal that would be the same next time.
 INVALID, BAD_REQUEST = 422, 400
 
@@ -193,10 +195,11 @@ class KubernetesExecutor:
                     break
                 if view.job is not None and placed is None:
                     why, hopeless = podstates.waiting(view.pods, view.job["spec"]["completions"])
-                    if why and why != told:
+                    waited_s = time.time() - _created_at(view.job)
+                    placed = self._too_late(waited_s, why, hopeless)
+                    if why and why != told and (waited_s > QUIET_S or placed is not None):
                         attempt_log.note(f"waiting: {why}")
                         told = why
-                    placed = self._too_late(view.job, why, hopeless)
                     if placed is not None:
                         await self._remove(name)
                 after = time.monotonic()
@@ -210,14 +213,13 @@ class KubernetesExecutor:
             attempt_log.close()
             self._stopped.discard(place)
 
-    def _too_late(self, job: Mapping[str, Any], why: str, hopeless: bool) -> Exit | None:
+    def _too_late(self, waited_s: float, why: str, hopeless: bool) -> Exit | None:
         """The end of an attempt that waits too long for its pods to start."""
         if not why:
             return None
-        waited = time.time() - datetime.fromisoformat(job["metadata"]["creationTimestamp"]).timestamp()
         if hopeless:
             return Exit(Ending.NOT_STARTED, detail=why)
-        if waited > self._settings.start_limit_s:
+        if waited_s > self._settings.start_limit_s:
             return Exit(Ending.NOT_PLACED, detail=f"{why} (waited {self._settings.start_limit_s:g} s)")
         return None
 
@@ -340,6 +342,10 @@ class KubernetesExecutor:
 
     def _folder(self, place: Place) -> Path:
         return self._runs / place.run_id / place.stage / str(place.attempt)
+
+
+def _created_at(job: Mapping[str, Any]) -> float:
+    return datetime.fromisoformat(job["metadata"]["creationTimestamp"]).timestamp()
 
 
 def _api_path(version: str) -> str:

@@ -75,8 +75,8 @@ def from_kubeconfig(path: str) -> Connection:
 
     settings = client.Configuration()
     try:
-        config.load_kube_config(config_file=path, client_configuration=settings)  # type: ignore[no-untyped-call]
-        _contexts, active = config.list_kube_config_contexts(config_file=path)  # type: ignore[no-untyped-call]
+        config.load_kube_config(config_file=path, client_configuration=settings)
+        _contexts, active = config.list_kube_config_contexts(config_file=path)
     except config.ConfigException as error:
         raise OSError(f"{path}: {error}") from error
     tls: ssl.SSLContext | bool = False
