@@ -38,7 +38,7 @@ check: setup ## Lint, types and import rules
 ##@ On Kubernetes
 .PHONY: cluster
 cluster: setup ## Bring up a throw-away real cluster on this machine (Debian, root), with the images loaded
-	@PYTHONPATH=tools $(BIN)/python -m cluster up && PYTHONPATH=tools $(BIN)/python -m cluster.images
+	@PYTHONPATH=tools $(BIN)/python -m cluster up && PYTHONPATH=tools $(BIN)/python -m cluster.images --cluster
 
 .PHONY: cluster-test
 cluster-test: setup ## Install the chart on that cluster from nothing and run the tests on it

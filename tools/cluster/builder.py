@@ -3,6 +3,8 @@
 Builds share the host's network, so that our own daemon needs no network and no firewall rules. It writes nothing outside its folder.
 """
 
+import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -11,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
@@ -54,15 +56,31 @@ class Builder:
         self.folder = folder or Path()
         self._socket = self.folder / "docker.sock"
         self._docker = client()
-        self._daemon: subprocess.Popen[bytes] | None = None
+        self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
-        if not self._own or self._answers():
-            return self  # the machine's, or another run's, which stops it
+        if not self._own:
+            return self
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / "lock").open("ab")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)  # one run at a time; the daemon ends with it
+        try:
+            if not self._answers():  # one that does was left by a run that was killed
+                self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _start(self) -> None:
         daemon = shutil.which("dockerd")
         if daemon is None:
             raise ImageError("needs dockerd (Debian: docker.io)")
-        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "daemon.json").write_text("{}", encoding="ascii")
         (self.folder / "docker.pid").unlink(missing_ok=True)
         command = [daemon, "--config-file", str(self.folder / "daemon.json"), "-H", f"unix://{self._socket}"]
@@ -75,34 +93,31 @@ class Builder:
             "--ip6tables=false",
         ]
         with (self.folder / "dockerd.log").open("wb") as log:
-            self._daemon = subprocess.Popen(
+            process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._answers():
-            if self._daemon.poll() is not None or time.monotonic() > deadline:
+            if process.poll() is not None or time.monotonic() > deadline:
                 text = (self.folder / "dockerd.log").read_text(encoding="utf-8", errors="replace")
-                self.stop()
                 raise ImageError(f"dockerd did not start:\n{text[-2000:]}")
             time.sleep(POLL_S)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     def stop(self) -> None:
-        """End the daemon, if this object started it."""
-        if self._daemon is None:
-            return
-        self._daemon.send_signal(signal.SIGTERM)
-        try:
-            self._daemon.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._daemon.kill()
-            self._daemon.wait()
-        self._daemon = None
+        """End our own daemon; the machine's is left alone."""
+        with contextlib.suppress(OSError, ValueError):  # until there is no such process
+            pid = int((self.folder / "docker.pid").read_text(encoding="ascii")) if self._own else 0
+            deadline = time.monotonic() + STOP_TIMEOUT_S
+            wanted = int(signal.SIGTERM)  # once: the third one makes dockerd end without order
+            while pid:
+                os.kill(pid, wanted if time.monotonic() < deadline else signal.SIGKILL)
+                wanted = 0  # only asks whether it is there
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+                time.sleep(POLL_S)
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def command(self, *words: str) -> list[str]:
         """A docker command line for this daemon."""

@@ -3,6 +3,7 @@
     python -m cluster.images [NAME…]                     build with the Docker of this machine, as a user does
     python -m cluster.images --own FOLDER [NAME…]        build in a daemon of our own below FOLDER, on a substitute base
     python -m cluster.images --own FOLDER --load SOCKET  build, then load into the containerd of that socket
+    python -m cluster.images --cluster                   build as with --own and load into the cluster of `python -m cluster up`
     python -m cluster.images --own FOLDER --check        run each image as a pod would: read-only, without root, without network
 
 What is up to date is left alone: an image carries the digest of everything it was made from as a label, in Docker and in containerd.
@@ -20,12 +21,15 @@ from pathlib import Path
 
 from parts import kafka, s3
 
-from cluster import base, imagechecks
+from cluster import base, binaries, imagechecks, node
+from cluster.__main__ import FOLDER
 from cluster.base import LABEL
 from cluster.builder import Builder, ImageError
 
 ROOT = Path(__file__).parent.parent.parent
 VERSION = "0.1.0"
+DOCKER = binaries.CACHE / "docker"
+"""Where the daemon for the throw-away cluster keeps its layers; outlives the cluster."""
 NAMESPACE = "k8s.io"
 TABLE = ROOT / "docs" / "reference" / "images.md"
 SHARED = (
@@ -255,14 +259,19 @@ def main() -> int:
     )
     parser.add_argument("--load", type=Path, metavar="SOCKET", help="then load into this containerd")
     parser.add_argument("--check", action="store_true", help="then run each image as a pod would")
+    parser.add_argument(
+        "--cluster", action="store_true", help="--own and --load for the throw-away cluster of this machine"
+    )
     arguments = parser.parse_args()
+    if arguments.cluster:
+        arguments.own, arguments.load = DOCKER, node.containerd_socket(FOLDER)
     known = {**IMAGES, **OTHERS} if arguments.own else IMAGES
     if unknown := set(arguments.names) - set(known):
         parser.error(f"no image is called {', '.join(sorted(unknown))}")
     try:
         with Builder(arguments.own) as builder:
             build(builder, arguments.names, substitutes=arguments.own is not None)
-            if not arguments.names:
+            if not arguments.names and not arguments.cluster:
                 write_table(builder)
             if arguments.load:
                 load(builder, arguments.load, arguments.names)

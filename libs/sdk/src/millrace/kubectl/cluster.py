@@ -107,11 +107,16 @@ class Cluster:
     def dry_run(self, body: Object) -> Object:
         """Ask the API server whether it would take a manifest; nothing is kept.
 
-        Server-side apply is right for one that exists and for one that does not.
+        Server-side apply is not used: it answers an unknown field with status 500.
         """
-        query = {"fieldManager": MANAGER, "force": "true", "fieldValidation": "Strict", "dryRun": "All"}
+        query = {"fieldManager": MANAGER, "fieldValidation": "Strict", "dryRun": "All"}
+        try:
+            return self._call("POST", self._path(), query, body)
+        except ClusterError as error:
+            if error.status != 409:
+                raise
         name = body["metadata"]["name"]
-        return self._call("PATCH", f"{self._path()}/{name}", query, body, "application/apply-patch+yaml")
+        return self._call("PATCH", f"{self._path()}/{name}", query, body, "application/merge-patch+json")
 
     def watch(self, name: str, since: str) -> Iterator[Object]:
         """Events (`type`, `object`) of one ModelDeployment after the resource version `since`, until the API server ends the watch.
