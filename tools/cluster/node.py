@@ -96,7 +96,12 @@ def prepare(plane: Plane) -> None:
             {
                 "type": "ptp",
                 "ipMasq": False,
-                "ipam": {"type": "host-local", "ranges": [[{"subnet": POD_CIDR}]], "dataDir": str(folder / "cni-ips")},
+                "ipam": {
+                    "type": "host-local",
+                    "ranges": [[{"subnet": POD_CIDR}]],
+                    "routes": [{"dst": "0.0.0.0/0"}],
+                    "dataDir": str(folder / "cni-ips"),
+                },
                 "dns": {"nameservers": [HOST_IP]},
             },
             {"type": "portmap", "capabilities": {"portMappings": True}},
