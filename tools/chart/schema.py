@@ -134,6 +134,8 @@ SHAPES: Mapping[str, Schema] = {
     "days": _number(1),
     "authorityDays": _number(1),
     "renewBeforeDays": _number(1),
+    "jwt.audiences": NAMES,
+    "prometheus.url": {"type": "string", "pattern": r"^(https?://[^\s?#]+)?$"},
     "gateway.tls.mode": _choice("none", "server", "mutual"),
     "networkPolicy.clients": OBJECTS,
     "networkPolicy.gatewayClients": OBJECTS,

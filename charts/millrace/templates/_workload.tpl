@@ -218,6 +218,12 @@ envFrom:
 {{- if and (has "kafka" .component.uses) (include "millrace.kafkaSecret" .root) }}
 - {name: kafka, mountPath: /etc/millrace/kafka, readOnly: true}
 {{- end }}
+{{- if and (eq .component.name "inference-gateway") (ne .root.Values.gateway.tls.mode "none") }}
+- {name: public-tls, mountPath: /etc/millrace/public-tls, readOnly: true}
+{{- end }}
+{{- if and (eq .component.name "inference-gateway") (include "millrace.authSecret" .root) }}
+- {name: auth, mountPath: /etc/millrace/auth, readOnly: true}
+{{- end }}
 - {name: state, mountPath: /var/lib/millrace}
 - {name: tmp, mountPath: /tmp}
 {{- end -}}
@@ -229,6 +235,12 @@ envFrom:
 {{- if .root.Values.tls.enabled }}
 - name: tls
   secret: {secretName: {{ include "millrace.componentName" $named }}-tls, defaultMode: 288}
+{{- end }}
+{{- if eq .component.name "inference-gateway" }}
+{{- with include "millrace.authSecret" .root }}
+- name: auth
+  secret: {secretName: {{ . }}, defaultMode: 288}
+{{- end }}
 {{- end }}
 {{- if and (eq .component.name "inference-gateway") (ne .root.Values.gateway.tls.mode "none") }}
 - name: public-tls
@@ -303,4 +315,12 @@ spec:
       port: 9091
       targetPort: stats
     {{- end }}
+{{- end -}}
+
+{{/* Secret with what the gateway's callers prove themselves by; empty without. */}}
+{{- define "millrace.authSecret" -}}
+{{- $auth := .Values.gateway.auth -}}
+{{- if or $auth.apiKeys $auth.jwt.enabled -}}
+{{- required "gateway.auth.existingSecret: is needed for keys and tokens" $auth.existingSecret -}}
+{{- end -}}
 {{- end -}}

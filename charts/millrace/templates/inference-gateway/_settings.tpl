@@ -13,6 +13,18 @@ public_tls:
   ca_file: /etc/millrace/public-tls/ca.crt
   {{- end }}
 {{- end }}
+{{- $auth := .Values.gateway.auth }}
+auth:
+  {{- if $auth.apiKeys }}
+  api_keys_file: /etc/millrace/auth/api-keys
+  {{- end }}
+  {{- if $auth.jwt.enabled }}
+  jwt:
+    issuer: {{ required "gateway.auth.jwt.issuer: is needed" $auth.jwt.issuer | quote }}
+    audiences: {{ $auth.jwt.audiences | toJson }}
+    jwks_file: /etc/millrace/auth/jwks.json
+  {{- end }}
+  calls_per_s: {{ int $auth.callsPerSecond }}
 kubernetes:
   namespace: {{ .Release.Namespace }}
 feature_address: {{ include "millrace.address" (dict "root" . "key" "feature") }}

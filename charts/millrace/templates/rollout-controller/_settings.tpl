@@ -6,6 +6,8 @@
 registry_address: {{ include "millrace.address" (dict "root" . "key" "registry") }}
 drift_address: {{ include "millrace.address" (dict "root" . "key" "driftMonitor") }}
 gateway_addresses: []
+prometheus:
+  url: {{ .Values.prometheus.url | quote }}
 kubernetes:
   namespace: {{ .Release.Namespace }}
   pod_name: ${env:POD_NAME}
