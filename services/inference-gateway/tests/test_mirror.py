@@ -1,7 +1,6 @@
 """Copies to a shadow through the real Envoy: counted as the shadow's, logged as nobody's, felt by no caller."""
 
 import asyncio
-import time
 
 import grpc
 import models
@@ -85,22 +84,22 @@ async def test_a_failing_and_a_dead_shadow_cost_no_caller_anything() -> None:
 
 
 async def test_a_slow_shadow_slows_nobody() -> None:
-    slow = models.Model("1.1.0", delay_s=1.5)
+    # Far slower than a caller would wait: nobody's answer may depend on it.
+    slow = models.Model("1.1.0", delay_s=20)
     async with gateway() as (g, rollout), models.serving(models.Model("1.0.0")) as one, models.serving(slow) as two:
         await rollout.in_force(rollout.set(route(arm("1.0.0", one), shadow(two))))
-        took = []
 
         async def one_caller() -> None:
+            # Each call has a deadline of 5 s.
             for _ in range(40):
-                began = time.monotonic()
                 assert await infer(g.public_channel, x_millrace_model=MODEL) == "1.0.0"
-                took.append(time.monotonic() - began)
 
         # More calls than copies may be under way at once: those above are not copied.
         await asyncio.gather(*(one_caller() for _ in range(10)))
-        assert max(took) < 1.0, sorted(took)[-5:]
         assert (await counted(g, "1.0.0", 400)).errors == 0
-        assert slow.calls <= 256
+        # Copies end with the route's own deadline of 2 s, as errors of the shadow.
+        found = await counted(g, "1.1.0", 1)
+        assert found.errors == found.requests
 
 
 async def test_a_version_without_a_role_is_meant_by_no_rule() -> None:
