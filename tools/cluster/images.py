@@ -30,6 +30,8 @@ ROOT = Path(__file__).parent.parent.parent
 VERSION = "0.1.0"
 DOCKER = binaries.CACHE / "docker"
 """Where the daemon for the throw-away cluster keeps its layers; outlives the cluster."""
+KEPT_CACHE = "12GB"
+"""Build cache that stays: the layers of every image once, and downloaded packages."""
 NAMESPACE = "k8s.io"
 TABLE = ROOT / "docs" / "reference" / "images.md"
 SHARED = (
@@ -153,6 +155,9 @@ def build(builder: Builder, names: Sequence[str], *, substitutes: bool) -> None:
         command = ["build", "-q", "--network", "host", "--label", f"{LABEL}={image.key()}", "-f", str(image.dockerfile)]
         builder.run(*command, "-t", image.name, str(image.context()))
         _say(f"built {image.name}", began)
+    if substitutes:  # our own daemon; what was replaced would fill the disk, the trainer alone with 6 GB a time
+        builder.run("image", "prune", "-f")
+        builder.run("builder", "prune", "-f", "--keep-storage", KEPT_CACHE)
 
 
 def load(builder: Builder, socket: Path, names: Sequence[str]) -> None:
