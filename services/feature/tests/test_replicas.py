@@ -30,7 +30,7 @@ from parts.server import free_port
 BASE = datetime(2013, 5, 1, 12, 0, tzinfo=UTC)
 USERS = [f"u{i}" for i in range(7)]
 BATCHES, ROWS = 90, 20
-DEADLINE_S = 90
+DEADLINE_S = 240
 
 
 def events(rng: random.Random) -> pa.Table:
@@ -125,6 +125,7 @@ def cluster_settings(kafka_address: str, postgres_url: str, redis_url: str) -> d
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.kafka
 @pytest.mark.postgres
 @pytest.mark.redis
