@@ -6,6 +6,11 @@
 registry_address: {{ include "millrace.address" (dict "root" . "key" "registry") }}
 drift_address: {{ include "millrace.address" (dict "root" . "key" "driftMonitor") }}
 gateway_addresses: []
+{{- if .Values.tls.enabled }}
+# Gateways say the address of their pod; their certificates name the Service.
+gateway_tls_name: {{ include "millrace.fullname" . }}-gateway
+{{- end }}
+max_deployments: 500
 prometheus:
   url: {{ .Values.prometheus.url | quote }}
 kubernetes:
