@@ -369,6 +369,7 @@ async def test_a_killed_pod_goes_on_from_its_checkpoint(cluster: Cluster, tmp_pa
         events = await client.watch(run_id)
     run = events[-1].run
     assert (run.state, stages(run)["learn"].attempts) == (pb.RUN_STATE_SUCCEEDED, 2), stages(run)
+    assert not any("waiting" in e.log.text and "0 of 1" in e.log.text for e in events if e.HasField("log"))
     assert "from step 3" in [e.log.text for e in events if e.HasField("log")]
     left = list((tmp_path / "shared/runs" / run_id / "learn/2/checkpoint/0").rglob("sha256/*/*"))
     assert len(left) == 1, "replaced checkpoints are removed"

@@ -67,6 +67,18 @@ BAD = [
     ({"stages": stages(retries=4)}, "manifest_yaml.stages[0].retries"),
     ({"stages": stages(retries=-1)}, "manifest_yaml.stages[0].retries"),
     ({"stages": stages(timeout_s=0)}, "manifest_yaml.stages[0].timeout_s"),
+    ({"stages": stages(pod={"image": "a b"})}, "manifest_yaml.stages[0].pod.image"),
+    ({"stages": stages(pod={"nodes": "gpu"})}, "manifest_yaml.stages[0].pod.nodes"),
+    ({"stages": stages(pod={"node_selector": {"a": "b c"}})}, "manifest_yaml.stages[0].pod.node_selector.a"),
+    (
+        {"stages": stages(pod={"tolerations": [{"operator": "Maybe"}]})},
+        "manifest_yaml.stages[0].pod.tolerations[0].operator",
+    ),
+    ({"stages": stages(resources={"gpu_resource": "gpu"})}, "manifest_yaml.stages[0].resources.gpu_resource"),
+    (
+        {"stages": stages(command=["python", "a.py"], distributed={"workers": 3, "workers_per_pod": 2})},
+        "manifest_yaml.stages[0].distributed.workers_per_pod",
+    ),
     ({"stages": stages(timeout_s="nan")}, "manifest_yaml.stages[0].timeout_s"),
     ({"stages": stages(timeout_s=3601)}, "manifest_yaml.stages[0].timeout_s"),
     ({"stages": stages(depends_on=["b"])}, "manifest_yaml.stages[0].depends_on[0]"),
@@ -158,3 +170,11 @@ def test_plans_leave_effects_out_with_all_that_need_them() -> None:
     assert [stage.name for stage in plan_of(manifest, effects=False)] == ["a", "export"]
     assert ancestors(manifest, "report") == ("a", "register")
     assert ancestors(manifest, "a") == ()
+
+
+def test_gpus_divide_among_pods() -> None:
+    text = yaml.safe_dump({"name": "demo", "stages": stages(command=["python", "a.py"], distributed={"workers": 2})})
+    one = text.replace("workers: 2", "workers: 2\n  resources: {gpus: 1}")
+    assert parse_manifest(one, LIMITS).stages[0].resources.gpus == 1
+    with pytest.raises(InvalidArgumentError, match=r"stages\[0\].resources.gpus.*1 GPUs do not divide among 2 pods"):
+        parse_manifest(one, Limits(in_pods=True))

@@ -304,3 +304,23 @@ async def test_torchrun_stage_with_two_workers(client: Client) -> None:
     assert json.loads(stages(events[-1].run)["train"].result_json) == {"sum": 3.0, "threads": 1}
     told = {line for line in lines if "rank" in line and "sum" in line}
     assert told == {f"[default{n}]:rank {n} of 2 sum 3.0" for n in range(2)}
+
+
+async def test_exit_codes_survive_torchrun(client: Client) -> None:
+    code = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(78)\ntime.sleep(100)\n"
+    one = {"name": "bad", "command": ["python", "bad.py"], "retries": 3, "distributed": {"workers": 2}}
+    run = await client.run(manifest(stages=[one]), {"bad.py": code})
+    assert (stages(run)["bad"].attempts, stages(run)["bad"].failure) == (1, "exit code 78 (permanent failure)")
+
+
+async def test_an_attempt_finds_what_the_one_before_left(client: Client) -> None:
+    code = """
+    import os, pathlib, sys
+    file = pathlib.Path(os.environ["MILLRACE_CHECKPOINT_DIR"], "state")
+    print("found", file.exists())
+    file.touch()
+    sys.exit(75 if os.environ["MILLRACE_ATTEMPT"] == "1" else 0)
+    """
+    await client.register(manifest(stages=[stage("learn", code, retries=1)]))
+    events = await client.watch((await client.start()).id)
+    assert [e.log.text for e in events if e.HasField("log")] == ["found False", "found True"]

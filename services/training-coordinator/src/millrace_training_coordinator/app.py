@@ -161,7 +161,7 @@ async def _cluster(settings: TrainingSettings, cluster: KubernetesSettings) -> _
 
 def _stage_limits(settings: TrainingSettings) -> Limits:
     if (cluster := settings.kubernetes) is not None:
-        return Limits(cluster.max_cpus, cluster.max_memory_mib, cluster.max_gpus, settings.max_timeout_s)
+        return Limits(cluster.max_cpus, cluster.max_memory_mib, cluster.max_gpus, settings.max_timeout_s, in_pods=True)
     return Limits(settings.cpus, settings.memory_mib, settings.gpus, settings.max_timeout_s)
 
 

@@ -183,7 +183,7 @@ class KubernetesExecutor:
         name = jobs.job_name(place)
         attempt_log = AttemptLog(self._folder(place), self._limits.log_limit_mib)
         logs = PodLogs(self._api, self._namespace, attempt_log, self._slots)
-        told = ""
+        told, started = "", False
         placed: Exit | None = None
         after = time.monotonic()
         try:
@@ -193,8 +193,10 @@ class KubernetesExecutor:
                 logs.look(view.pods)
                 if self._over(view):
                     break
-                if view.job is not None and placed is None:
+                # Once all have started, a pod that is missing has gone; it does not wait.
+                if view.job is not None and placed is None and not started and not view.job["status"].get("failed"):
                     why, hopeless = podstates.waiting(view.pods, view.job["spec"]["completions"])
+                    started = not why
                     waited_s = time.time() - _created_at(view.job)
                     placed = self._too_late(waited_s, why, hopeless)
                     if why and why != told and (waited_s > QUIET_S or placed is not None):

@@ -191,6 +191,8 @@ class Limits:
     memory_mib: int = 16_777_216
     gpus: int = 64
     timeout_s: float = 86_400
+    in_pods: bool = False
+    """Whether a distributed stage is split into pods, so that its GPUs have to divide among them."""
 
 
 def parse_manifest(text: str, limits: Limits) -> Manifest:
@@ -245,7 +247,7 @@ def _check_stages(manifest: Manifest, limits: Limits) -> None:
         for place, output in enumerate(stage.outputs):
             _check_output(stage, place, f"{path}.outputs[{place}]", output)
         if stage.distributed is not None:
-            _check_distributed(stage, path)
+            _check_distributed(stage, path, in_pods=limits.in_pods)
         _check_limits(stage, path, limits)
 
 
@@ -257,7 +259,7 @@ def _check_output(stage: Stage, place: int, path: str, output: str) -> None:
         _refuse(path, f"output {output!r} stands twice")
 
 
-def _check_distributed(stage: Stage, path: str) -> None:
+def _check_distributed(stage: Stage, path: str, *, in_pods: bool) -> None:
     if stage.command[0] != "python":
         _refuse(f"{path}.command[0]", "a distributed stage starts with 'python'")
     if len(stage.command) < 2 or (stage.command[1].startswith("-") and stage.command[1] != "-m"):
@@ -265,11 +267,11 @@ def _check_distributed(stage: Stage, path: str) -> None:
     if stage.command[1] == "-m" and len(stage.command) < 3:
         _refuse(f"{path}.command", "names no module after '-m'")
     assert stage.distributed is not None
-    workers, in_pod = stage.distributed.workers, stage.distributed.workers_per_pod
-    if workers % in_pod:
-        _refuse(f"{path}.distributed.workers_per_pod", f"{workers} workers do not divide into pods of {in_pod}")
-    if stage.resources.gpus % (workers // in_pod):
-        _refuse(f"{path}.resources.gpus", f"{stage.resources.gpus} GPUs do not divide among {workers // in_pod} pods")
+    workers, each = stage.distributed.workers, stage.distributed.workers_per_pod
+    if workers % each:
+        _refuse(f"{path}.distributed.workers_per_pod", f"{workers} workers do not divide into pods of {each}")
+    if in_pods and stage.resources.gpus % stage.pods:
+        _refuse(f"{path}.resources.gpus", f"{stage.resources.gpus} GPUs do not divide among {stage.pods} pods")
 
 
 def _check_limits(stage: Stage, path: str, limits: Limits) -> None:
