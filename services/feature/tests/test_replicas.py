@@ -19,10 +19,12 @@ import yaml
 from google.protobuf.timestamp_pb2 import Timestamp
 from millrace_api.common.v1 import common_pb2
 from millrace_api.feature.v1 import feature_pb2, feature_pb2_grpc
+from millrace_feature.app import build
 from millrace_feature.settings import OnlineStoreSettings, RedisSettings
 from millrace_kit.bus import Outgoing, open_bus, records_topic
 from millrace_kit.client import open_channel
 from millrace_kit.errors import MillraceError
+from millrace_kit.server import running
 from millrace_kit.settings import BusSettings
 from parts.redis import start_redis
 from parts.server import free_port
@@ -189,6 +191,22 @@ async def test_replicas_killed_under_load(world, small_objects, make_registry, c
         for replica in replicas:
             replica.end(signal.SIGKILL)
         await bus.close()
+
+
+@pytest.mark.redis
+async def test_a_replica_that_was_told_nothing_answers(world, small_objects, make_registry, redis_url) -> None:
+    world.redis = RedisSettings(url=redis_url, read_timeout_s=5)
+    world.database_url = f"sqlite:///{world.root / 'shared.sqlite'}"
+    landed = [events(random.Random(7)) for _ in range(2)]
+    for table in landed:
+        world.land("events", table)
+    other = world.settings.model_copy(update={"state_dir": str(world.root / "other"), "definitions_poll_s": 0.1})
+    async with world.serve() as first, running(await build(other), other) as address, open_channel(address) as channel:
+        registry = make_registry(small_objects())
+        await first.ApplyDefinitions(feature_pb2.ApplyDefinitionsRequest(project="test", feast_registry=registry))
+        assert await read(first) == expected(landed)
+        second = feature_pb2_grpc.FeatureServiceStub(channel)
+        assert await until("the other replica answers", lambda: read(second)) == expected(landed)
 
 
 @pytest.mark.redis
