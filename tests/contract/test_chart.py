@@ -333,6 +333,9 @@ def namespace(control_plane: Path, helm: Path) -> Path:
 @pytest.mark.parametrize("case", cases())
 def test_kubernetes_takes_every_object(helm: Path, namespace: Path, case: tuple[Path, ...]) -> None:
     documents = [d for d in render(helm, *case) if d["apiVersion"].partition("/")[0] not in FOREIGN]
+    # A pod's service account is looked up even when the pod is only tried.
+    accounts = yaml.safe_dump_all(d for d in documents if d["kind"] == "ServiceAccount")
+    run("kubectl", "apply", "-n", NAMESPACE, "--server-side", "-f", "-", stdin=accounts, kubeconfig=namespace)
     command = ["kubectl", "apply", "-n", NAMESPACE, "--server-side", "--dry-run=server", "--validate=strict", "-f", "-"]
     answer = run(*command, stdin=yaml.safe_dump_all(documents), kubeconfig=namespace)
     assert len(answer.splitlines()) == len(documents)
