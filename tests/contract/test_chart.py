@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +51,7 @@ KINDS: dict[str, type[Settings]] = {
 
 Document = dict[str, Any]
 
-pytestmark = pytest.mark.skipif(bool(binaries.missing()), reason=binaries.missing())
+pytestmark = pytest.mark.kubernetes
 
 
 def run(*command: str | Path, stdin: str | None = None, kubeconfig: Path | None = None) -> str:
@@ -72,7 +71,6 @@ def run(*command: str | Path, stdin: str | None = None, kubeconfig: Path | None 
 
 @pytest.fixture(scope="session")
 def helm() -> Path:
-    binaries.build("helm")
     return binaries.BIN / "helm"
 
 
@@ -174,7 +172,6 @@ def test_lint(helm: Path) -> None:
 
 
 def test_unit_tests() -> None:
-    binaries.build("untt")
     run(binaries.BIN / "untt", "--strict", CHART)
 
 
@@ -272,10 +269,9 @@ def test_a_first_try_fits_on_a_small_node(helm: Path) -> None:
     assert memory <= 4096
 
 
+@pytest.mark.prometheus
 def test_alerts() -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("needs promtool (Debian: prometheus)")
+    promtool = "promtool"
     run(promtool, "check", "rules", CHART / "alerts" / "millrace.yaml")
     run(promtool, "test", "rules", CHART / "alerts" / "tests" / "millrace.yaml")
 

@@ -60,7 +60,7 @@ def missing() -> str:
     """What is needed for a control plane and is not here, or empty."""
     if not shutil.which("etcd"):
         return "needs etcd (Debian: etcd-server)"
-    return "" if binaries.PROGRAMS["kube-all"].built() else binaries.missing()
+    return "" if all(binaries.PROGRAMS[name].built() for name in ("kube-all", "helm")) else binaries.missing()
 
 
 def prepare(plane: Plane) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cluster import binaries, controlplane
 
-from parts import chromium, kafka, postgres, redis, s3
+from parts import chromium, kafka, postgres, prometheus, redis, s3
 from parts.server import PartError
 
 CHECKS = {
@@ -21,6 +21,7 @@ CHECKS = {
     "s3": s3.missing,
     "browser": chromium.missing,
     "kubernetes": controlplane.missing,
+    "prometheus": prometheus.missing,
 }
 STARTS = {
     "kafka": kafka.start_kafka,
@@ -31,7 +32,7 @@ STARTS = {
 FETCHES: dict[str, Callable[[], object]] = {
     "kafka": kafka.fetch,
     "s3": s3.fetch,
-    "kubernetes": lambda: binaries.build("kube-all"),
+    "kubernetes": lambda: binaries.build("kube-all", "helm", "untt"),
 }
 
 

@@ -2,7 +2,7 @@
 
 A server starts when the first test asks for it, is shared by all workers of a run (pytest-xdist too) and is stopped by pid when the
 run ends; a killed run leaves none, because each server's guard watches the run's main process. A test that needs one carries its
-marker (`kafka`, `postgres`, `redis`, `browser`, `kubernetes`). Where a part is missing such tests are left out and named, with the reason, after
+marker (`kafka`, `postgres`, `redis`, `browser`, `kubernetes`, `prometheus`). Where a part is missing such tests are left out and named, with the reason, after
 pytest's closing line; with CI=true they fail instead, and so does a run that skipped anything.
 """
 
@@ -18,7 +18,7 @@ from uuid import uuid4
 import pytest
 from cluster import controlplane
 
-from parts import chromium, kafka, postgres, redis, s3
+from parts import chromium, kafka, postgres, prometheus, redis, s3
 from parts.server import Server
 
 CHECKS: dict[str, Callable[[], str]] = {
@@ -28,6 +28,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "s3": s3.missing,
     "browser": chromium.missing,
     "kubernetes": controlplane.missing,
+    "prometheus": prometheus.missing,
 }
 FOLDER_VARIABLE = "MILLRACE_PARTS_FOLDER"
 OWNER_VARIABLE = "MILLRACE_PARTS_OWNER"
