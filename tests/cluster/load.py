@@ -36,13 +36,13 @@ class Load(threading.Thread):
     def __init__(self, target: str, model: str, width: int, *, rate: float = 40.0) -> None:
         super().__init__(daemon=True)
         self.answers: list[tuple[float, str]] = []
-        """When (monotonic seconds) which version answered."""
+        """When (monotonic seconds) a call was made and which version answered it."""
         self.errors: list[tuple[float, str]] = []
         self._target = target
         self._model = model
         self._body = infer_request(model, width)
         self._rate = rate
-        self._stop = threading.Event()
+        self._ended = threading.Event()
 
     def run(self) -> None:
         """The thread."""
@@ -55,11 +55,11 @@ class Load(threading.Thread):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
+        self._ended.set()
         self.join(TIMEOUT_S + 5)
 
     def count(self, since: float, until: float = math.inf) -> Counter[str]:
-        """Answers by version in a span of time."""
+        """Answers by version to calls made in a span of time."""
         return Counter(version for at, version in list(self.answers) if since <= at < until)
 
     def wait_for(self, answers: int, timeout_s: float = 120.0) -> Counter[str]:
@@ -75,7 +75,7 @@ class Load(threading.Thread):
         calls = [channel.unary_unary(METHOD) for channel in channels]
         running: set[asyncio.Task[None]] = set()
         number, began = 0, time.monotonic()
-        while not self._stop.is_set():
+        while not self._ended.is_set():
             if len(running) < MAX_RUNNING:
                 task = asyncio.create_task(self._one(calls[number % CHANNELS], number))
                 running.add(task)
@@ -87,15 +87,16 @@ class Load(threading.Thread):
             await channel.close()
 
     async def _one(self, call: grpc.aio.UnaryUnaryMultiCallable, number: int) -> None:
+        began = time.monotonic()
         metadata = (("x-millrace-model", self._model), ("x-user-id", f"user-{number}"))
         answer = call(self._body, metadata=metadata, timeout=TIMEOUT_S)
         try:
             await answer
             headers = dict(await answer.initial_metadata())
         except grpc.aio.AioRpcError as error:
-            self.errors.append((time.monotonic(), f"{error.code().name}: {error.details()}"))
+            self.errors.append((began, f"{error.code().name}: {error.details()}"))
             return
-        self.answers.append((time.monotonic(), str(headers.get("x-millrace-version", ""))))
+        self.answers.append((began, str(headers.get("x-millrace-version", ""))))
 
 
 def within_binomial(hits: int, trials: int, weight: float, *, error: float = 1e-4) -> bool:

@@ -99,7 +99,7 @@ class Release:
     def address(self, area: str) -> str:
         """A service by its cluster DNS name, resolved by the cluster's own DNS server."""
         service, port = PORTS[area]
-        return f"dns://{HOST_IP}/{RELEASE}-{service}.{self.namespace}.svc.cluster.local:{port}"
+        return f"dns://{HOST_IP}:53/{RELEASE}-{service}.{self.namespace}.svc.cluster.local:{port}"
 
     def endpoints(self) -> Endpoints:
         """Every service."""
