@@ -23,10 +23,11 @@ def look_at_candidate(d: Draft) -> None:
     enough = len(seen.ready) >= needed
     if not enough:
         s.unready_since = s.unready_since or d.now
-        s.waiting = f"{len(seen.ready)} of {d.spec.server.replicas} servers of {version} are ready"
+        count = f"{len(seen.ready)} of {d.spec.server.replicas} servers of {version} are ready"
+        why = f": {seen.refusal.message}" if seen.refusal else ""
+        s.waiting = f"{count}{why}"
         if d.now - s.unready_since > timedelta(seconds=d.spec.rollout.progress_deadline_seconds):
-            why = f": {seen.refusal.message}" if seen.refusal else ""
-            message = f"{s.waiting} after {d.spec.rollout.progress_deadline_seconds} s{why}"
+            message = f"{count} after {d.spec.rollout.progress_deadline_seconds} s{why}"
             fail(d, "ProgressDeadlineExceeded", message)
             return
     else:
