@@ -1,12 +1,12 @@
 """Training on the cluster: stages are Jobs, a distributed one goes on from its checkpoint when a worker's pod is killed."""
 
 import io
+import json
 import tarfile
 import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
 from millrace_api.training.v1 import training_pb2 as pb
 
 from tests.cluster.release import Release, eventually
@@ -71,7 +71,7 @@ def stage(name: str, **fields: Any) -> dict[str, Any]:
 def test_a_stage_is_a_job_and_its_outputs_reach_the_next(release: Release) -> None:
     stages = [stage("make", outputs=["model.bin"]), stage("use", depends_on=["make"])]
     with release.client() as client:
-        manifest = yaml.safe_dump({"name": "jobs", "stages": stages})
+        manifest = json.dumps({"name": "jobs", "stages": stages})
         client.training.register_pipeline(manifest, archive({"make.py": MAKE, "use.py": USE}))
         handle = client.training.start("jobs")
         events = list(handle.watch())
@@ -88,9 +88,7 @@ def test_a_killed_worker_goes_on_from_the_checkpoint(release: Release) -> None:
     learn = stage("learn", retries=2, distributed={"workers": 2})
     learn["resources"] = {"cpus": 0.4, "memory_mib": 3072}
     with release.client() as client:
-        client.training.register_pipeline(
-            yaml.safe_dump({"name": "two", "stages": [learn]}), archive({"learn.py": LEARN})
-        )
+        client.training.register_pipeline(json.dumps({"name": "two", "stages": [learn]}), archive({"learn.py": LEARN}))
         handle = client.training.start("two")
         selector = f"millrace.dev/run={handle.id},millrace.dev/attempt=1"
 
