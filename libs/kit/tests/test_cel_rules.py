@@ -2,8 +2,10 @@
 
 import contextlib
 
-import cel
 import pytest
+
+# The extension module itself: xds-protos puts an empty `cel/__init__.py` over the package's own, so `cel.evaluate` may not be there.
+from cel import cel
 from hypothesis import given
 from hypothesis import strategies as st
 from millrace_kit.cel_rules import Test, check_rule, evaluate
@@ -39,13 +41,19 @@ RULES = st.recursive(
 )
 
 
+def meaning(rule, headers):
+    """What CEL says; None for its error, which here is an absent header's. Any other error is no answer and fails the test."""
+    try:
+        return cel.evaluate(rule, {"request": {"headers": headers}})
+    except KeyError as error:
+        if error.args[0] in headers:
+            raise
+        return None
+
+
 @given(RULES, HEADERS)
 def test_means_what_cel_means(rule, headers):
-    try:
-        expected = cel.evaluate(rule, {"request": {"headers": headers}})
-    except Exception:
-        expected = None
-    assert evaluate(check_rule(rule, "when"), headers) is expected
+    assert evaluate(check_rule(rule, "when"), headers) is meaning(rule, headers)
 
 
 @pytest.mark.parametrize(
