@@ -13,7 +13,7 @@ import numpy as np
 from gateway import eventually, free_ports
 from millrace_kit.content import sha256_file
 from millrace_rollout_controller.manifest import Server
-from millrace_rollout_controller.repository import write
+from millrace_rollout_controller.repository import Flavour, write
 from millrace_rollout_controller.state import ArtifactRef, Tensor, VersionRef
 from millrace_rollout_controller.triton import Triton, started_at, sweep
 from onnx import TensorProto, helper, numpy_helper
@@ -71,7 +71,7 @@ async def triton(folder: Path, width: int, name: str = "t0") -> AsyncIterator[tu
         outputs=(Tensor(name="probability", datatype="FP32", shape=(1,)),),
     )  # fmt: skip
     repository = folder / f"{name}-repository"
-    await write(repository, ref, Server(), 1, Folder(source), max_bytes=1 << 30)
+    await write(repository, ref, Server(), Flavour(), Folder(source), max_bytes=1 << 30)
     made = await asyncio.to_thread(Triton.prepare, folder / "triton")
     port = free_ports(1)[0]
     server_id = f"gw-{os.getpid()}-{name}"
