@@ -156,8 +156,12 @@ def build(builder: Builder, names: Sequence[str], *, substitutes: bool) -> None:
         builder.run(*command, "-t", image.name, str(image.context()))
         _say(f"built {image.name}", began)
     if substitutes:  # our own daemon; what was replaced would fill the disk, the trainer alone with 6 GB a time
-        builder.run("image", "prune", "-f")
-        builder.run("builder", "prune", "-f", "--keep-storage", KEPT_CACHE)
+        for words in (("image", "prune", "-f"), ("builder", "prune", "-f", "--keep-storage", KEPT_CACHE)):
+            try:
+                builder.run(*words)
+            except ImageError as error:
+                # The images are there; a cache that cannot be thinned out costs disk and nothing else.
+                print(f"images: {error}", file=sys.stderr, flush=True)
 
 
 def load(builder: Builder, socket: Path, names: Sequence[str]) -> None:
@@ -177,6 +181,16 @@ def load(builder: Builder, socket: Path, names: Sequence[str]) -> None:
         builder.pipe(["save", image.name], [*_ctr(socket), "images", "import", "-"])
         _call([*_ctr(socket), "images", "label", reference, f"{LABEL}={key}"])
         _say(f"loaded {image.name}", began)
+    _drop_replaced(socket)
+
+
+def _drop_replaced(socket: Path) -> None:
+    """Forget images that no name leads to any more: Kubernetes' plugin keeps each under its digest, 12 GB for a trainer."""
+    rows = [line.split() for line in _call([*_ctr(socket), "images", "ls"]).splitlines()[1:]]
+    named = {row[2] for row in rows if not row[0].startswith("sha256:")}
+    replaced = [row[0] for row in rows if row[0].startswith("sha256:") and row[2] not in named]
+    if replaced:
+        _call([*_ctr(socket), "images", "rm", "--sync", *replaced])
 
 
 def full_name(name: str) -> str:
