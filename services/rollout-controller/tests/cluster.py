@@ -4,9 +4,11 @@ import asyncio
 import itertools
 import secrets
 import subprocess
+import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from .peers import Peers
 from .support import until
 
 Object = dict[str, Any]
-NODE = "hand"
+BEAT_S = 5.0
+"""How often a node says that it lives. The node controller marks every pod of a silent one as not ready."""
+NODES = "/api/v1/nodes"
 CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 
 
@@ -46,6 +50,11 @@ class World:
     @property
     def namespace(self) -> str:
         return self.cluster.namespace
+
+    @property
+    def node(self) -> str:
+        """Where the pods of this world run; no other world's, whose kubelet may have ended."""
+        return self.namespace
 
     def path(self, kind: str, name: str = "") -> str:
         groups = {
@@ -107,10 +116,19 @@ class World:
     async def kubelet(self) -> None:
         """Play the kubelet and the endpoints' part of it: every pod runs, and is ready unless its version fails."""
         address = itertools.count(1)
+        next_beat = 0.0
         while True:
+            if time.monotonic() >= next_beat:
+                next_beat = time.monotonic() + BEAT_S
+                await self._beat()
             for pod in await self.list("pods"):
                 await self._run(pod, address)
             await asyncio.sleep(0.1)
+
+    async def _beat(self) -> None:
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "lastHeartbeatTime": now}
+        await self.cluster.merge(f"{NODES}/{self.node}/status", {"status": {"conditions": [ready]}}, fenced=False)
 
     async def _run(self, pod: Object, address: Any) -> None:
         metadata = pod["metadata"]
@@ -131,7 +149,7 @@ class World:
                 "apiVersion": "v1",
                 "kind": "Binding",
                 "metadata": {"name": name},
-                "target": {"apiVersion": "v1", "kind": "Node", "name": NODE},
+                "target": {"apiVersion": "v1", "kind": "Node", "name": self.node},
             }
             await self._quietly(self.cluster.create(self.path("pods", name) + "/binding", binding, fenced=False))
         status: Object = {
@@ -193,8 +211,9 @@ async def world(kubeconfig: Path) -> AsyncIterator[World]:
     await cluster.apply(
         f"/api/v1/namespaces/{namespace}", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
     )
-    await cluster.apply(f"/api/v1/nodes/{NODE}", {"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}})
     made = World(kubeconfig, cluster)
+    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": made.node}}
+    await cluster.apply(f"{NODES}/{made.node}", node)
 
     async def served() -> bool:
         try:
