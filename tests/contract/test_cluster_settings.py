@@ -44,10 +44,13 @@ pytestmark = [
 BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 120.0
+REFUSE_TIMEOUT_S = 60.0
+"""A refusal comes as soon as the program is loaded; one that starts instead is killed then."""
 GRPC = {
     "ingestion": "ingestion", "feature": "feature", "registry": "registry", "training-coordinator": "training",
     "drift-monitor": "drift", "rollout-controller": "rollout", "inference-gateway": "gateway_admin",
 }  # fmt: skip
+ON_THE_BUS = sorted(GRPC.keys() - {"rollout-controller"})  # it neither publishes nor subscribes
 NAMES = (*GRPC, "console", "bootstrap", "stage", "client")
 
 
@@ -280,7 +283,7 @@ def strangers_stay_out(release: Release) -> None:
         assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
 
 
-@pytest.mark.parametrize("name", GRPC)
+@pytest.mark.parametrize("name", ON_THE_BUS)
 def test_no_service_takes_the_embedded_log_in_a_pod(name: str, tmp_path: Path) -> None:
     config = tmp_path / "settings.yaml"
     listens = {"public_listen": f"127.0.0.1:{free_port()}"} if name == "inference-gateway" else {}
@@ -288,7 +291,7 @@ def test_no_service_takes_the_embedded_log_in_a_pod(name: str, tmp_path: Path) -
     environment = {**os.environ, "KUBERNETES_SERVICE_HOST": "10.96.0.1"}
     command = [str(BIN / f"millrace-{name}"), "--config", str(config)]
     done = subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path
+        command, check=False, capture_output=True, text=True, timeout=REFUSE_TIMEOUT_S, env=environment, cwd=tmp_path
     )
     assert done.returncode != 0
     assert "bus.kind is embedded and this is a pod" in done.stderr
