@@ -73,8 +73,20 @@ protos/src/.generated: $(shell find protos/millrace_api -name '*.proto') protos/
 	@touch $@
 
 .PHONY: generate
-generate: setup ## Make the generated code again
+generate: setup crd ## Make everything generated again: code, the CRD, the chart's schema and dashboards
 	@$(BIN)/python protos/generate.py && touch protos/src/.generated
+	@PYTHONPATH=tools $(BIN)/python -m chart.schema
+	@PYTHONPATH=tools $(BIN)/python -m chart.dashboards
+
+.PHONY: crd
+crd: setup ## Make the chart's CRD again from the manifest's definition
+	@$(BIN)/python -m millrace_rollout_controller.kubernetes.crd charts/millrace-crds
+
+.PHONY: verify
+verify: setup ## Fail when a generated file of the charts is not up to date
+	@PYTHONPATH=tools $(BIN)/python -m chart.schema --check
+	@PYTHONPATH=tools $(BIN)/python -m chart.dashboards --check
+	@$(BIN)/python -m millrace_rollout_controller.kubernetes.crd charts/millrace-crds --check
 
 .PHONY: lock
 lock: $(BIN)/uv ## Resolve requirements.in into requirements.lock

@@ -3,6 +3,7 @@
 A structural schema: references are put in place, what may be None is optional, defaults are said in words and stay the controller's.
 """
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -167,12 +168,21 @@ def chart_file() -> str:
     return f"# Made by `make crd` from millrace_rollout_controller.manifest; do not edit.\n{escaped}"
 
 
-def main() -> None:
-    """Write the chart's file."""
-    path = Path(sys.argv[1]) / FILE
-    path.write_text(chart_file(), encoding="utf-8")
-    print(path)
+def main() -> int:
+    """Write the chart's file, or check it."""
+    parser = argparse.ArgumentParser(prog="python -m millrace_rollout_controller.kubernetes.crd")
+    parser.add_argument("chart", type=Path, help="folder of the chart millrace-crds")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when the file is not up to date")
+    arguments = parser.parse_args()
+    path, text = arguments.chart / FILE, chart_file()
+    if not arguments.check:
+        path.write_text(text, encoding="utf-8")
+        return 0
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        print(f"{path} is not what the manifest says: run make crd", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
