@@ -134,6 +134,9 @@ async def test_random_requests(module: str, seed: int, tmp_path: Path, monkeypat
     service, settings = await wired(module, tmp_path)
     # A worker that a request ended would raise here, at the end of the block.
     async with running(service, settings) as address:
+        # The gateway is not ready without its Envoy, and answers all the same; what is sent to a service changes neither.
+        ready = service.ready is None or service.ready()
+        expected = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
         found = await asyncio.to_thread(methods, address)
         assert {m.containing_service.full_name for m in found} == set(service.grpc_services)
         failures = await asyncio.to_thread(attack, address, found, seed)
@@ -141,7 +144,7 @@ async def test_random_requests(module: str, seed: int, tmp_path: Path, monkeypat
             health = health_pb2_grpc.HealthStub(channel)
             for name in service.grpc_services:
                 answer = await health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
-                assert answer.status == health_pb2.HealthCheckResponse.SERVING
+                assert answer.status == expected
     assert not failures, "\n".join(str(failure)[:2000] for failure in failures[:10])
 
 
