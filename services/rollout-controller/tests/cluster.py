@@ -212,7 +212,8 @@ async def world(kubeconfig: Path) -> AsyncIterator[World]:
         f"/api/v1/namespaces/{namespace}", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
     )
     made = World(kubeconfig, cluster)
-    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": made.node}}
+    # Closed to the scheduler: the hand alone places pods and says what is the matter with them.
+    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": made.node}, "spec": {"unschedulable": True}}
     await cluster.apply(f"{NODES}/{made.node}", node)
 
     async def served() -> bool:
