@@ -61,26 +61,30 @@ async def pods(count: int) -> AsyncIterator[list[str]]:
 
 
 async def test_pods_come_and_go_without_a_failed_call(api_server: ApiServer) -> None:
-    api_server.clear()
+    await asyncio.to_thread(api_server.clear)
     async with gateway(kubernetes=api_server.settings) as (g, rollout), pods(3) as (one, two, three):
-        api_server.put("s-one", one, service=SERVICE)
-        api_server.put("s-other", three, service="delay-2-0-0")
+        await asyncio.to_thread(api_server.put, "s-one", one, service=SERVICE)
+        await asyncio.to_thread(api_server.put, "s-other", three, service="delay-2-0-0")
         await rollout.in_force(rollout.set(route_of()))
         await in_envoy(g, one)
         took: list[float] = []
         async with load(g) as counts:
             for turn in range(5):
-                api_server.put("s-two", two, service=SERVICE)
+                await asyncio.to_thread(api_server.put, "s-two", two, service=SERVICE)
                 took.append(await in_envoy(g, one, two))
-                api_server.put("s-three", three, service=SERVICE, ready=turn % 2 == 0, serving=turn % 2 == 0)
+                await asyncio.to_thread(
+                    api_server.put, "s-three", three, service=SERVICE, ready=turn % 2 == 0, serving=turn % 2 == 0
+                )
                 await in_envoy(g, *((one, two, three) if turn % 2 == 0 else (one, two)))
-                api_server.put("s-two", two, service=SERVICE, ready=False, serving=True, terminating=True)
+                await asyncio.to_thread(
+                    api_server.put, "s-two", two, service=SERVICE, ready=False, serving=True, terminating=True
+                )
                 took.append(await in_envoy(g, *((one, three) if turn % 2 == 0 else (one,))))
-                api_server.remove("s-two")
-                api_server.remove("s-three")
+                await asyncio.to_thread(api_server.remove, "s-two")
+                await asyncio.to_thread(api_server.remove, "s-three")
                 await in_envoy(g, one)
             # The only one is exchanged in one step.
-            api_server.put("s-one", two, service=SERVICE)
+            await asyncio.to_thread(api_server.put, "s-one", two, service=SERVICE)
             took.append(await in_envoy(g, two))
             await counts.grow(100)
         assert counts.errors == []
@@ -88,12 +92,20 @@ async def test_pods_come_and_go_without_a_failed_call(api_server: ApiServer) -> 
         print(f"slices to Envoy: median {sorted(took)[len(took) // 2] * 1000:.0f} ms, most {max(took) * 1000:.0f} ms")
         assert sorted(took)[len(took) // 2] < 1.0
         # Scaled to nothing: a clear error; and back.
-        api_server.put("s-one", two, service=SERVICE, ready=False, serving=False, terminating=True)
+        await asyncio.to_thread(
+            api_server.put, "s-one", two, service=SERVICE, ready=False, serving=False, terminating=True
+        )
         await in_envoy(g)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await infer(g.public_channel, x_millrace_model=MODEL)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        api_server.put("s-one", one, service=SERVICE)
+
+        async def counted() -> bool:
+            figures = await g.figures()
+            return figures is not None and [(v.version, v.errors) for v in figures.versions] == [("1.0.0", 1)]
+
+        await eventually(counted, "the version's error in the figures")
+        await asyncio.to_thread(api_server.put, "s-one", one, service=SERVICE)
         await eventually(lambda: answers(g), "an answer")
 
 
@@ -105,7 +117,7 @@ async def answers(g: Gateway) -> bool:
 
 
 async def test_the_api_server_goes_away_and_comes_back(api_server: ApiServer) -> None:
-    api_server.clear()
+    await asyncio.to_thread(api_server.clear)
     port = free_ports(1)[0]
     host = own_address()
     command = [sys.executable, str(Path(models.__file__)), str(port), "1.0.0", "0", "0.0.0.0"]
@@ -113,8 +125,8 @@ async def test_the_api_server_goes_away_and_comes_back(api_server: ApiServer) ->
     try:
         async with gateway(kubernetes=api_server.settings) as (g, rollout), pods(2) as (one, two):
             await eventually(lambda: asyncio.to_thread(listens, port), "the pod", 30)
-            api_server.put("s-one", one, service=SERVICE)
-            api_server.put("s-dies", f"{host}:{port}", service=SERVICE)
+            await asyncio.to_thread(api_server.put, "s-one", one, service=SERVICE)
+            await asyncio.to_thread(api_server.put, "s-dies", f"{host}:{port}", service=SERVICE)
             await rollout.in_force(rollout.set(route_of()))
             await in_envoy(g, one, f"{host}:{port}")
             async with load(g) as counts:
@@ -128,7 +140,7 @@ async def test_the_api_server_goes_away_and_comes_back(api_server: ApiServer) ->
                 # A rollout goes on in the meantime.
                 await rollout.in_force(rollout.set(route_of()))
                 await asyncio.to_thread(api_server.start)
-                api_server.put("s-dies", two, service=SERVICE)
+                await asyncio.to_thread(api_server.put, "s-dies", two, service=SERVICE)
                 await in_envoy(g, one, two, timeout_s=15)
                 await counts.grow(50)
             assert counts.errors == []
@@ -138,7 +150,7 @@ async def test_the_api_server_goes_away_and_comes_back(api_server: ApiServer) ->
 
 
 async def test_a_gateway_starts_while_api_server_and_controller_are_away(api_server: ApiServer) -> None:
-    api_server.clear()
+    await asyncio.to_thread(api_server.clear)
     with tempfile.TemporaryDirectory(prefix="gw-") as folder:
         g, rollout = Gateway(Path(folder), kubernetes=api_server.settings), Rollout()
         try:
@@ -146,12 +158,12 @@ async def test_a_gateway_starts_while_api_server_and_controller_are_away(api_ser
                 async with peers(rollout, Features(), g.peer_ports):
                     g.start_python()
                     g.start_envoy()
-                    api_server.put("s-one", one, service=SERVICE)
+                    await asyncio.to_thread(api_server.put, "s-one", one, service=SERVICE)
                     # The controller's list is of no use; the slices lead.
                     generation = rollout.set(route_of(SERVICE, "192.0.2.250:9"))
                     await rollout.in_force(generation)
                     await in_envoy(g, one)
-                    api_server.put("s-one", two, service=SERVICE)
+                    await asyncio.to_thread(api_server.put, "s-one", two, service=SERVICE)
                     await in_envoy(g, two)
                 await asyncio.to_thread(api_server.kill)
                 g.kill_python()
@@ -164,7 +176,7 @@ async def test_a_gateway_starts_while_api_server_and_controller_are_away(api_ser
                 await in_envoy(g, two)
                 await eventually(lambda: answers(g), "an answer")
                 await asyncio.to_thread(api_server.start)
-                api_server.put("s-one", one, service=SERVICE)
+                await asyncio.to_thread(api_server.put, "s-one", one, service=SERVICE)
                 await in_envoy(g, one, timeout_s=15)
         except BaseException:
             print(g.logs())
@@ -175,13 +187,13 @@ async def test_a_gateway_starts_while_api_server_and_controller_are_away(api_ser
 
 
 async def test_changes_that_are_gone_are_listed_again(api_server: ApiServer) -> None:
-    api_server.clear()
+    await asyncio.to_thread(api_server.clear)
     settings = KubernetesSettings.model_validate(api_server.settings | {"watch_s": 1, "backoff_s": 0.05})
     source, stop = SliceEndpoints("default"), asyncio.Event()
     watch = SliceWatch(settings, source, SystemClock())
     # As after a restart of the API server, whose memory of changes starts anew: 410 Gone.
     watch._version = "1"
-    api_server.put("s-one", "198.51.100.9:8001", service=SERVICE)
+    await asyncio.to_thread(api_server.put, "s-one", "198.51.100.9:8001", service=SERVICE)
     task = asyncio.create_task(watch.run(stop))
 
     def known() -> list[str]:
@@ -194,7 +206,7 @@ async def test_changes_that_are_gone_are_listed_again(api_server: ApiServer) -> 
     assert source.synced
     # Watches end each second; nothing is missed between them.
     for number in range(30):
-        api_server.put("s-one", f"198.51.100.{number + 10}:8001", service=SERVICE)
+        await asyncio.to_thread(api_server.put, "s-one", f"198.51.100.{number + 10}:8001", service=SERVICE)
         await has(f"198.51.100.{number + 10}")
     # A token that no longer counts: what is known stays.
     failures = FAILURES._value.get()
@@ -202,7 +214,7 @@ async def test_changes_that_are_gone_are_listed_again(api_server: ApiServer) -> 
     await eventually(lambda: asyncio.sleep(0, FAILURES._value.get() > failures), "a refusal")
     assert known() == ["198.51.100.39"]
     api_server.token_file.write_text("millrace-test-admin")
-    api_server.put("s-one", "198.51.100.50:8001", service=SERVICE)
+    await asyncio.to_thread(api_server.put, "s-one", "198.51.100.50:8001", service=SERVICE)
     await has("198.51.100.50")
     stop.set()
     await task

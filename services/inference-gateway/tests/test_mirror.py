@@ -6,6 +6,7 @@ import grpc
 import models
 from gateway import CANDIDATE, MODEL, arm, eventually, gateway, route
 from millrace_api.rollout.v1 import rollout_pb2
+from millrace_inference_gateway.envoy_admin import EnvoyAdmin
 from test_gateway import infer
 
 
@@ -79,8 +80,18 @@ async def test_a_failing_and_a_dead_shadow_cost_no_caller_anything() -> None:
         await calls(g, 100)
         found = await counted(g, "1.1.0", 150)
         assert found.errors == found.requests
-        stable = await counted(g, "1.0.0", 150)
-        assert (stable.requests, stable.errors) == (150, 0)
+        # Envoy knows: there is no server to send a copy to, and the version fails all the same.
+        admin = EnvoyAdmin(g.settings.envoy_admin_listen)
+
+        async def without_shadow() -> bool:
+            return {c for c, _ in await admin.healthy_servers() if c.startswith("arm/")} == {f"arm/{MODEL}/1.0.0"}
+
+        await eventually(without_shadow, "the shadow out of the rotation")
+        await calls(g, 50)
+        found = await counted(g, "1.1.0", 200)
+        assert (found.requests, found.errors) == (200, 200)
+        stable = await counted(g, "1.0.0", 200)
+        assert (stable.requests, stable.errors) == (200, 0)
 
 
 async def test_a_slow_shadow_slows_nobody() -> None:

@@ -14,6 +14,8 @@ from millrace_inference_gateway.routes import cluster_arm
 UNKNOWN, UNAVAILABLE, OK = 2, 14, 0
 CANCELLED = 1
 NAMESPACE = "millrace"
+MODEL_HEADER = "x-millrace-model"
+VERSION_HEADER = "x-millrace-version"
 # A batch names one subject a row.
 MAX_SUBJECT = 16_384
 _TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -21,7 +23,7 @@ _TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 @dataclass(frozen=True, slots=True)
 class InferenceCall:
-    """One finished call to a model."""
+    """One finished call to a model, answered by a server or by none because its version had none."""
 
     prediction_id: str
     model: str
@@ -43,9 +45,9 @@ class InferenceCall:
 
 
 def read_entry(entry: accesslog_pb2.HTTPAccessLogEntry) -> InferenceCall | None:
-    """The call behind an entry; None when it reached no version."""
+    """The call behind an entry; None when no version was meant to answer it."""
     common = entry.common_properties
-    arm = cluster_arm(common.upstream_cluster)
+    arm = _arm(entry)
     if arm is None:
         return None
     headers = entry.request.request_headers
@@ -66,6 +68,20 @@ def read_entry(entry: accesslog_pb2.HTTPAccessLogEntry) -> InferenceCall | None:
         request=_payload(common, "request"),
         response=_payload(common, "response"),
     )
+
+
+def _arm(entry: accesslog_pb2.HTTPAccessLogEntry) -> tuple[str, str] | None:
+    """Model and version. Envoy names a cluster only with a server; a version without a healthy one fails its calls all the same.
+
+    Only that failure is told by headers: a refused caller's answer has the version's headers too, and is not the version's fault.
+    """
+    common = entry.common_properties
+    if common.upstream_cluster or not common.response_flags.no_healthy_upstream:
+        return cluster_arm(common.upstream_cluster)
+    model = entry.request.request_headers.get(MODEL_HEADER, "")
+    version = entry.response.response_headers.get(VERSION_HEADER, "")
+    # Routes of copies have the name of their only cluster.
+    return cluster_arm(common.route_name) or ((model, version) if model and version else None)
 
 
 def _status(entry: accesslog_pb2.HTTPAccessLogEntry) -> int:
