@@ -66,6 +66,13 @@ async def test_a_version_gets_servers_a_route_and_goes_again(world: World, peers
             return all([await world.get(kind, "flight-delay-1-0-0") is None for kind in kinds])
 
         await until(old_is_gone, what="objects of the old version")
+
+        async def told() -> bool:
+            events = {event["reason"] for event in await world.list("events") if "flight" in event["metadata"]["name"]}
+            return {"SpecAccepted", "FirstVersion", "Promoted", "ServersStopped"} <= events
+
+        # Before the deletion, which ends what is told of this deployment: the old pods go later than their Deployment.
+        await until(told, what="events of the whole way")
         shown = await cluster.kubectl(world.kubeconfig, "-n", world.namespace, "get", "mdep")
         assert shown.split()[:6] == ["NAME", "READY", "STABLE", "CANDIDATE", "WEIGHT", "STEP"]
         assert "True" in shown
@@ -79,8 +86,6 @@ async def test_a_version_gets_servers_a_route_and_goes_again(world: World, peers
             return not await world.list("deployments") and not await world.list("pods")
 
         await until(nothing_is_left, what="workloads of a deleted deployment")
-        events = {event["reason"] for event in await world.list("events") if "flight" in event["metadata"]["name"]}
-        assert {"SpecAccepted", "FirstVersion", "Promoted", "ServersStopped"} <= events
 
 
 @asynccontextmanager
