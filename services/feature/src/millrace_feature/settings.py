@@ -21,7 +21,7 @@ class RedisSettings(Settings):
     """Authority that signed Redis's certificate, PEM; empty takes the system's. For `rediss://` only."""
     prefix: str = "millrace:feature:"
     """What the names of all keys begin with; installations that share a database need different ones."""
-    read_timeout_s: float = Field(default=0.5, gt=0, le=30)
+    read_timeout_s: float = Field(default=2.0, gt=0, le=30)
     """Longest wait of an online read for Redis, a free connection included; then the caller gets UNAVAILABLE."""
     write_timeout_s: float = Field(default=10.0, gt=0, le=300)
     """Longest wait for one answer while records are applied or groups are filled."""
