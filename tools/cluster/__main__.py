@@ -25,7 +25,8 @@ FOLDER = Path(os.environ.get("MILLRACE_CLUSTER", "/var/lib/millrace-cluster"))
 KUBECONFIG = ROOT / "build" / "cluster" / "kubeconfig"
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 90.0
-VOLUMES = 24
+VOLUMES = 64
+"""Each is bound once; a release that is removed and installed again takes new ones."""
 PRODUCT = Plane(FOLDER, address=node.HOST_IP)
 
 
