@@ -1,6 +1,7 @@
 """The release under test: made once for all tests of this folder, on the cluster that `make cluster` brought up."""
 
 import time
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from cluster import __main__ as throwaway
 from tests.cluster.release import NAMESPACE, RELEASE, ROOT, Release
 
 INSTALL_TIMEOUT_S = 900
+SHOWN_EVENTS = 15
+TROUBLE = ("Failed", "BackOff", "Unhealthy", "Evicted", "Killing", "NotReady", "Error", "Warning")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,6 +20,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.cluster)
             item.add_marker(pytest.mark.timeout(1500))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test shows the cluster as it is then: what is not Ready, and the last events that speak of trouble."""
+    report = yield
+    release = item.funcargs.get("release") if isinstance(item, pytest.Function) else None
+    if report.failed and isinstance(release, Release):
+        report.sections.append(("the cluster", _state(release)))
+    return report
+
+
+def _state(release: Release) -> str:
+    def lines(*command: str) -> list[str]:
+        done = release.call("kubectl", "-n", release.namespace, *command, timeout_s=20)
+        return (done.stdout or done.stderr).splitlines()
+
+    nodes = lines("get", "nodes", "--no-headers")
+    pods = [
+        line
+        for line in lines("get", "pods", "--no-headers", "-o", "wide")
+        if len(words := line.split()) < 3 or (words[2] != "Completed" and len(set(words[1].split("/"))) > 1)
+    ]
+    events = [
+        line for line in lines("get", "events", "--sort-by=.lastTimestamp") if any(word in line for word in TROUBLE)
+    ]
+    return "\n".join([*nodes, "pods that are not Ready:", *pods, "events:", *events[-SHOWN_EVENTS:]])
 
 
 @pytest.fixture(scope="session")

@@ -153,9 +153,13 @@ class Both:
 
 @contextlib.asynccontextmanager
 async def both(made: list[Gateway]) -> AsyncIterator[grpc.aio.Channel]:
-    """A client that goes round over all gateways, as over the addresses of a headless Service."""
+    """A client that goes round over all gateways, as over the addresses of a headless Service.
+
+    It has no retry policy. What gRPC does by itself stays on: a call that meets a connection's GOAWAY before the server saw it is sent
+    once more (gRFC A6, transparent retries); with `grpc.enable_retries` 0 the client would lose that race on its own side.
+    """
     target = "ipv4:" + ",".join(each.public for each in made)
-    options = [("grpc.service_config", '{"loadBalancingConfig":[{"round_robin":{}}]}'), ("grpc.enable_retries", 0)]
+    options = [("grpc.service_config", '{"loadBalancingConfig":[{"round_robin":{}}]}')]
     async with grpc.aio.insecure_channel(target, options=options) as channel:
         await channel.channel_ready()
         yield channel

@@ -138,12 +138,12 @@ class World:
             await self._quietly(self.cluster._send("DELETE", self.path("pods", name), {}, body, "application/json"))
             return
         wanted = self.failing.get(version)
-        mark = f"{name} {wanted}"
-        if mark in self.shown:
+        ready = wanted is None
+        # Said again at every turn where it fails: the scheduler has a word to say about a pod that is bound nowhere.
+        if ready and name in self.shown:
             return
         number = next(address)
         ip = pod.get("status", {}).get("podIP") or f"10.9.{number // 250}.{number % 250 + 1}"
-        ready = wanted is None
         if ready and not pod["spec"].get("nodeName"):
             binding = {
                 "apiVersion": "v1",
@@ -163,7 +163,7 @@ class World:
         }
         said = {"status": status | (wanted or {})}
         await self._quietly(self.cluster.merge(self.path("pods", name) + "/status", said, fenced=False))
-        self.shown.add(mark)
+        (self.shown.add if ready else self.shown.discard)(name)
 
     async def _quietly(self, call: Awaitable[object]) -> None:
         """Pods come and go meanwhile."""

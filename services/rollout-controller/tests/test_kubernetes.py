@@ -220,8 +220,8 @@ async def test_the_conditions_say_why_servers_do_not_start(
 ) -> None:
     world.failing["1.1.0"] = status
     async with serving_one(world, peers, tmp_path):
-        await world.apply("1.1.0", rollout={"progressDeadlineSeconds": 4})
-        found = await world.phase("RolledBack", "1.0.0")
+        await world.apply("1.1.0", rollout={"progressDeadlineSeconds": 8})
+        found = await world.phase("RolledBack", "1.0.0", timeout_s=40)
         degraded = next(c for c in found["conditions"] if c["type"] == "Degraded")
         assert degraded["status"] == "True"
         assert words in degraded["message"]

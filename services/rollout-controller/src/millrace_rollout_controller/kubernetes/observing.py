@@ -90,15 +90,16 @@ def _trouble(pod: Object) -> Refusal | None:
     status = pod.get("status", {})
     if pod["metadata"].get("deletionTimestamp"):
         return None
-    for condition in status.get("conditions") or ():
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            return Refusal(condition.get("reason", "Unschedulable"), condition.get("message", ""), permanent=False)
     for container in status.get("initContainerStatuses") or ():
         if (refusal := _container(container, pod)) is not None:
             return refusal
     for container in status.get("containerStatuses") or ():
         if (refusal := _container(container, pod)) is not None:
             return refusal
+    # Last: a scheduler's late word must not hide what a node says, which has the pod already.
+    for condition in status.get("conditions") or ():
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return Refusal(condition.get("reason", "Unschedulable"), condition.get("message", ""), permanent=False)
     return None
 
 
