@@ -10,16 +10,20 @@ from cluster import __main__ as throwaway
 from tests.cluster.release import NAMESPACE, RELEASE, ROOT, Release
 
 INSTALL_TIMEOUT_S = 900
+# What needs a fresh release comes first, what kills it late, what removes it last.
+ORDER = ("install", "rollouts", "placement", "training", "loop", "faults", "upgrade")
 SHOWN_EVENTS = 15
 TROUBLE = ("Failed", "BackOff", "Unhealthy", "Evicted", "Killing", "NotReady", "Error", "Warning")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here needs the real cluster and takes long."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.cluster)
-            item.add_marker(pytest.mark.timeout(1500))
+    """Everything here needs the real cluster, takes long, and has its turn."""
+    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    for item in here:
+        item.add_marker(pytest.mark.cluster)
+        item.add_marker(pytest.mark.timeout(1500))
+    ordered = iter(sorted(here, key=lambda item: ORDER.index(item.path.stem.removeprefix("test_"))))
+    items[:] = [next(ordered) if item in here else item for item in items]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -137,6 +137,16 @@ class Release:
         found: list[dict[str, Any]] = self.get("pods", "-l", selector)["items"]
         return found
 
+    def unready(self) -> list[str]:
+        """Names of the release's pods that run and are not Ready, or wait to run."""
+        pods = self.pods(f"app.kubernetes.io/instance={RELEASE}")
+        return [
+            pod["metadata"]["name"]
+            for pod in pods
+            if pod["status"]["phase"] not in {"Succeeded", "Failed"}
+            and not any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", []))
+        ]
+
     def wait_stable(self, name: str, version: str, timeout_s: float = 240.0) -> dict[str, Any]:
         """Wait until `version` has all the traffic and nothing moves."""
 

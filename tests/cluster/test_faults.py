@@ -23,6 +23,7 @@ PACE_S = 0.05
 RETRY_S = 0.2
 API_SERVER_AWAY_S = 30
 BETWEEN = 80
+OUTLIVE = ("ingestion", "feature", "registry", "training-coordinator", "drift-monitor", "console")
 
 
 class Writer(threading.Thread):
@@ -92,6 +93,15 @@ def _component(name: str) -> str:
     return f"app.kubernetes.io/instance={RELEASE},app.kubernetes.io/component={name}"
 
 
+def _restarts(release: Release) -> dict[str, int]:
+    """Restarts of the containers of every pod that nobody killed."""
+    return {
+        pod["metadata"]["name"]: sum(status["restartCount"] for status in pod["status"].get("containerStatuses", []))
+        for service in OUTLIVE
+        for pod in release.pods(_component(service))
+    }
+
+
 def _stop_api_server(load: Load, rate: float) -> None:
     folder = Path(throwaway.FOLDER)
     hold = folder / "kube-apiserver.hold"
@@ -136,8 +146,10 @@ def test_what_dies_comes_back_and_clients_see_nothing(release: Release, client: 
         _kill(release, f"millrace.dev/deployment={name},millrace.dev/version=1.0.0", load, force=True)
         _kill(release, f"millrace.dev/deployment={name},millrace.dev/version=1.1.0", load, force=True)
         _kill(release, _component("inference-gateway"), load, force=False)
+        restarts = _restarts(release)
         for part in ("kafka", "postgres", "redis"):
             _kill(release, _component(part), load, force=True)
+        assert _restarts(release) == restarts, "services outlive what they need"
         _kill(release, "millrace.dev/leader=true", load, force=True)
         _stop_api_server(load, rate)
         eventually("still at 30 %", held, 120, lambda: release.describe(name))
@@ -148,6 +160,7 @@ def test_what_dies_comes_back_and_clients_see_nothing(release: Release, client: 
         writer.join(120)
     assert not writer.is_alive()
     assert writer.acknowledged > 0
+    eventually("every pod is Ready", lambda: not release.unready() or None, 180, release.unready)
     rows = eventually("every acknowledged record", lambda: client.ingestion.table("faults").rows or None, 60)
     assert rows == writer.acknowledged
     assert load.errors == []

@@ -1,6 +1,7 @@
 """A service on the kit: errors, deadlines, health, metrics of a real server on loopback."""
 
 import asyncio
+import signal
 
 import grpc
 import grpc.aio
@@ -8,8 +9,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from millrace_api.registry.v1 import registry_pb2, registry_pb2_grpc
 from millrace_kit.client import open_channel
-from millrace_kit.errors import InvalidArgumentError, MillraceError, NotFoundError
-from millrace_kit.server import Service, Worker, WorkerFailedError, running
+from millrace_kit.errors import InvalidArgumentError, MillraceError, NotFoundError, UnavailableError
+from millrace_kit.server import Service, Worker, WorkerFailedError, running, serve
 from millrace_kit.settings import ServiceSettings
 
 
@@ -125,3 +126,22 @@ async def test_a_failed_worker_ends_the_service() -> None:
     with pytest.raises(WorkerFailedError, match="breaker"):
         async with running(service(Worker("breaker", fail)), ServiceSettings(drain_s=0)):
             await asyncio.sleep(0.05)
+
+
+async def test_a_worker_whose_database_is_away_runs_again_and_the_service_answers_meanwhile() -> None:
+    runs: list[str] = []
+
+    async def work(stop: asyncio.Event) -> None:
+        runs.append("run")
+        if len(runs) < 3:
+            raise UnavailableError("DATABASE_UNAVAILABLE", "the database did not answer")
+        runs.append("through")
+        await stop.wait()
+
+    ending = asyncio.create_task(serve(service(Worker("relay", work)), ServiceSettings(drain_s=0)))
+    while "through" not in runs:
+        await asyncio.sleep(0.01)
+        assert not ending.done()
+    assert runs == ["run", "run", "run", "through"]
+    signal.raise_signal(signal.SIGTERM)
+    await ending

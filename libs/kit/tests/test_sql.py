@@ -1,10 +1,12 @@
 """SQLite as the kit opens it: writers queue, readers see a snapshot and wait for nobody."""
 
+import socket
 import threading
 from pathlib import Path
 
 import pytest
-from millrace_kit.sql import open_engine, reading
+from millrace_kit.errors import UnavailableError
+from millrace_kit.sql import open_engine, reading, writing
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -71,3 +73,33 @@ def test_a_reader_of_postgres_sees_one_snapshot_and_may_not_write(postgres_url: 
     with pytest.raises(SQLAlchemyError, match="read-only"), reading(engine) as reader:
         reader.execute(text("UPDATE counter SET value = 3"))
     engine.dispose()
+
+
+@pytest.mark.postgres
+def test_a_database_that_went_away_is_unavailable_and_comes_back(postgres_url: str) -> None:
+    engine = open_engine(postgres_url)
+    with reading(engine) as connection:
+        number = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
+    other = open_engine(postgres_url)
+
+    def ended_in_the_middle() -> None:
+        with writing(engine) as connection:
+            held = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
+            with writing(other) as killer:
+                killer.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": held})
+            connection.execute(text("SELECT 1"))
+
+    with pytest.raises(UnavailableError, match="did not answer"):
+        ended_in_the_middle()
+    with reading(engine) as connection:
+        assert connection.execute(text("SELECT pg_backend_pid()")).scalar_one() != number
+    engine.dispose()
+    other.dispose()
+
+
+def test_no_database_at_all_is_unavailable() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        engine = open_engine(f"postgresql+psycopg://nobody@127.0.0.1:{taken.getsockname()[1]}/none")
+        with pytest.raises(UnavailableError), reading(engine):
+            pass

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from millrace_kit.errors import UnavailableError
 from millrace_kit.probes import Probes
 from millrace_kit.server import Service, WorkerFailedError, serve
 from millrace_kit.settings import ServiceSettings, Settings, SettingsError, load_settings
@@ -39,7 +40,7 @@ def read_arguments(name: str, kind: type[S]) -> S:
 def run_service(name: str, kind: type[T], build: Callable[[T], Awaitable[Service]]) -> None:
     """Read the command line, then run the service until it is told to stop.
 
-    Exits with 0 after an orderly stop, 1 when a worker failed, 2 for a wrong settings file.
+    Exits with 0 after an orderly stop, 1 when a worker failed or what the start needs does not answer, 2 for a wrong settings file.
     """
     settings = read_arguments(name, kind)
     probes = Probes()
@@ -52,6 +53,9 @@ def run_service(name: str, kind: type[T], build: Callable[[T], Awaitable[Service
         asyncio.run(run())
     except WorkerFailedError as error:
         print(f"millrace-{name}: worker {error} failed", file=sys.stderr)
+        raise SystemExit(1) from None
+    except UnavailableError as error:
+        print(f"millrace-{name}: cannot start: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     finally:
         stop_telemetry()

@@ -16,7 +16,7 @@ from sqlalchemy import BigInteger, Column, Connection, Engine, Integer, LargeBin
 from millrace_kit.bus import Bus, Outgoing
 from millrace_kit.errors import MillraceError
 from millrace_kit.server import Worker
-from millrace_kit.sql import reading
+from millrace_kit.sql import reading, writing
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class Relay:
         ]
 
     def _delete(self, ids: Sequence[int]) -> None:
-        with self._engine.begin() as connection:
+        with writing(self._engine) as connection:
             connection.execute(self._table.delete().where(self._table.c.id.in_(ids)))
 
     async def _pause(self, stop: asyncio.Event, seconds: float) -> None:

@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import grpc
@@ -14,10 +15,11 @@ from grpc_reflection.v1alpha import reflection
 from opentelemetry.instrumentation.grpc import aio_server_interceptor
 
 from millrace_kit.client import channel_options
+from millrace_kit.errors import UnavailableError
 from millrace_kit.interceptors import ServerEdge
 from millrace_kit.probes import DRAINING, Probes
 from millrace_kit.settings import ServiceSettings
-from millrace_kit.telemetry import WORKER_FAILURES
+from millrace_kit.telemetry import WORKER_FAILURES, WORKER_RETRIES
 from millrace_kit.tls import CertificateFiles
 
 log = logging.getLogger(__name__)
@@ -25,11 +27,18 @@ log = logging.getLogger(__name__)
 # Time between two looks at whether the service is ready; each also shows that the event loop turns.
 PULSE_S = 0.25
 NOT_READY = "the service is not ready"
+# Waits before a worker is run again; they double, and start anew once a worker ran longer than the longest.
+WORKER_RETRY_MIN_S = 0.2
+WORKER_RETRY_MAX_S = 5.0
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A background task that runs until `stop` is set. If it raises, the process ends and its supervisor starts it anew."""
+    """A background task that runs until `stop` is set.
+
+    Where something it needs does not answer (`UnavailableError`) it is run again after a wait, in the same process: while a database is
+    away, the calls that need none are still answered. If it raises anything else, the process ends and its supervisor starts it anew.
+    """
 
     name: str
     run: Callable[[asyncio.Event], Awaitable[None]]
@@ -164,13 +173,32 @@ class _Pulse:
 
 async def _guard(worker: Worker, stop: asyncio.Event) -> None:
     try:
-        await worker.run(stop)
+        await _persevere(worker, stop)
     except asyncio.CancelledError:
         raise
     except Exception as error:
         WORKER_FAILURES.labels(worker.name).inc()
         log.exception("worker %s failed", worker.name)
         raise WorkerFailedError(worker.name) from error
+
+
+async def _persevere(worker: Worker, stop: asyncio.Event) -> None:
+    wait_s = WORKER_RETRY_MIN_S
+    while True:
+        began = time.monotonic()
+        try:
+            return await worker.run(stop)
+        except UnavailableError as error:
+            if time.monotonic() - began > WORKER_RETRY_MAX_S:
+                wait_s = WORKER_RETRY_MIN_S
+            WORKER_RETRIES.labels(worker.name).inc()
+            log.warning("worker %s starts again in %.1f s: %s", worker.name, wait_s, error)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await stop.wait()
+        if stop.is_set():
+            return None
+        wait_s = min(WORKER_RETRY_MAX_S, wait_s * 2)
 
 
 def _options(settings: ServiceSettings) -> list[tuple[str, int | str]]:
@@ -204,6 +232,8 @@ async def serve(service: Service, settings: ServiceSettings, probes: Probes | No
         async def run(stop: asyncio.Event) -> None:
             try:
                 await worker.run(stop)
+            except UnavailableError:
+                raise
             except Exception:
                 ended.set()
                 raise

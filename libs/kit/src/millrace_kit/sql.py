@@ -7,13 +7,20 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import ConnectionPoolEntry
+
+from millrace_kit.errors import UnavailableError
 
 BUSY_TIMEOUT_MS = 10_000
 POOL_SIZE = 10
 POOL_TIMEOUT_S = 10
+CONNECT_TIMEOUT_S = 5
+# Longest that a server may leave sent bytes unacknowledged: a host that vanished is noticed then, not after the kernel's quarter of an hour.
+UNACKNOWLEDGED_MS = 10_000
 MIGRATION_LOCK = 0x6D696C6C
-# Longest wait of a transaction for its turn; then it fails with OperationalError.
+# Longest wait of a transaction for its turn; then it fails.
 TURN_TIMEOUT_MS = 10_000
 
 
@@ -25,7 +32,10 @@ def open_engine(url: str) -> Engine:
     """
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed, pool_size=POOL_SIZE, pool_timeout=POOL_TIMEOUT_S, pool_pre_ping=True)
+        limits = {"connect_timeout": CONNECT_TIMEOUT_S, "tcp_user_timeout": UNACKNOWLEDGED_MS}
+        return create_engine(
+            parsed, pool_size=POOL_SIZE, pool_timeout=POOL_TIMEOUT_S, pool_pre_ping=True, connect_args=limits
+        )
     if parsed.database and parsed.database != ":memory:":
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     # isolation_level None keeps Python's sqlite3 from starting transactions by itself; the listener below starts them.
@@ -48,9 +58,24 @@ def open_engine(url: str) -> Engine:
 
 
 @contextmanager
+def writing(engine: Engine) -> Iterator[Connection]:
+    """A transaction that writes; it commits when the block ends without an error.
+
+    Raises:
+        UnavailableError: the database does not answer, or the transaction did not get its turn in time.
+    """
+    with _answering(), engine.begin() as connection:
+        yield connection
+
+
+@contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """A transaction that only reads: one consistent snapshot that waits for no writer."""
-    with engine.connect() as connection:
+    """A transaction that only reads: one consistent snapshot that waits for no writer.
+
+    Raises:
+        UnavailableError: the database does not answer.
+    """
+    with _answering(), engine.connect() as connection:
         if connection.dialect.name == "sqlite":
             snapshot = connection.execution_options(millrace_reading=True)
         else:  # the default level would give each statement a snapshot of its own
@@ -59,13 +84,21 @@ def reading(engine: Engine) -> Iterator[Connection]:
             yield snapshot
 
 
+@contextmanager
+def _answering() -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, PoolTimeoutError) as error:
+        raise UnavailableError("DATABASE_UNAVAILABLE", "the database did not answer") from error
+
+
 def take_turn(connection: Connection, lock: int) -> None:
     """Wait until no other transaction holds `lock`; held to the end of this one. What is read afterwards is the newest there is.
 
     Replicas that look before they write take turns by it; SQLite's writers do so anyway.
 
     Raises:
-        OperationalError: the turn did not come within `TURN_TIMEOUT_MS`.
+        OperationalError: the turn did not come within `TURN_TIMEOUT_MS`; `writing` makes UnavailableError of it.
     """
     if connection.dialect.name == "postgresql":
         connection.execute(text(f"SET LOCAL lock_timeout = {TURN_TIMEOUT_MS}"))
@@ -73,10 +106,14 @@ def take_turn(connection: Connection, lock: int) -> None:
 
 
 def migrate(engine: Engine, scripts: Path) -> None:
-    """Bring the schema to the newest revision of the Alembic folder `scripts`."""
+    """Bring the schema to the newest revision of the Alembic folder `scripts`.
+
+    Raises:
+        UnavailableError: the database does not answer.
+    """
     config = Config()
     config.set_main_option("script_location", str(scripts))
-    with engine.begin() as connection:
+    with writing(engine) as connection:
         if (
             connection.dialect.name == "postgresql"
         ):  # replicas that start together take turns; SQLite's writers do so anyway

@@ -33,6 +33,9 @@ RPC_SECONDS = Histogram(
 BUS_PUBLISHED = Counter("millrace_bus_messages_published_total", "Messages the bus acknowledged.", ["topic"])
 BUS_CONSUMED = Counter("millrace_bus_messages_consumed_total", "Messages handed to a consumer.", ["topic"])
 WORKER_FAILURES = Counter("millrace_worker_failures_total", "Times a background worker failed.", ["worker"])
+WORKER_RETRIES = Counter(
+    "millrace_worker_retries_total", "Times a worker started again because something did not answer.", ["worker"]
+)
 
 
 class JsonLinesExporter(SpanExporter):

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from millrace_kit.bus import PREDICTIONS, Bus, Message, Subscription, TopicPartition, records_topic
 from millrace_kit.clock import Clock
 from millrace_kit.errors import MillraceError, UnavailableError
-from sqlalchemy.exc import OperationalError
 
 from millrace_drift_monitor import metrics
 from millrace_drift_monitor.closing import Closed, Closer
@@ -94,7 +93,7 @@ class Monitor:
             try:
                 await self._follow(stop)
                 retry_s = RETRY_MIN_S
-            except (MillraceError, OperationalError) as error:
+            except MillraceError as error:
                 metrics.RETRIES.labels("stream").inc()
                 log.warning("stream interrupted, again in %.1f s: %s", retry_s, error)
                 try:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from millrace_kit.bus import TopicPartition, records_topic
 from millrace_kit.errors import AlreadyExistsError
-from millrace_kit.sql import migrate, open_engine, reading, take_turn
+from millrace_kit.sql import migrate, open_engine, reading, take_turn, writing
 from sqlalchemy import Connection, Engine, and_, insert, select, update
 
 from millrace_drift_monitor.ledger import Taken, adopt, take_outcomes, take_predictions
@@ -67,7 +67,7 @@ class Store:
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction that changes something; they take turns."""
-        with self._lock, self.engine.begin() as connection:
+        with self._lock, writing(self.engine) as connection:
             take_turn(connection, WRITE_LOCK)
             yield connection
 

@@ -19,13 +19,10 @@ from millrace_kit.errors import (
     FailedPreconditionError,
     NotFoundError,
     ResourceExhaustedError,
-    UnavailableError,
 )
 from millrace_kit.outbox import enqueue
-from millrace_kit.sql import reading
+from millrace_kit.sql import reading, writing
 from sqlalchemy import ColumnElement, Connection, Engine, and_, func, select
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from millrace_registry import audit, rows
 from millrace_registry.models import Approval, AuditEntry, Content, Model, Stage, Version
@@ -299,21 +296,13 @@ class SqlStore:
 
     @contextmanager
     def _changing(self) -> Iterator[tuple[Connection, audit.Head]]:
-        with _as_unavailable(), self._engine.begin() as connection:
+        with writing(self._engine) as connection:
             yield connection, audit.lock_head(connection)
 
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
-        with _as_unavailable(), reading(self._engine) as connection:
+        with reading(self._engine) as connection:
             yield connection
-
-
-@contextmanager
-def _as_unavailable() -> Iterator[None]:
-    try:
-        yield
-    except (OperationalError, PoolTimeoutError) as error:
-        raise UnavailableError("DATABASE_UNAVAILABLE", "the registry's database did not answer") from error
 
 
 def _is(model: str, version: str) -> ColumnElement[bool]:

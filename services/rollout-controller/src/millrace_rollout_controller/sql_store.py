@@ -9,7 +9,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 from millrace_kit.errors import ConflictError
-from millrace_kit.sql import migrate, open_engine, reading
+from millrace_kit.sql import migrate, open_engine, reading, writing
 from pydantic import TypeAdapter
 from sqlalchemy import Engine
 
@@ -84,7 +84,7 @@ class SqlStore:
             ConflictError: the name or the model is taken.
         """
         try:
-            with self._engine.begin() as connection:
+            with writing(self._engine) as connection:
                 connection.execute(deployments.insert().values(**_values(row)))
         except sa.exc.IntegrityError:
             raise ConflictError(
@@ -100,14 +100,14 @@ class SqlStore:
         """
         values = _values(row) | {"revision": row.revision + 1}
         mine = (deployments.c.name == row.name) & (deployments.c.revision == row.revision)
-        with self._engine.begin() as connection:
+        with writing(self._engine) as connection:
             if connection.execute(deployments.update().where(mine).values(**values)).rowcount != 1:
                 raise ConflictError("DEPLOYMENT_CHANGED", "it was changed meanwhile; try again", {"name": row.name})
         return Row(**{name: getattr(row, name) for name in Row.__slots__} | {"revision": row.revision + 1})
 
     def delete(self, name: str) -> None:
         """Remove a deployment."""
-        with self._engine.begin() as connection:
+        with writing(self._engine) as connection:
             connection.execute(deployments.delete().where(deployments.c.name == name))
 
     def load_routes(self) -> Table:
@@ -119,7 +119,7 @@ class SqlStore:
     def save_routes(self, table: Table) -> None:
         """Keep the table, before it is published."""
         routes = _ROUTES.dump_json(table.routes).decode()
-        with self._engine.begin() as connection:
+        with writing(self._engine) as connection:
             connection.execute(route_table.delete())
             connection.execute(route_table.insert().values(id=1, generation=table.generation, routes=routes))
 
@@ -131,7 +131,7 @@ class SqlStore:
     def save_gateways(self, seen: dict[str, GatewaySeen]) -> None:
         """Keep who was heard of; the others are forgotten."""
         rows = [{"id": name, "applied": g.applied, "seen_at": g.seen_at} for name, g in seen.items()]
-        with self._engine.begin() as connection:
+        with writing(self._engine) as connection:
             connection.execute(gateways.delete())
             if rows:
                 connection.execute(gateways.insert(), rows)

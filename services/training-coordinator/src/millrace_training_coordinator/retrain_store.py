@@ -6,7 +6,7 @@ from datetime import datetime
 
 from millrace_kit.bus import TopicPartition
 from millrace_kit.errors import MillraceError, ResourceExhaustedError
-from millrace_kit.sql import reading
+from millrace_kit.sql import reading, writing
 from sqlalchemy import Connection, func, insert, select, update
 
 from millrace_training_coordinator.manifest import Retrain
@@ -49,7 +49,7 @@ class RetrainStore:
         """Decide on the findings of one message and pass it; a message or a finding seen before changes nothing."""
         listeners = [(v, v.manifest.retrain) for v in self._store.pipelines()]
         decided: list[Decided] = []
-        with self._store.engine.begin() as connection:
+        with writing(self._store.engine) as connection:
             if not self._pass(connection, place, next_offset):
                 return []
             for finding in findings:

@@ -120,6 +120,7 @@ class Runner:
             for task in self._tasks.values():
                 task.cancel()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            self._tasks.clear()
 
     async def _pause(self, stop: asyncio.Event, wake_at: datetime | None) -> None:
         """Wait for a change, the next retry or the end of an attempt; raises what an attempt's task raised."""

@@ -10,7 +10,7 @@ from typing import Any
 from millrace_kit.bus import Outgoing
 from millrace_kit.errors import AlreadyExistsError, NotFoundError, ResourceExhaustedError
 from millrace_kit.outbox import enqueue
-from millrace_kit.sql import migrate, reading
+from millrace_kit.sql import migrate, reading, writing
 from sqlalchemy import Connection, Engine, Row, Select, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
@@ -44,7 +44,7 @@ class Store:
     def register(self, version: PipelineVersion, now: datetime) -> None:
         """Make `version` the one that new runs take."""
         key = {"pipeline_hash": version.pipeline_hash}
-        with self.engine.begin() as connection:
+        with writing(self.engine) as connection:
             known = select(PIPELINE_VERSION.c.name).filter_by(**key)
             if connection.execute(known).first() is None:
                 connection.execute(insert(PIPELINE_VERSION).values(**asdict(version), **key, registered_at=now))
@@ -110,7 +110,7 @@ class Store:
             ResourceExhaustedError: too many runs are not finished.
         """
         try:
-            with self.engine.begin() as connection:
+            with writing(self.engine) as connection:
                 return self.insert(connection, new)
         except IntegrityError:
             # On PostgreSQL two equal requests may pass the check together; the unique column decides.
@@ -193,7 +193,7 @@ class Store:
         Raises:
             NotFoundError: no such run.
         """
-        with self.engine.begin() as connection:
+        with writing(self.engine) as connection:
             row = connection.execute(select(RUN).where(RUN.c.id == run_id).with_for_update()).first()
             if row is None:
                 raise NotFoundError("run", run_id)
@@ -233,7 +233,7 @@ class Store:
 
     def mark_reported(self, run_id: str) -> None:
         """The caller of Reproduce has its answer."""
-        with self.engine.begin() as connection:
+        with writing(self.engine) as connection:
             connection.execute(update(RUN).where(RUN.c.id == run_id).values(reported=True))
 
     def to_forget(self, keep: int) -> Sequence[str]:
@@ -246,7 +246,7 @@ class Store:
 
     def mark_forgotten(self, run_id: str) -> None:
         """The run's working files are gone."""
-        with self.engine.begin() as connection:
+        with writing(self.engine) as connection:
             connection.execute(update(RUN).where(RUN.c.id == run_id).values(forgotten=True))
 
 
