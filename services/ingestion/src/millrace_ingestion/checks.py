@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from millrace_ingestion.contracts import ARROW_TYPES, Column, ColumnType, Contract, full_pattern
 from millrace_ingestion.hashing import U64, hash_strings
+from millrace_ingestion.origins import TASK_PUT, Origin
 
 Mask = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int64]
@@ -27,9 +28,11 @@ OUT_OF_RANGE = "OUT_OF_RANGE"
 NOT_ALLOWED_VALUE = "NOT_ALLOWED_VALUE"
 PATTERN_MISMATCH = "PATTERN_MISMATCH"
 MISSING_EVENT_ID = "MISSING_EVENT_ID"
+UNDECODABLE = "UNDECODABLE"
+"""A message whose bytes are no record at all; a source refuses it before there is anything to check."""
 REASONS = (
     MALFORMED_JSON, MISSING_COLUMN, WRONG_TYPE, NULL_NOT_ALLOWED, OUT_OF_RANGE, NOT_ALLOWED_VALUE, PATTERN_MISMATCH,
-    MISSING_EVENT_ID,
+    MISSING_EVENT_ID, UNDECODABLE,
 )  # fmt: skip
 
 # Longer ids are refused, so that hashing a batch takes a bounded number of steps.
@@ -56,6 +59,19 @@ class Reject:
     row: int
     failure: Failure
     record_json: str
+    """Empty when there is no JSON of it; then the origin has its bytes."""
+    origin: Origin | None = None
+    stage: str = TASK_PUT
+    exception: str = ""
+    """Name of the error's class, where an exception refused the record."""
+
+    @property
+    def size(self) -> int:
+        """Bytes this record occupies, about."""
+        if self.origin is None:
+            return len(self.record_json)
+        headers = sum(len(name) + len(value or b"") for name, value in self.origin.headers)
+        return len(self.record_json) + len(self.origin.value or b"") + len(self.origin.key or b"") + headers
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,7 @@ class Checked:
     @property
     def size(self) -> int:
         """Bytes this batch occupies in memory."""
-        return int(self.table.nbytes) + sum(len(reject.record_json) for reject in self.rejects)
+        return int(self.table.nbytes) + sum(reject.size for reject in self.rejects)
 
 
 @dataclass

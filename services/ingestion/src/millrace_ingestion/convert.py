@@ -142,6 +142,7 @@ def letter_to(letter: Letter) -> pb.DeadLetter:
     """A dead letter as a message."""
     received_at = Timestamp()
     received_at.FromDatetime(letter.received_at)
+    origin = letter.origin
     return pb.DeadLetter(
         id=letter.id,
         contract=letter.contract,
@@ -153,6 +154,19 @@ def letter_to(letter: Letter) -> pb.DeadLetter:
         record_json=letter.record_json,
         received_at=received_at,
         replayed=letter.replayed,
+        stage=letter.stage,
+        exception=letter.exception,
+        origin=None
+        if origin is None
+        else pb.RecordOrigin(
+            topic=origin.topic,
+            partition=origin.partition,
+            offset=origin.offset,
+            timestamp_ms=origin.timestamp_ms,
+            key=origin.key,
+            value=origin.value,
+            headers=[pb.RecordHeader(name=name, value=value) for name, value in origin.headers],
+        ),
     )
 
 

@@ -3,12 +3,14 @@
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from millrace_kit.errors import ResourceExhaustedError
 
 from millrace_ingestion import metrics
 from millrace_ingestion.arrow_records import check_table, read_stream
+from millrace_ingestion.checks import Checked
 from millrace_ingestion.contracts import Contract
 from millrace_ingestion.json_records import reader_for
 from millrace_ingestion.models import REPLAY_SOURCE, Incoming, Letter, Pending
@@ -95,7 +97,7 @@ def decode(contract: Contract, incoming: Incoming, *, max_rows: int, max_bytes: 
     """
     if incoming.json_lines is not None:
         checked = reader_for(contract).check(incoming.json_lines, max_rows=max_rows)
-        return Pending(contract, incoming.source, incoming.offset, checked)
+        return Pending(contract, incoming.source, incoming.offset, _traced(checked, incoming))
     payload = incoming.arrow_ipc or b""
     raw = read_stream(payload, max_rows=max_rows, max_bytes=max_bytes)
     checked = check_table(contract, raw, max_bytes=max_bytes)
@@ -103,7 +105,19 @@ def decode(contract: Contract, incoming: Incoming, *, max_rows: int, max_bytes: 
     if ignored:
         metrics.IGNORED_COLUMNS.labels(contract.name).inc(len(ignored))
     as_sent = not checked.rejects and raw.schema.equals(contract.arrow_schema())
-    return Pending(contract, incoming.source, incoming.offset, checked, payload if as_sent else None)
+    return Pending(contract, incoming.source, incoming.offset, _traced(checked, incoming), payload if as_sent else None)
+
+
+def _traced(checked: Checked, incoming: Incoming) -> Checked:
+    """The batch with the origins of its refused records, and with the records that its source could not decode."""
+    if not incoming.origins and not incoming.undecodable:
+        return checked
+    origins = incoming.origins
+    rejects = [
+        replace(reject, origin=origins[reject.row]) if reject.row < len(origins) else reject
+        for reject in checked.rejects
+    ]
+    return replace(checked, rejects=[*rejects, *incoming.undecodable])
 
 
 def decode_letters(contract: Contract, letters: Sequence[Letter]) -> Pending:

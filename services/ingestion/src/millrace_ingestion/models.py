@@ -11,6 +11,7 @@ from millrace_kit.errors import MillraceError
 
 from millrace_ingestion.checks import Checked, Reject
 from millrace_ingestion.contracts import Contract
+from millrace_ingestion.origins import TASK_PUT, Origin
 
 # Replays of dead letters land under this source; producers' sources never begin with an underscore.
 REPLAY_SOURCE = "_dead_letters"
@@ -18,18 +19,23 @@ REPLAY_SOURCE = "_dead_letters"
 
 @dataclass(frozen=True)
 class Incoming:
-    """One batch as a producer sent it; exactly one payload is set."""
+    """One batch as a producer or a source sent it; exactly one payload is set (empty JSON lines when every record was undecodable)."""
 
     contract: str
     source: str
     offset: int
     arrow_ipc: bytes | None = None
     json_lines: bytes | None = None
+    origins: Sequence[Origin] = ()
+    """Where each record of the payload came from, by its place among the records; empty when the producer is the origin."""
+    undecodable: Sequence[Reject] = ()
+    """Records that the source could not make records of; they become dead letters of this batch."""
 
     @property
     def payload_bytes(self) -> int:
         """Size as sent."""
-        return len(self.arrow_ipc or b"") + len(self.json_lines or b"")
+        refused = sum(reject.size for reject in self.undecodable)
+        return len(self.arrow_ipc or b"") + len(self.json_lines or b"") + refused
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,9 @@ class Letter:
     record_json: str
     received_at: datetime
     replayed: bool
+    origin: Origin | None = None
+    stage: str = TASK_PUT
+    exception: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A group is written before its Delta commit (the intent: `table_version` is null)
 invisible to readers until then, and goes when the intent is discarded.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Engine, Select, func, select
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from millrace_ingestion.letter_rows import letter_of, letter_rows
 from millrace_ingestion.models import Entry, Group, Letter, LetterCount, Outcome
 from millrace_ingestion.tables import BATCH, COMMIT, CONTRACT, DEAD_LETTER
 
@@ -107,7 +108,7 @@ class Store:
         """Keep a group with its batches and dead letters; without a version it is an intent."""
         now = self._now_us()
         batches = [_batch_row(group, entry) for entry in group.entries]
-        letters = [row for entry in group.entries for row in _letter_rows(group, entry, now)]
+        letters = [row for entry in group.entries for row in letter_rows(group, entry, now)]
         landed = [letter for entry in group.entries for letter in entry.landed_letters]
         with self._writing() as connection:
             connection.execute(
@@ -162,31 +163,17 @@ class Store:
             return int(connection.execute(select(func.max(DEAD_LETTER.c.id))).scalar() or 0)
 
     def letters(self, contract: str, reason: str, *, after: int, limit: int, only_open: bool = False) -> list[Letter]:
-        """Dead letters by id, from the first above `after`; `only_open` leaves out those a replay has landed."""
+        """Dead letters by id, from the first above `after`; `only_open` leaves out those that a replay has landed or can do nothing for."""
         query: Select[tuple[object, ...]] = _visible(select(DEAD_LETTER)).where(
             DEAD_LETTER.c.id > after, DEAD_LETTER.c.contract == contract
         )
         if reason:
             query = query.where(DEAD_LETTER.c.reason == reason)
         if only_open:
-            query = query.where(DEAD_LETTER.c.replay_group_id.is_(None))
+            query = query.where(DEAD_LETTER.c.replay_group_id.is_(None), DEAD_LETTER.c.record_json != "")
         with self._reading() as connection:
             rows = connection.execute(query.order_by(DEAD_LETTER.c.id).limit(limit)).all()
-        return [
-            Letter(
-                row.id,
-                row.contract,
-                row.source,
-                row.offset,
-                row.reason,
-                row.column,
-                row.detail,
-                row.record_json,
-                _EPOCH + row.received_at_us * _MICROSECOND,
-                row.replay_group_id is not None,
-            )
-            for row in rows
-        ]
+        return [letter_of(row) for row in rows]
 
     def counts(self, contract: str) -> list[LetterCount]:
         """Dead letters by contract and reason; an empty `contract` counts all."""
@@ -223,20 +210,3 @@ def _batch_row(group: Group, entry: Entry) -> dict[str, object]:
         "duplicates": entry.duplicates,
         "rejected": entry.rejected,
     }
-
-
-def _letter_rows(group: Group, entry: Entry, now_us: int) -> Sequence[dict[str, object]]:
-    return [
-        {
-            "group_id": group.id,
-            "contract": group.contract,
-            "source": entry.source,
-            "offset": entry.offset,
-            "reason": reject.failure.reason,
-            "column": reject.failure.column,
-            "detail": reject.failure.detail,
-            "record_json": reject.record_json,
-            "received_at_us": now_us,
-        }
-        for reject in entry.rejects
-    ]

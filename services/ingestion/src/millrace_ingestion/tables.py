@@ -61,6 +61,25 @@ DEAD_LETTER = Table(
     Column("record_json", Text, nullable=False),
     Column("received_at_us", BigInteger, nullable=False),
     Column("replay_group_id", Text, index=True),
+    # Where it came from, for records of topics and files; see `origins.py`.
+    Column("stage", Text, nullable=False, server_default="TASK_PUT"),
+    Column("exception", Text, nullable=False, server_default=""),
+    Column("origin_topic", Text),
+    Column("origin_partition", Integer),
+    Column("origin_offset", BigInteger),
+    Column("origin_timestamp_ms", BigInteger),
+    Column("origin_key", LargeBinary),
+    Column("origin_value", LargeBinary),
+    Column("origin_headers", LargeBinary),  # msgpack: [[name, bytes or nil], ...]
+    # 0 until it is on the dead-letter topic.
+    Column("published_at_us", BigInteger, nullable=False, server_default="0"),
     sqlite_autoincrement=True,
 )
+Index(
+    "ix_dead_letter_unpublished",
+    DEAD_LETTER.c.id,
+    sqlite_where=text("published_at_us = 0"),
+    postgresql_where=text("published_at_us = 0"),
+)
+Index("ix_dead_letter_contract_time", DEAD_LETTER.c.contract, DEAD_LETTER.c.received_at_us)
 Index("ix_dead_letter_contract_reason", DEAD_LETTER.c.contract, DEAD_LETTER.c.reason, DEAD_LETTER.c.id)
