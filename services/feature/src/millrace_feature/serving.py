@@ -92,6 +92,7 @@ class CompiledService:
 
     def __init__(self, plan: ServicePlan, definitions: Definitions) -> None:
         self.plan = plan
+        self.digest = definitions.digest
         self.contracts = tuple(sorted({definitions.view(use.view).contract for use in plan.uses}))
         self._sources = [_Source(use, definitions.view(use.view)) for use in plan.uses]
         self._runners = [TransformRunner(transform) for transform in plan.transforms]
@@ -173,6 +174,9 @@ class CompiledService:
         return Vector(values, statuses, age_ms)
 
 
+Observe = Callable[[CompiledService, Sequence[Entity], int, Sequence[Vector]], None]
+"""Told every answer: the service, its rows, the asked instant (microseconds) and the vectors. It must not wait."""
+
 R = TypeVar("R")
 
 
@@ -190,9 +194,15 @@ class Serving(Generic[R]):
     """The definitions reads are answered with; the stream worker swaps them once their data is there."""
 
     def __init__(
-        self, store: OnlineStore, *, read_behind_us: int, reader_of: Callable[[ServicePlan, Definitions], R]
+        self,
+        store: OnlineStore,
+        *,
+        read_behind_us: int,
+        reader_of: Callable[[ServicePlan, Definitions], R],
+        observe: Observe | None = None,
     ) -> None:
         self.store = store
+        self._observe = observe
         self._read_behind_us = read_behind_us
         self._reader_of = reader_of
         self._services: dict[str, Ready[R]] | None = None
@@ -243,5 +253,9 @@ class Serving(Generic[R]):
                     "EVENT_TIME_TOO_OLD", message, {"contract": contract, "oldest_us": str(oldest_us)}
                 )
         if len(rows) <= ROWS_ON_LOOP:
-            return service.vectors(asks, known, rows, at_us)
-        return await asyncio.to_thread(service.vectors, asks, known, rows, at_us)
+            vectors = service.vectors(asks, known, rows, at_us)
+        else:
+            vectors = await asyncio.to_thread(service.vectors, asks, known, rows, at_us)
+        if self._observe is not None:
+            self._observe(service, rows, at_us, vectors)
+        return vectors

@@ -68,6 +68,11 @@ def contracts_of(plan: ServicePlan, definitions: Definitions, labels: Labels) ->
     return sorted({labels.entity_contract, labels.label_contract, *views})
 
 
+def carried_names(plan: ServicePlan) -> list[str]:
+    """Join keys and request fields of the service: what an entity row brings along."""
+    return list(dict.fromkeys([*plan.join_keys, *(name for name, _kind in plan.request_fields)]))
+
+
 class Build:
     """One run; `cancel` may be called from another thread."""
 
@@ -125,6 +130,12 @@ class Build:
         self._write(entities, features, target)
         return Built(target, entities.num_rows, without)
 
+    def features(self, versions: Mapping[str, int], rows: pa.Table) -> dict[str, Floats]:
+        """See `features_at`."""
+        self._carried = carried_names(self._plan)
+        with self._open(versions) as query:
+            return self._features(query, rows)
+
     def _collect(self, query: Query) -> int:
         """Make table `labels`, one row per labelled entity row in its final order; returns how many had no label."""
         spec = self._labels
@@ -136,7 +147,7 @@ class Build:
                 raise FailedPreconditionError("SOURCE_MISSING", message, {"contract": contract})
         assert time is not None
         assert label_time is not None
-        carried = list(dict.fromkeys([*self._plan.join_keys, *(name for name, _ in self._plan.request_fields)]))
+        carried = carried_names(self._plan)
         query.need(spec.entity_contract, [time, spec.join_column, *carried], f"feature service {self._plan.name}")
         query.need(spec.label_contract, [label_time, spec.join_column, spec.label_column], "the label")
         at = f"epoch_us(e.{quoted(time)})"
@@ -249,6 +260,22 @@ class Build:
         pq.write_table(
             table, target, row_group_size=ROW_GROUP_ROWS, compression="zstd", use_dictionary=True, store_schema=False
         )
+
+
+def features_at(
+    lake: Lake, plan: ServicePlan, definitions: Definitions, rows: pa.Table, versions: Mapping[str, int]
+) -> dict[str, Floats]:
+    """Every feature of the vector for rows that the caller gives, by full name: what a training set would hold for them.
+
+    Args:
+        lake: where the views' tables are.
+        plan: the feature service.
+        definitions: what `plan` is part of.
+        rows: `at_us` (instant, microseconds since the epoch), then `in0`… with the values of `carried_names(plan)`.
+        versions: exact version of every table the service's views read.
+    """
+    labels = Labels("", "", "", "", start_us=None, end_us=None, known_at_us=None)
+    return Build(lake, plan, definitions, labels, max_rows=rows.num_rows).features(versions, rows)
 
 
 def window_features(view: WindowView, tiles: Tiles, codes: Ints, end_hops: Ints) -> dict[str, Floats]:
