@@ -51,6 +51,8 @@ class _Known:
     evidence: Evidence
     actions: tuple[Action, ...] | None = None
     saved_at: float = 0.0
+    at_rest: object = None
+    """What the last look depended on, if it moved nothing and time alone moves nothing: the same again needs no look."""
 
 
 @dataclass
@@ -183,7 +185,8 @@ class Controller:
         self._models = [row.model for row in rows]
         polls, self._polls = self._polls, {}
         answers, self._answers = self._answers, {}
-        seen = self._executor.seen()
+        seen = _by_deployment(self._executor.seen())
+        published = {route.model: route for route in self._hub.table.routes}
         plan, changed = _Plan(), False
         names = {(row.name, row.created_at.isoformat()) for row in rows}
         self._queries = {name: asked for name, asked in self._queries.items() if name in {row.name for row in rows}}
@@ -191,7 +194,17 @@ class Controller:
         for row in rows:
             known = self._remember(row)
             try:
-                changed |= await self._look(row, known, replace(polls.get(row.model, Poll()), answers=answers), seen)
+                arms, route = seen.get(row.name, {}), published.get(row.model)
+                observed = self._observe(row, known.spec, arms, route)
+                if (
+                    row.model not in polls
+                    and known.at_rest is not None
+                    and known.at_rest == _rest(row, known, observed)
+                ):
+                    continue
+                changed |= await self._look(
+                    row, known, replace(polls.get(row.model, Poll()), answers=answers), observed
+                )
             except ConflictError:
                 # Somebody changed it meanwhile: look again right away, and go on as before until then.
                 changed = True
@@ -200,7 +213,8 @@ class Controller:
             except Exception:
                 metrics.TICK_FAILURES.labels(row.name).inc()
                 log.exception("deployment %s", row.name)
-            self._add(plan, row, known)
+            finally:
+                self._add(plan, row, known)
         await self._do(plan, {row.model for row in rows})
         if changed:
             self._news.set()
@@ -217,7 +231,7 @@ class Controller:
             known.spec, known.manifest_text = manifest.parse(row.manifest).spec, row.manifest
         return known
 
-    async def _look(self, row: Row, known: _Known, poll: Poll, seen: Mapping[tuple[str, str], ArmSeen]) -> bool:
+    async def _look(self, row: Row, known: _Known, poll: Poll, observed: Observed) -> bool:
         now, status = self._clock.now(), row.status
         on_trial = status.candidate is not None and status.entered
         asked = self._asked(row.model, known.spec, status) if on_trial else {}
@@ -235,7 +249,6 @@ class Controller:
             answers={index: poll.answers[query] for index, query in asked.items() if query in poll.answers},
         )
         item = Item(row.name, known.spec, row.generation, row.deleting)
-        observed = self._observe(row, known.spec, seen)
         after, actions = reconcile(item, status, observed, evidence, now, limits=self._limits)
         monotonic = self._clock.monotonic()
         stale = monotonic - known.saved_at >= (self._trial_save_s if on_trial else EVIDENCE_SAVE_S)
@@ -245,6 +258,7 @@ class Controller:
             await asyncio.to_thread(self._store.update, Row(**values))
             known.saved_at = monotonic
         known.evidence, known.actions = evidence, actions
+        known.at_rest = None if changed else _rest(row, known, observed)
         if changed:
             _show(row.name, status, after)
         return changed
@@ -258,7 +272,7 @@ class Controller:
         }
         return queries(spec.rollout.gates, subject)
 
-    def _observe(self, row: Row, spec: manifest.Spec, seen: Mapping[tuple[str, str], ArmSeen]) -> Observed:
+    def _observe(self, row: Row, spec: manifest.Spec, arms: Mapping[str, ArmSeen], published: Route | None) -> Observed:
         status = row.status
         wanted = {spec.version} if not row.deleting else set()
         wanted -= {arm.ref.version for arm in (status.stable, status.candidate) if arm is not None}
@@ -271,9 +285,7 @@ class Controller:
                 versions[version] = self._versions.pop(name)
             elif name not in self._lookups:
                 self._lookups[name] = asyncio.create_task(self._look_up(name))
-        published = next((route for route in self._hub.table.routes if route.model == row.model), None)
         settled = published == status.route and self._hub.settled(row.model, self._clock.now().timestamp())
-        arms = {version: arm for (deployment, version), arm in seen.items() if deployment == row.name}
         return Observed(versions, arms, settled)
 
     async def _look_up(self, name: tuple[str, str]) -> None:
@@ -320,6 +332,20 @@ class Controller:
         for name in plan.forget:
             await asyncio.to_thread(self._store.delete, name)
             log.info("deployment %s is gone", name)
+
+
+def _by_deployment(seen: Mapping[tuple[str, str], ArmSeen]) -> dict[str, dict[str, ArmSeen]]:
+    found: dict[str, dict[str, ArmSeen]] = {}
+    for (deployment, version), arm in seen.items():
+        found.setdefault(deployment, {})[version] = arm
+    return found
+
+
+def _rest(row: Row, known: _Known, observed: Observed) -> object:
+    """What a look at a deployment at rest depends on; None where time alone may move it."""
+    status = row.status
+    moves = status.candidate is not None or status.retiring or status.unready_since is not None or row.deleting
+    return None if moves or known.actions is None else (row.generation, known.manifest_text, status, observed)
 
 
 def _words(routes: tuple[Route, ...]) -> str:
