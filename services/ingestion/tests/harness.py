@@ -46,7 +46,7 @@ def contract(name: str = "flights", **changes: Any) -> pb.DataContract:
     }
     for column, change in changes.items():
         if change is None:
-            columns.pop(column)
+            columns.pop(column, None)
         else:
             columns[column] = {**columns.get(column, {}), **change}
     return pb.DataContract(

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from millrace_ingestion.arrow_records import check_table, read_stream
 from millrace_ingestion.checks import Checked
+from millrace_ingestion.contract_messages import contract_from
 from millrace_ingestion.contracts import Column, ColumnType, Contract
-from millrace_ingestion.convert import contract_from
 from millrace_ingestion.hashing import hash_strings
 from millrace_ingestion.ipc_bounds import decoded_size
 from millrace_ingestion.json_records import JsonReader

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from millrace_ingestion.app import MIGRATIONS
 from millrace_ingestion.checks import UNDECODABLE, Failure, Reject
-from millrace_ingestion.convert import contract_from, letter_to
+from millrace_ingestion.contract_messages import contract_from
+from millrace_ingestion.convert import letter_to
 from millrace_ingestion.intake import decode
 from millrace_ingestion.models import Entry, Group, Incoming
 from millrace_ingestion.origins import VALUE_CONVERTER, Origin

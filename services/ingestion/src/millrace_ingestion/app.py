@@ -11,14 +11,16 @@ from millrace_kit.entry import run_service
 from millrace_kit.server import Service, Worker
 from millrace_kit.sql import migrate, open_engine
 
-from millrace_ingestion.contracts import Contract
-from millrace_ingestion.convert import contract_bytes, contract_from_bytes
+from millrace_ingestion.contract_messages import contract_bytes, contract_from_bytes
+from millrace_ingestion.contracts import QUARANTINE_SUFFIX, Contract
+from millrace_ingestion.held_store import HeldStore
 from millrace_ingestion.id_index import IdIndex
 from millrace_ingestion.ingestor import Ingestor, IntakeLimits
 from millrace_ingestion.intake import Budget
 from millrace_ingestion.lake import LakeTable
 from millrace_ingestion.landing import CrashPoint, Landing, no_crash
 from millrace_ingestion.lane import Lane, Limits
+from millrace_ingestion.quarantine import Quarantine
 from millrace_ingestion.servicer import IngestionServicer
 from millrace_ingestion.settings import IngestionSettings
 from millrace_ingestion.store import Store
@@ -33,7 +35,8 @@ async def build(
     """The ingestion service of `settings`, ready to run; unfinished batches are recovered once it runs."""
     engine = open_engine(settings.database())
     await asyncio.to_thread(migrate, engine, MIGRATIONS)
-    store = Store(engine, clock or SystemClock())
+    clock = clock or SystemClock()
+    store = Store(engine, clock)
     bus = await open_bus(settings.bus)
     lane_limits = Limits(
         settings.max_commit_rows,
@@ -44,20 +47,27 @@ async def build(
     )
 
     def make_lane(contract: Contract) -> Lane:
-        table = LakeTable(
-            f"{settings.lake()}/{contract.name}",
-            lake_options(settings.lake(), settings.lake_options),
-            compact_target_bytes=settings.compact_target_mib * MIB,
-        )
+        def open_table(name: str) -> LakeTable:
+            options = lake_options(settings.lake(), settings.lake_options)
+            url = f"{settings.lake()}/{name}"
+            return LakeTable(url, options, compact_target_bytes=settings.compact_target_mib * MIB)
+
         folder = Path(settings.state_dir) / "event-ids" / contract.name
         index = IdIndex(folder, flush_ids=settings.index_flush_ids)
         landing = Landing(
-            contract, table, index, store, maintain_every=settings.maintain_every_commits, crash_point=crash_point
+            contract,
+            open_table(contract.name),
+            index,
+            store,
+            Quarantine(open_table(contract.name + QUARANTINE_SUFFIX)),
+            maintain_every=settings.maintain_every_commits,
+            crash_point=crash_point,
         )
         return Lane(landing, bus, lane_limits)
 
     ingestor = Ingestor(
         store=store,
+        held=HeldStore(engine, clock),
         contracts=[contract_from_bytes(version, body) for version, body in await asyncio.to_thread(store.contracts)],
         make_lane=make_lane,
         serialize=contract_bytes,
@@ -71,6 +81,7 @@ async def build(
             settings.replay_rows,
         ),
         letters=await asyncio.to_thread(store.letter_count),
+        clock=clock,
     )
     servicer = IngestionServicer(ingestor, stream_window=settings.stream_window)
 

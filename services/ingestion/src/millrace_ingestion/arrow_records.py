@@ -24,7 +24,9 @@ from millrace_kit.errors import InvalidArgumentError, ResourceExhaustedError
 from millrace_ingestion.checks import (
     MISSING_COLUMN,
     MISSING_EVENT_ID,
+    NO_TIME,
     WRONG_TYPE,
+    Arrival,
     Checked,
     Failure,
     Mask,
@@ -85,7 +87,7 @@ def _too_large(limit: str, message: str) -> ResourceExhaustedError:
     return ResourceExhaustedError(limit, message)
 
 
-def check_table(contract: Contract, raw: pa.Table, *, max_bytes: int) -> Checked:
+def check_table(contract: Contract, raw: pa.Table, *, max_bytes: int, arrival: Arrival = NO_TIME) -> Checked:
     """Convert and check the records of `raw`."""
     verdict = Verdict(raw.num_rows)
     columns: dict[str, pa.Array] = {}
@@ -104,9 +106,9 @@ def check_table(contract: Contract, raw: pa.Table, *, max_bytes: int) -> Checked
             failed[column.name] = wrong
             detail = f"{given.type} does not convert to {column.type.value}"
             verdict.mark(wrong, Failure(WRONG_TYPE, column.name, detail[:200]))
-    check_values(contract, columns, verdict, failed)
+    check_values(contract, columns, verdict, failed, arrival)
     table, rows, high, low = settle(contract, columns, verdict)
-    return Checked(table, rows, _rejects(raw, verdict), high, low)
+    return Checked(table, rows, _rejects(raw, verdict), high, low, verdict.findings, verdict.held)
 
 
 def convert(given: pa.ChunkedArray, column: Column, *, max_bytes: int) -> tuple[pa.Array, Mask | None]:

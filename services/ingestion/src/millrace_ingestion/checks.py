@@ -1,8 +1,9 @@
 """The checks of a contract, on whole columns.
 
 A record that fails becomes one dead letter with the first failure in the contract's column order: WRONG_TYPE and MISSING_COLUMN come from
-the conversion, then NULL_NOT_ALLOWED, OUT_OF_RANGE, NOT_ALLOWED_VALUE and PATTERN_MISMATCH here. A null in a nullable column passes
-every check. NaN and infinities pass unless the column has a bound, which they fail.
+the conversion, then NULL_NOT_ALLOWED, the checks of values (`value_checks.py`), comparisons, and last what is asked of the batch as a
+whole (`expectations.py`). A null in a nullable column passes every check. A check whose policy is not REJECT refuses nobody: it holds
+the whole batch for the quarantine, or is counted.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,21 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from millrace_ingestion.contracts import ARROW_TYPES, Column, ColumnType, Contract, full_pattern
+from millrace_ingestion.contracts import ARROW_TYPES, Column, Contract
+from millrace_ingestion.expectations import unmet
 from millrace_ingestion.hashing import U64, hash_strings
 from millrace_ingestion.origins import TASK_PUT, Origin
+from millrace_ingestion.rules import Policy
+from millrace_ingestion.value_checks import (
+    NOT_ALLOWED_VALUE,
+    NOT_FRESH,
+    NOT_UNIQUE,
+    OUT_OF_RANGE,
+    PATTERN_MISMATCH,
+    WRONG_LENGTH,
+    compare,
+    value_checks,
+)
 
 Mask = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int64]
@@ -24,23 +37,18 @@ MALFORMED_JSON = "MALFORMED_JSON"
 MISSING_COLUMN = "MISSING_COLUMN"
 WRONG_TYPE = "WRONG_TYPE"
 NULL_NOT_ALLOWED = "NULL_NOT_ALLOWED"
-OUT_OF_RANGE = "OUT_OF_RANGE"
-NOT_ALLOWED_VALUE = "NOT_ALLOWED_VALUE"
-PATTERN_MISMATCH = "PATTERN_MISMATCH"
 MISSING_EVENT_ID = "MISSING_EVENT_ID"
+COMPARISON_FAILED = "COMPARISON_FAILED"
+EXPECTATION_FAILED = "EXPECTATION_FAILED"
 UNDECODABLE = "UNDECODABLE"
 """A message whose bytes are no record at all; a source refuses it before there is anything to check."""
 REASONS = (
     MALFORMED_JSON, MISSING_COLUMN, WRONG_TYPE, NULL_NOT_ALLOWED, OUT_OF_RANGE, NOT_ALLOWED_VALUE, PATTERN_MISMATCH,
-    MISSING_EVENT_ID, UNDECODABLE,
+    MISSING_EVENT_ID, UNDECODABLE, WRONG_LENGTH, NOT_UNIQUE, NOT_FRESH, COMPARISON_FAILED, EXPECTATION_FAILED,
 )  # fmt: skip
 
 # Longer ids are refused, so that hashing a batch takes a bounded number of steps.
 MAX_EVENT_ID_BYTES = 512
-# Years 1 to 9999, what the readers' date types can hold; microseconds since the epoch.
-MIN_TIMESTAMP_US = -62_135_596_800_000_000
-MAX_TIMESTAMP_US = 253_402_300_799_999_999
-_INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,37 @@ class Reject:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """How many records of a batch failed a check."""
+
+    column: str
+    """Column, comparison or expectation."""
+    check: str
+    """Its name among the policies, or the reason in lower case."""
+    policy: Policy
+    count: int
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """When records came, and whether the batch is one as a producer sent it."""
+
+    now_us: int | Rows | None = None
+    """Microseconds since the epoch, of the batch or of each record; None checks no freshness."""
+    as_sent: bool = True
+    """False for records that are replayed or released: what is asked of a batch as a whole is not asked of them."""
+    quarantine: Policy = Policy.QUARANTINE
+    """What the policy QUARANTINE means for them."""
+
+    def policy(self, policy: Policy) -> Policy:
+        """What a check's policy means for these records."""
+        return self.quarantine if policy is Policy.QUARANTINE else policy
+
+
+NO_TIME = Arrival()
+
+
+@dataclass(frozen=True)
 class Checked:
     """A batch after its checks."""
 
@@ -87,6 +126,10 @@ class Checked:
     """First halves of the good records' event id hashes."""
     low: U64
     """Second halves."""
+    findings: Sequence[Finding] = ()
+    """Every check that failed, whatever its policy."""
+    held: Failure | None = None
+    """Why the batch goes to the quarantine; None when it lands."""
 
     @property
     def size(self) -> int:
@@ -100,6 +143,8 @@ class Verdict:
 
     rows: int
     failures: list[Failure] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    held: Failure | None = None
     _marks: npt.NDArray[np.int32] | None = None
 
     def mark(self, rows: Mask, failure: Failure) -> None:
@@ -110,6 +155,19 @@ class Verdict:
             self._marks = np.full(self.rows, -1, np.int32)
         self._marks[rows & (self._marks < 0)] = len(self.failures)
         self.failures.append(failure)
+        self._find(failure, failure.reason.lower(), Policy.REJECT, int(rows.sum()))
+
+    def judge(self, rows: Mask, failure: Failure, check: str, policy: Policy) -> None:
+        """Do with `rows` what the policy of `check` says."""
+        if policy is Policy.REJECT:
+            self.mark(rows, failure)
+        elif rows.any():
+            if policy is Policy.QUARANTINE and self.held is None:
+                self.held = failure
+            self._find(failure, check, policy, int(rows.sum()))
+
+    def _find(self, failure: Failure, check: str, policy: Policy, count: int) -> None:
+        self.findings.append(Finding(failure.column, check, policy, count))
 
     def good(self) -> Mask | None:
         """Rows without a failure; None when that is all of them."""
@@ -123,7 +181,11 @@ class Verdict:
 
 
 def check_values(
-    contract: Contract, columns: Mapping[str, pa.Array], verdict: Verdict, failed: Mapping[str, Mask]
+    contract: Contract,
+    columns: Mapping[str, pa.Array],
+    verdict: Verdict,
+    failed: Mapping[str, Mask],
+    arrival: Arrival,
 ) -> None:
     """Check converted columns.
 
@@ -132,6 +194,7 @@ def check_values(
         columns: each column of the contract in its Arrow type; a value that could not be converted is null.
         verdict: takes the failures.
         failed: rows whose failure in a column is already known; they are not checked for null again.
+        arrival: when the records came.
     """
     for column in contract.columns:
         values = columns[column.name]
@@ -142,9 +205,25 @@ def check_values(
             if column.name in failed:
                 missing &= ~failed[column.name]
             verdict.mark(missing, Failure(NULL_NOT_ALLOWED, column.name, "is null and the column is not nullable"))
-        for passes, failure in _value_checks(column, values):
+        for check, passes, reason, detail in value_checks(column, values, arrival.now_us, batch=arrival.as_sent):
             if not pc.all(passes, min_count=0).as_py():  # nulls are skipped
-                verdict.mark(~_mask(pc.fill_null(passes, True)), failure)
+                wrong = ~_mask(pc.fill_null(passes, True))
+                policy = arrival.policy(column.policy(check))
+                verdict.judge(wrong, Failure(reason, column.name, detail), check, policy)
+    for rule in contract.comparisons:
+        passes = compare(rule, columns)
+        if not pc.all(passes, min_count=0).as_py():
+            failure = Failure(COMPARISON_FAILED, rule.name, f"must have {rule}")
+            verdict.judge(~_mask(pc.fill_null(passes, True)), failure, "comparison", arrival.policy(rule.policy))
+    if arrival.as_sent and contract.judges_batches:
+        _judge_batch(contract, columns, verdict)
+
+
+def _judge_batch(contract: Contract, columns: Mapping[str, pa.Array], verdict: Verdict) -> None:
+    """Expectations, over the records that passed their own checks; a batch without any is judged by its row count only."""
+    everyone = np.ones(verdict.rows, np.bool_)
+    for column, check, policy, detail in unmet(contract, columns, verdict.good(), verdict.rows):
+        verdict.judge(everyone, Failure(EXPECTATION_FAILED, column, detail), check, policy)
 
 
 def _check_event_id(column: Column, values: pa.Array, verdict: Verdict, failed: Mask | None) -> None:
@@ -155,48 +234,6 @@ def _check_event_id(column: Column, values: pa.Array, verdict: Verdict, failed: 
     verdict.mark(empty, Failure(MISSING_EVENT_ID, column.name, "the event id is missing, null or empty"))
     detail = f"the event id is longer than {MAX_EVENT_ID_BYTES} bytes"
     verdict.mark(_mask(pc.greater(length, MAX_EVENT_ID_BYTES)), Failure(OUT_OF_RANGE, column.name, detail))
-
-
-def _value_checks(column: Column, values: pa.Array) -> list[tuple[pa.Array, Failure]]:
-    """Pairs of "which values pass" (null where the value is) and what a failure means."""
-    checks: list[tuple[pa.Array, Failure]] = []
-
-    def add(passes: pa.Array, reason: str, detail: str) -> None:
-        checks.append((passes, Failure(reason, column.name, detail)))
-
-    if column.type is ColumnType.TIMESTAMP:
-        instants = values.view(pa.int64())
-        passes = pc.and_(pc.greater_equal(instants, MIN_TIMESTAMP_US), pc.less_equal(instants, MAX_TIMESTAMP_US))
-        add(passes, OUT_OF_RANGE, "is outside years 1 to 9999")
-    if column.minimum is not None:
-        add(
-            _compare(pc.greater_equal, values, column, column.minimum),
-            OUT_OF_RANGE,
-            f"must be at least {column.minimum:g}",
-        )
-    if column.maximum is not None:
-        add(
-            _compare(pc.less_equal, values, column, column.maximum), OUT_OF_RANGE, f"must be at most {column.maximum:g}"
-        )
-    if column.allowed:
-        passes = pc.if_else(pc.is_null(values), None, pc.is_in(values, value_set=pa.array(column.allowed)))
-        add(passes, NOT_ALLOWED_VALUE, f"is none of the {len(column.allowed)} allowed values")
-    if column.pattern:
-        passes = pc.match_substring_regex(values, full_pattern(column.pattern))
-        add(passes, PATTERN_MISMATCH, f"does not match {column.pattern}")
-    return checks
-
-
-def _compare(compare: pc.Function, values: pa.Array, column: Column, bound: float) -> pa.Array:
-    if column.type is ColumnType.DOUBLE:
-        return compare(values, bound)
-    # Compared as integers: a float64 cannot tell neighbours above 2^53 apart.
-    lower = compare is pc.greater_equal
-    whole = int(np.ceil(bound)) if lower else int(np.floor(bound))
-    outside = whole > _INT64_MAX if lower else whole < _INT64_MIN
-    if outside:
-        return pc.if_else(pc.is_null(values), None, False)
-    return compare(values, pa.scalar(min(max(whole, _INT64_MIN), _INT64_MAX), pa.int64()))
 
 
 def settle(contract: Contract, columns: Mapping[str, pa.Array], verdict: Verdict) -> tuple[pa.Table, Rows, U64, U64]:

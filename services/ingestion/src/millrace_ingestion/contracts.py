@@ -1,24 +1,19 @@
-"""Data contracts: what producers promise, and which changes of a promise keep every landed record valid.
+"""Data contracts: what producers promise.
 
-A new version may add nullable columns and loosen checks. Anything else would make records that have landed, or readers of the lake
-table, wrong; it is refused with the column's name.
+Which contract is a contract is said in `validation.py`, which one may follow which in `compatibility.py`.
 """
 
-import re
 from dataclasses import dataclass
 from enum import Enum
 
 import pyarrow as pa
-import pyarrow.compute as pc
-from millrace_kit import check
-from millrace_kit.errors import FailedPreconditionError, InvalidArgumentError
+
+from millrace_ingestion.rules import Comparison, Expectation, Policy
 
 SOURCE_COLUMN = "_source"
 OFFSET_COLUMN = "_offset"
-MAX_COLUMNS = 500
-MAX_ALLOWED = 10_000
-MAX_PATTERN = 1_000
-_COLUMN = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,62}")
+QUARANTINE_SUFFIX = "__quarantine"
+"""Ends the name of the table in which a contract's quarantined batches wait; no contract's name ends so."""
 
 
 class ColumnType(Enum):
@@ -43,7 +38,7 @@ NUMBERS = frozenset({ColumnType.INT64, ColumnType.DOUBLE})
 
 @dataclass(frozen=True)
 class Column:
-    """One column and its checks; `minimum` and `maximum` are inclusive, empty `allowed` and `pattern` accept all."""
+    """One column and its checks; bounds are inclusive, empty sets and patterns accept all."""
 
     name: str
     type: ColumnType
@@ -52,6 +47,36 @@ class Column:
     maximum: float | None = None
     allowed: tuple[str, ...] = ()
     pattern: str = ""
+    min_length: int | None = None
+    """In characters, as is `max_length`."""
+    max_length: int | None = None
+    allowed_numbers: tuple[int, ...] = ()
+    max_null_rate: float | None = None
+    """Of a batch, 0 to 1."""
+    unique: bool = False
+    """Within a batch."""
+    max_age_s: float | None = None
+    """Before the time at which the batch arrives; `max_ahead_s` is behind it."""
+    max_ahead_s: float | None = None
+    policies: tuple[tuple[str, Policy], ...] = ()
+    """By check, sorted; what is not named rejects."""
+
+    def policy(self, check: str) -> Policy:
+        """What happens when `check` fails."""
+        return next((policy for name, policy in self.policies if name == check), Policy.REJECT)
+
+
+class Compatibility(Enum):
+    """Which versions may follow; the value is the name in the `.proto` without its prefix."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    BACKWARD = "BACKWARD"
+    BACKWARD_TRANSITIVE = "BACKWARD_TRANSITIVE"
+    FORWARD = "FORWARD"
+    FORWARD_TRANSITIVE = "FORWARD_TRANSITIVE"
+    FULL = "FULL"
+    FULL_TRANSITIVE = "FULL_TRANSITIVE"
+    NONE = "NONE"
 
 
 @dataclass(frozen=True)
@@ -64,6 +89,15 @@ class Contract:
     event_id_column: str
     event_time_column: str
     key_columns: tuple[str, ...] = ()
+    compatibility: Compatibility = Compatibility.UNSPECIFIED
+    """The mode for the version after this one."""
+    comparisons: tuple[Comparison, ...] = ()
+    expectations: tuple[Expectation, ...] = ()
+
+    @property
+    def judges_batches(self) -> bool:
+        """Whether anything is asked of a batch as a whole, besides that values are unique."""
+        return bool(self.expectations) or any(column.max_null_rate is not None for column in self.columns)
 
     def arrow_schema(self) -> pa.Schema:
         """The records' schema, in the contract's column order."""
@@ -78,126 +112,3 @@ class Contract:
 def full_pattern(pattern: str) -> str:
     """The RE2 expression that matches a whole string."""
     return rf"\A(?:{pattern})\z"
-
-
-def validate(contract: Contract, field: str) -> Contract:
-    """Check a contract by itself; `field` is the path of the contract in the request.
-
-    Raises:
-        InvalidArgumentError: naming the field that is wrong.
-    """
-    check.table(contract.name, f"{field}.name")
-    if not contract.columns:
-        raise InvalidArgumentError(f"{field}.columns", "needs at least one column")
-    if len(contract.columns) > MAX_COLUMNS:
-        raise InvalidArgumentError(f"{field}.columns", f"has more than {MAX_COLUMNS} columns")
-    seen: set[str] = set()
-    for index, column in enumerate(contract.columns):
-        place = f"{field}.columns[{index}]"
-        if not _COLUMN.fullmatch(column.name):
-            raise InvalidArgumentError(
-                f"{place}.name",
-                "needs 1 to 63 letters, digits or '_', starting with a letter ('_' starts reserved names)",
-            )
-        if column.name.lower() in seen:
-            raise InvalidArgumentError(
-                f"{place}.name", f"{column.name!r} is there twice (upper and lower case count as one)"
-            )
-        seen.add(column.name.lower())
-        _validate_checks(column, place)
-    by_name = {column.name: column for column in contract.columns}
-    _validate_role(by_name, contract.event_id_column, ColumnType.STRING, f"{field}.event_id_column")
-    _validate_role(by_name, contract.event_time_column, ColumnType.TIMESTAMP, f"{field}.event_time_column")
-    for index, name in enumerate(contract.key_columns):
-        if name not in by_name:
-            raise InvalidArgumentError(f"{field}.key_columns[{index}]", f"{name!r} is no column of the contract")
-    if len(set(contract.key_columns)) != len(contract.key_columns):
-        raise InvalidArgumentError(f"{field}.key_columns", "names a column twice")
-    return contract
-
-
-def _validate_role(by_name: dict[str, Column], name: str, kind: ColumnType, field: str) -> None:
-    column = by_name.get(name)
-    if column is None:
-        raise InvalidArgumentError(field, f"{name!r} is no column of the contract")
-    if column.type is not kind or column.nullable:
-        raise InvalidArgumentError(field, f"{name!r} must be a {kind.value} column that is not nullable")
-
-
-def _validate_checks(column: Column, place: str) -> None:
-    for bound, value in (("min", column.minimum), ("max", column.maximum)):
-        if value is None:
-            continue
-        check.finite(value, f"{place}.{bound}")
-        if column.type not in NUMBERS:
-            raise InvalidArgumentError(
-                f"{place}.{bound}", f"is for numbers, and {column.name!r} is {column.type.value}"
-            )
-    if column.minimum is not None and column.maximum is not None and column.minimum > column.maximum:
-        raise InvalidArgumentError(f"{place}.min", "is greater than max")
-    if column.allowed and column.type is not ColumnType.STRING:
-        raise InvalidArgumentError(f"{place}.allowed", f"is for strings, and {column.name!r} is {column.type.value}")
-    if len(column.allowed) > MAX_ALLOWED:
-        raise InvalidArgumentError(f"{place}.allowed", f"has more than {MAX_ALLOWED} values")
-    if column.pattern:
-        _validate_pattern(column, f"{place}.pattern")
-
-
-def _validate_pattern(column: Column, field: str) -> None:
-    if column.type is not ColumnType.STRING:
-        raise InvalidArgumentError(field, f"is for strings, and {column.name!r} is {column.type.value}")
-    if len(column.pattern) > MAX_PATTERN:
-        raise InvalidArgumentError(field, f"is longer than {MAX_PATTERN} characters")
-    try:
-        pc.match_substring_regex(pa.array(["x"]), full_pattern(column.pattern))
-    except pa.ArrowException as error:
-        raise InvalidArgumentError(field, f"is no RE2 pattern: {error}") from None
-
-
-def check_evolution(old: Contract, new: Contract) -> None:
-    """Whether `new` may follow `old`.
-
-    Raises:
-        FailedPreconditionError: with the column and the change that is not allowed.
-    """
-    for role, before, after in (
-        ("event_id_column", old.event_id_column, new.event_id_column),
-        ("event_time_column", old.event_time_column, new.event_time_column),
-        ("key_columns", ", ".join(old.key_columns), ", ".join(new.key_columns)),
-    ):
-        if before != after:
-            raise _refused(old, before, f"{role} cannot change (was {before!r}, would be {after!r})")
-    later = {column.name: column for column in new.columns}
-    for column in old.columns:
-        if column.name not in later:
-            raise _refused(old, column.name, "a column cannot be removed")
-        _check_loosened(old, column, later.pop(column.name))
-    known = {column.name.lower() for column in old.columns}
-    for added in later.values():
-        if not added.nullable:
-            raise _refused(old, added.name, "a new column must be nullable: records that have landed have no value")
-        if added.name.lower() in known:
-            raise _refused(old, added.name, "differs from another column only in case")
-
-
-def _check_loosened(contract: Contract, old: Column, new: Column) -> None:
-    if old.type is not new.type:
-        raise _refused(contract, old.name, f"the type cannot change ({old.type.value} to {new.type.value})")
-    if old.nullable and not new.nullable:
-        raise _refused(contract, old.name, "a nullable column cannot become required")
-    if new.minimum is not None and (old.minimum is None or new.minimum > old.minimum):
-        raise _refused(contract, old.name, "min can only be lowered or removed")
-    if new.maximum is not None and (old.maximum is None or new.maximum < old.maximum):
-        raise _refused(contract, old.name, "max can only be raised or removed")
-    if new.allowed and (not old.allowed or not set(old.allowed) <= set(new.allowed)):
-        raise _refused(contract, old.name, "allowed can only gain values or be removed")
-    if new.pattern and new.pattern != old.pattern:
-        raise _refused(contract, old.name, "pattern can only be removed: nobody can prove that another one is looser")
-
-
-def _refused(contract: Contract, column: str, change: str) -> FailedPreconditionError:
-    return FailedPreconditionError(
-        "INCOMPATIBLE_CONTRACT",
-        f"contract {contract.name!r}, column {column!r}: {change}",
-        {"contract": contract.name, "column": column, "change": change},
-    )

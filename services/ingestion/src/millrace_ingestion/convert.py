@@ -1,6 +1,7 @@
 """Between the protobuf messages and the domain; every wrong field is refused here, by name."""
 
 import re
+from collections.abc import Sequence
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from millrace_api.common.v1.common_pb2 import TableVersion
@@ -9,84 +10,29 @@ from millrace_kit import check
 from millrace_kit.errors import InvalidArgumentError
 
 from millrace_ingestion.checks import REASONS
-from millrace_ingestion.contracts import Column, ColumnType, Contract, validate
-from millrace_ingestion.models import Incoming, Letter, LetterCount, Outcome, TableState
+from millrace_ingestion.contract_messages import change_to
+from millrace_ingestion.contracts import Compatibility
+from millrace_ingestion.ingestor import Comparison
+from millrace_ingestion.models import HeldBatch, Incoming, Letter, LetterCount, Outcome, TableState
 
 MAX_SOURCE = 256
 MAX_OFFSET = 2**62
-_PREFIX = "COLUMN_TYPE_"
+MAX_IDS = 1000
 # Printable, so that a source can stand in a message header, a file's statistics and every database.
 _SOURCE = re.compile(r"[^\x00-\x20\x7f_][^\x00-\x1f\x7f]{0,255}")
 
 
-def contract_from(message: pb.DataContract, field: str) -> Contract:
-    """A validated contract; its version is 0, because the service numbers versions.
-
-    Raises:
-        InvalidArgumentError: naming the field.
-    """
-    if message.version < 0:
-        raise InvalidArgumentError(f"{field}.version", "must not be negative; it is assigned on registration")
-    columns = tuple(_column(column, f"{field}.columns[{index}]") for index, column in enumerate(message.columns))
-    contract = Contract(
-        message.name, 0, columns, message.event_id_column, message.event_time_column, tuple(message.key_columns)
-    )
-    return validate(contract, field)
-
-
-def _column(message: pb.Column, field: str) -> Column:
-    kinds = {_PREFIX + kind.value: kind for kind in ColumnType}
-    name = pb.ColumnType.Name(message.type) if message.type in pb.ColumnType.values() else str(message.type)
-    if name not in kinds:
-        raise InvalidArgumentError(f"{field}.type", f"{name} is no column type")
-    return Column(
-        message.name,
-        kinds[name],
-        message.nullable,
-        message.min if message.HasField("min") else None,
-        message.max if message.HasField("max") else None,
-        tuple(message.allowed),
-        message.pattern,
-    )
-
-
-def contract_to(contract: Contract) -> pb.DataContract:
-    """The contract as a message."""
-    columns = []
-    for column in contract.columns:
-        message = pb.Column(
-            name=column.name,
-            type=pb.ColumnType.Value(_PREFIX + column.type.value),
-            nullable=column.nullable,
-            allowed=column.allowed,
-            pattern=column.pattern,
-        )
-        if column.minimum is not None:
-            message.min = column.minimum
-        if column.maximum is not None:
-            message.max = column.maximum
-        columns.append(message)
-    return pb.DataContract(
-        name=contract.name,
-        version=contract.version,
-        columns=columns,
-        event_id_column=contract.event_id_column,
-        event_time_column=contract.event_time_column,
-        key_columns=contract.key_columns,
-    )
-
-
-def contract_bytes(contract: Contract) -> bytes:
-    """The contract as it is stored."""
-    return contract_to(contract).SerializeToString(deterministic=True)
-
-
-def contract_from_bytes(version: int, body: bytes) -> Contract:
-    """A stored contract; it was validated when it was registered."""
-    message = pb.DataContract.FromString(body)
-    columns = tuple(_column(column, f"columns[{index}]") for index, column in enumerate(message.columns))
-    return Contract(
-        message.name, version, columns, message.event_id_column, message.event_time_column, tuple(message.key_columns)
+def comparison_to(comparison: Comparison) -> pb.CheckContractResponse:
+    """What a contract would change, as a message."""
+    newest, problem = comparison.newest, comparison.problem
+    mode = newest.compatibility if newest is not None else Compatibility.UNSPECIFIED
+    return pb.CheckContractResponse(
+        changes=[change_to(change) for change in comparison.changes],
+        compatibility=pb.Compatibility.Value(f"COMPATIBILITY_{mode.value}"),
+        compatible=problem is None,
+        problem=problem.message if problem is not None else "",
+        subject=problem.metadata.get("column", "") if problem is not None else "",
+        newest_version=newest.version if newest is not None else 0,
     )
 
 
@@ -124,6 +70,7 @@ def outcome_to(outcome: Outcome) -> pb.WriteResponse:
         rejected=outcome.rejected,
         replayed=outcome.replayed,
         table_version=outcome.table_version,
+        quarantined=outcome.quarantined,
     )
 
 
@@ -167,6 +114,36 @@ def letter_to(letter: Letter) -> pb.DeadLetter:
             value=origin.value,
             headers=[pb.RecordHeader(name=name, value=value) for name, value in origin.headers],
         ),
+    )
+
+
+def ids_from(values: Sequence[int], field: str) -> Sequence[int]:
+    """Ids of batches, at most 1000.
+
+    Raises:
+        InvalidArgumentError: there are more.
+    """
+    if len(values) > MAX_IDS:
+        raise InvalidArgumentError(field, f"has more than {MAX_IDS} ids")
+    return tuple(values)
+
+
+def held_to(held: HeldBatch) -> pb.QuarantinedBatch:
+    """A quarantined batch as a message."""
+    received_at = Timestamp()
+    received_at.FromDatetime(held.received_at)
+    return pb.QuarantinedBatch(
+        id=held.id,
+        contract=held.contract,
+        source=held.source,
+        offset=held.offset,
+        reason=held.reason,
+        column=held.column,
+        detail=held.detail,
+        rows=held.rows,
+        received_at=received_at,
+        released=held.released,
+        discarded=held.discarded,
     )
 
 

@@ -3,14 +3,31 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
 
-from millrace_kit.errors import ConflictError, NotFoundError, ResourceExhaustedError
+import pyarrow as pa
+from millrace_kit.clock import Clock
+from millrace_kit.errors import (
+    ConflictError,
+    FailedPreconditionError,
+    MillraceError,
+    NotFoundError,
+    ResourceExhaustedError,
+)
 
-from millrace_ingestion.contracts import Contract, check_evolution
-from millrace_ingestion.intake import Budget, decode, decode_letters
+from millrace_ingestion.checks import Arrival
+from millrace_ingestion.compatibility import Change, changes, check_evolution
+from millrace_ingestion.contracts import Contract
+from millrace_ingestion.held_store import HeldStore
+from millrace_ingestion.intake import Budget, decode, decode_held, decode_letters
+from millrace_ingestion.landing import Landing
 from millrace_ingestion.lane import Lane
-from millrace_ingestion.models import Incoming, Letter, LetterCount, Outcome, TableState
+from millrace_ingestion.models import HeldBatch, Incoming, Letter, LetterCount, Outcome, Released, TableState
 from millrace_ingestion.store import Store
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
 
 
 @dataclass(frozen=True)
@@ -24,11 +41,22 @@ class IntakeLimits:
     replay_rows: int
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A contract beside the newest version of its name."""
+
+    newest: Contract | None
+    changes: Sequence[Change]
+    problem: MillraceError | None
+    """Why it would be refused."""
+
+
 class Ingestor:
     """The domain of the service.
 
     Args:
         store: contracts and dead letters.
+        held: quarantined batches.
         contracts: newest version of each contract, at the start.
         make_lane: makes the lane of a contract.
         serialize: a contract's stored form.
@@ -36,12 +64,14 @@ class Ingestor:
         budget: what may wait at once.
         limits: sizes.
         letters: dead letters kept already.
+        clock: when batches arrive.
     """
 
     def __init__(
         self,
         *,
         store: Store,
+        held: HeldStore,
         contracts: Sequence[Contract],
         make_lane: Callable[[Contract], Lane],
         serialize: Callable[[Contract], bytes],
@@ -49,8 +79,11 @@ class Ingestor:
         budget: Budget,
         limits: IntakeLimits,
         letters: int,
+        clock: Clock,
     ) -> None:
+        self._clock = clock
         self._store = store
+        self._held = held
         self._contracts = {contract.name: contract for contract in contracts}
         self._make_lane = make_lane
         self._lanes = {contract.name: make_lane(contract) for contract in contracts}
@@ -99,7 +132,7 @@ class Ingestor:
             if current is None and len(self._contracts) >= self._limits.max_contracts:
                 raise ResourceExhaustedError("max_contracts", f"{len(self._contracts)} contracts are registered")
             if current is not None:
-                check_evolution(current, contract)
+                check_evolution(await self.versions(contract.name), contract)
             numbered = replace(contract, version=current.version + 1 if current is not None else 1)
             body = self._serialize(numbered)
             try:
@@ -137,6 +170,27 @@ class Ingestor:
         if name not in self._contracts:
             raise NotFoundError("contract", name)
         return self._contracts[name]
+
+    async def versions(self, name: str) -> list[Contract]:
+        """Every version of a contract, oldest first.
+
+        Raises:
+            NotFoundError: there is none of that name.
+        """
+        self.contract(name)
+        return [self._deserialize(*row) for row in await asyncio.to_thread(self._store.versions, name)]
+
+    async def compare(self, contract: Contract) -> Comparison:
+        """What registering a validated contract would change, and whether it would be taken."""
+        current = self._contracts.get(contract.name)
+        if current is None:
+            return Comparison(None, (), None)
+        found = tuple(changes(current, contract))
+        try:
+            check_evolution(await self.versions(contract.name), contract)
+        except FailedPreconditionError as error:
+            return Comparison(current, found, error)
+        return Comparison(current, found, None)
 
     def contracts(self) -> list[Contract]:
         """The newest version of every contract, by name."""
@@ -179,6 +233,7 @@ class Ingestor:
                 incoming,
                 max_rows=self._limits.max_batch_rows,
                 max_bytes=self._limits.max_batch_bytes,
+                arrival=Arrival((self._clock.now() - _EPOCH) // _MICROSECOND),
             )
             extra = max(0, pending.checked.size - size)
             self._budget.grow(extra)
@@ -229,6 +284,42 @@ class Ingestor:
                 replayed += outcome.accepted + outcome.duplicates
                 refused += outcome.rejected
 
+    async def held(self, contract: str, *, after: int, limit: int, settled: bool) -> list[HeldBatch]:
+        """Quarantined batches of a contract, by id; without `settled` only those that are still held."""
+        self.contract(contract)
+        return await asyncio.to_thread(self._held.batches, contract, after=after, limit=limit, settled=settled)
+
+    async def release(self, contract: str, ids: Sequence[int]) -> Released:
+        """Land quarantined batches, each as one batch of the reserved source; without `ids` every one that is held."""
+        done = Released(0, 0, 0, 0)
+        after = 0
+        async with self._replaying:
+            while True:
+                current = self.contract(contract)
+                found = await asyncio.to_thread(self._held.batches, contract, after=after, limit=1, ids=ids)
+                if not found:
+                    return done
+                (batch,) = found
+                after = batch.id
+                lane = self._lanes[contract]
+                records = await lane.use(partial(_records_of, batch))
+                pending = await asyncio.to_thread(
+                    decode_held, current, batch, records, max_bytes=self._limits.max_batch_bytes
+                )
+                outcome = await asyncio.shield(lane.submit(pending))
+                done = Released(
+                    done.batches + 1,
+                    done.accepted + outcome.accepted,
+                    done.duplicates + outcome.duplicates,
+                    done.rejected + outcome.rejected,
+                )
+
+    async def discard_held(self, contract: str, ids: Sequence[int]) -> int:
+        """Give up quarantined batches; returns how many were held."""
+        self.contract(contract)
+        async with self._replaying:
+            return await asyncio.to_thread(self._held.discard, contract, ids)
+
     async def table(self, contract: str) -> TableState:
         """The newest version of a contract's table.
 
@@ -240,3 +331,7 @@ class Ingestor:
         return await self._lanes[contract].use(
             lambda landing: TableState(contract, landing.table.version, landing.table.url, landing.table.rows())
         )
+
+
+def _records_of(batch: HeldBatch, landing: Landing) -> pa.Table:
+    return landing.held_records(batch.source, batch.offset)

@@ -4,16 +4,22 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
+import pyarrow as pa
 from millrace_kit.errors import ResourceExhaustedError
 
 from millrace_ingestion import metrics
 from millrace_ingestion.arrow_records import check_table, read_stream
-from millrace_ingestion.checks import Checked
+from millrace_ingestion.checks import NO_TIME, Arrival, Checked
 from millrace_ingestion.contracts import Contract
 from millrace_ingestion.json_records import reader_for
-from millrace_ingestion.models import REPLAY_SOURCE, Incoming, Letter, Pending
+from millrace_ingestion.models import RELEASE_SOURCE, REPLAY_SOURCE, HeldBatch, Incoming, Letter, Pending
+from millrace_ingestion.rules import Policy
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
 
 
 class Budget:
@@ -88,7 +94,9 @@ class Budget:
         metrics.QUEUED_BYTES.set(self._bytes)
 
 
-def decode(contract: Contract, incoming: Incoming, *, max_rows: int, max_bytes: int) -> Pending:
+def decode(
+    contract: Contract, incoming: Incoming, *, max_rows: int, max_bytes: int, arrival: Arrival = NO_TIME
+) -> Pending:
     """Parse and check a batch.
 
     Raises:
@@ -96,11 +104,11 @@ def decode(contract: Contract, incoming: Incoming, *, max_rows: int, max_bytes: 
         ResourceExhaustedError: the batch is larger than the limits.
     """
     if incoming.json_lines is not None:
-        checked = reader_for(contract).check(incoming.json_lines, max_rows=max_rows)
+        checked = reader_for(contract).check(incoming.json_lines, max_rows=max_rows, arrival=arrival)
         return Pending(contract, incoming.source, incoming.offset, _traced(checked, incoming))
     payload = incoming.arrow_ipc or b""
     raw = read_stream(payload, max_rows=max_rows, max_bytes=max_bytes)
-    checked = check_table(contract, raw, max_bytes=max_bytes)
+    checked = check_table(contract, raw, max_bytes=max_bytes, arrival=arrival)
     ignored = set(raw.column_names) - {column.name for column in contract.columns}
     if ignored:
         metrics.IGNORED_COLUMNS.labels(contract.name).inc(len(ignored))
@@ -123,6 +131,17 @@ def _traced(checked: Checked, incoming: Incoming) -> Checked:
 def decode_letters(contract: Contract, letters: Sequence[Letter]) -> Pending:
     """Dead letters as one batch of the reserved source."""
     payload = "\n".join(letter.record_json for letter in letters).encode()
-    checked = reader_for(contract).check(payload, max_rows=len(letters))
+    # Fresh is what was fresh when it came.
+    received_us = np.asarray([(letter.received_at - _EPOCH) // _MICROSECOND for letter in letters], np.int64)
+    arrival = Arrival(received_us, as_sent=False, quarantine=Policy.REJECT)
+    checked = reader_for(contract).check(payload, max_rows=len(letters), arrival=arrival)
     ids = np.asarray([letter.id for letter in letters], np.int64)
     return Pending(contract, REPLAY_SOURCE, 0, checked, letter_ids=ids)
+
+
+def decode_held(contract: Contract, batch: HeldBatch, records: pa.Table, *, max_bytes: int) -> Pending:
+    """A quarantined batch as one batch of the reserved source; nothing holds it a second time."""
+    received_us = (batch.received_at - _EPOCH) // _MICROSECOND
+    arrival = Arrival(received_us, as_sent=False, quarantine=Policy.WARN)
+    checked = check_table(contract, records, max_bytes=max_bytes, arrival=arrival)
+    return Pending(contract, RELEASE_SOURCE, 0, checked, released_ids=[batch.id])

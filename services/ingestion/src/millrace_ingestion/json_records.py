@@ -9,8 +9,9 @@ What is converted to what (anything else is WRONG_TYPE, there is no guessing fro
 An absent member of a nullable column is null. Members the contract does not have are left out. Empty lines are skipped.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Annotated, Any
@@ -24,16 +25,20 @@ from millrace_ingestion.checks import (
     MALFORMED_JSON,
     MISSING_COLUMN,
     MISSING_EVENT_ID,
+    NO_TIME,
     NULL_NOT_ALLOWED,
     WRONG_TYPE,
+    Arrival,
     Checked,
     Failure,
+    Finding,
     Reject,
     Verdict,
     check_values,
     settle,
 )
 from millrace_ingestion.contracts import ARROW_TYPES, Column, ColumnType, Contract
+from millrace_ingestion.rules import Policy
 
 _Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _NAMED_FLOATS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
@@ -72,7 +77,7 @@ class JsonReader:
         self._values = {column.name: msgspec.json.Decoder(_TYPES[column.type]) for column in contract.columns}
         self._members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
-    def check(self, payload: bytes, *, max_rows: int) -> Checked:
+    def check(self, payload: bytes, *, max_rows: int, arrival: Arrival = NO_TIME) -> Checked:
         """Parse and check every line of `payload`.
 
         Raises:
@@ -83,13 +88,13 @@ class JsonReader:
         try:
             records = self._decoder.decode_lines(payload)
         except _BROKEN:
-            return self._one_by_one(_lines(payload))
+            return self._one_by_one(_lines(payload), arrival)
         # The decoder takes any white space between records for a line's end; here it is the line that makes a record.
         if records and len(records) != payload.rstrip().count(b"\n") + 1:
-            return self._one_by_one(_lines(payload))
-        return self._columns(records, lambda: _lines(payload), [])
+            return self._one_by_one(_lines(payload), arrival)
+        return self._columns(records, lambda: _lines(payload), [], arrival)
 
-    def _one_by_one(self, lines: Sequence[_Line]) -> Checked:
+    def _one_by_one(self, lines: Sequence[_Line], arrival: Arrival) -> Checked:
         records: list[Any] = []
         good: list[_Line] = []
         rejects: list[Reject] = []
@@ -103,7 +108,9 @@ class JsonReader:
             else:
                 records.append(record)
                 good.append(line)
-        return self._columns(records, lambda: good, rejects)
+        if arrival.now_us is not None and not isinstance(arrival.now_us, int):
+            arrival = replace(arrival, now_us=arrival.now_us[[line.row for line in good]])
+        return self._columns(records, lambda: good, rejects, arrival)
 
     def _diagnose(self, line: _Line) -> Any:
         """Why a line does not parse as a record, or the record when one of its values needed a conversion."""
@@ -140,7 +147,11 @@ class JsonReader:
             return Failure(WRONG_TYPE, column.name, str(error)[:200])
 
     def _columns(
-        self, records: Sequence[Any], lines: Callable[[], Sequence[_Line]], rejects: Sequence[Reject]
+        self,
+        records: Sequence[Any],
+        lines: Callable[[], Sequence[_Line]],
+        rejects: Sequence[Reject],
+        arrival: Arrival,
     ) -> Checked:
         """Check parsed records; `lines` gives their lines, which are needed only when some record is refused."""
         contract = self._contract
@@ -149,16 +160,23 @@ class JsonReader:
             for index, column in enumerate(contract.columns)
         }
         verdict = Verdict(len(records))
-        check_values(contract, columns, verdict, {})
+        check_values(contract, columns, verdict, {}, arrival)
         table, rows, high, low = settle(contract, columns, verdict)
         failed = verdict.failed()
+        findings = [*_found(rejects), *verdict.findings]
         if not failed and not rejects:
-            return Checked(table, rows, [], high, low)
+            return Checked(table, rows, [], high, low, findings, verdict.held)
         sources = lines()
         places = np.asarray([line.row for line in sources], np.int64)
         refused = [Reject(sources[at].row, failure, as_text(sources[at].text)) for at, failure in failed]
         every = sorted((*rejects, *refused), key=lambda reject: reject.row)
-        return Checked(table, places[rows] if len(rows) else rows, every, high, low)
+        return Checked(table, places[rows] if len(rows) else rows, every, high, low, findings, verdict.held)
+
+
+def _found(rejects: Sequence[Reject]) -> list[Finding]:
+    """Findings of the records that are none."""
+    counts = Counter((reject.failure.column, reject.failure.reason.lower()) for reject in rejects)
+    return [Finding(column, reason, Policy.REJECT, count) for (column, reason), count in counts.items()]
 
 
 class _Converted:

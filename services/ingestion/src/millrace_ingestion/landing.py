@@ -21,11 +21,13 @@ import pyarrow as pa
 from millrace_kit.clock import uuid7
 from millrace_kit.errors import FailedPreconditionError, MillraceError
 
+from millrace_ingestion.checks import Failure
 from millrace_ingestion.contracts import OFFSET_COLUMN, SOURCE_COLUMN, Contract
 from millrace_ingestion.hashing import U64, hash_strings
 from millrace_ingestion.id_index import IdIndex, Mask, first_copies
 from millrace_ingestion.lake import Commit, LakeTable, aligned
 from millrace_ingestion.models import Entry, Group, Landed, Outcome, Pending, Piece
+from millrace_ingestion.quarantine import Held, Quarantine
 from millrace_ingestion.store import Store
 
 CrashPoint = Callable[[str], None]
@@ -46,6 +48,7 @@ class Landing:
         table: its Delta table.
         index: its event ids.
         store: batches, intents and dead letters.
+        quarantine: the table for batches that a check holds.
         maintain_every: commits between two compactions.
         crash_point: see `CrashPoint`.
     """
@@ -56,6 +59,7 @@ class Landing:
         table: LakeTable,
         index: IdIndex,
         store: Store,
+        quarantine: Quarantine,
         *,
         maintain_every: int,
         crash_point: CrashPoint = no_crash,
@@ -64,6 +68,7 @@ class Landing:
         self.table = table
         self._index = index
         self._store = store
+        self._quarantine = quarantine
         self._maintain_every = maintain_every
         self._since_maintenance = 0
         self._crash_point = crash_point
@@ -72,6 +77,7 @@ class Landing:
         """Become the only writer; returns groups that are in the lake and may not be on the bus."""
         self.table.open(self.contract)
         self.table.fence()
+        self._quarantine.close()
         self._catch_up()
         unpublished: list[Landed] = []
         for group in self._store.intents(self.contract.name):
@@ -89,13 +95,16 @@ class Landing:
             UnavailableError: the lake or the database did not answer, or another process writes; open again before the next group.
         """
         results, fresh, again = self._sorted(batches)
-        masks, new_ids = self._without_duplicates([pending for _index, pending in fresh])
-        planned = [_entry(pending, mask, self.contract) for (_index, pending), mask in zip(fresh, masks, strict=True)]
-        entries = [entry for entry, _piece in planned]
+        landing = [pending for _index, pending in fresh if pending.checked.held is None]
+        masks, new_ids = self._without_duplicates(landing)
+        planned = [_entry(pending, mask, self.contract) for pending, mask in zip(landing, masks, strict=True)]
         pieces = [piece for _entry, piece in planned if piece.rows]
+        landed = iter([entry for entry, _piece in planned])
+        entries = [next(landed) if p.checked.held is None else _held_entry(p, p.checked.held) for _index, p in fresh]
+        held = [Held(p.source, p.offset, p.checked.table) for _index, p in fresh if p.checked.held is not None]
         group = Group(uuid7(), self.contract.name, self.contract.version, self.table.version, entries)
         self._crash_point("planned")
-        version = self._commit(group, pieces, new_ids) if entries else self.table.version
+        version = self._commit(group, pieces, new_ids, held) if entries else self.table.version
         for (index, _pending), entry in zip(fresh, entries, strict=True):
             results[index] = _outcome(self.contract.name, entry, version)
         settled = [_settled(results, result) for result in results]
@@ -171,12 +180,18 @@ class Landing:
         ends = np.cumsum([len(pending.checked.high) for pending in fresh])
         return np.split(new, ends[:-1]), (high, low) if new.all() else (high[new], low[new])
 
-    def _commit(self, group: Group, pieces: Sequence[Piece], new_ids: tuple[U64, U64]) -> int:
+    def held_records(self, source: str, offset: int) -> pa.Table:
+        """Records of a quarantined batch, with the columns of the newest contract."""
+        return self._quarantine.records(self.contract, source, offset)
+
+    def _commit(self, group: Group, pieces: Sequence[Piece], new_ids: tuple[U64, U64], held: Sequence[Held]) -> int:
         if not pieces:
+            self._quarantine.put(self.contract, held, group.id)
             self._store.record(group, self.table.version)
             return self.table.version
         self._store.record(group, None)
         self._crash_point("intent")
+        self._quarantine.put(self.contract, held, group.id)
         rows = pa.concat_tables([_with_bookkeeping(piece) for piece in pieces])
         offsets = {entry.source: entry.offset for entry in group.entries}
         version = self.table.append(rows, group.id, offsets)
@@ -244,8 +259,18 @@ def _entry(pending: Pending, new: Mask, contract: Contract) -> tuple[Entry, Piec
         () if replayed else checked.rejects,
         # A letter whose event landed meanwhile by another way needs no replay either.
         pending.letter_ids[checked.rows].tolist() if pending.letter_ids is not None else (),
+        released_ids=pending.released_ids,
     )
     return entry, Piece(pending.source, pending.offset, accepted, table, pending.arrow_ipc if as_sent else None)
+
+
+def _held_entry(pending: Pending, held: Failure) -> Entry:
+    """What is stored of a batch that goes to the quarantine: its dead letters are dead letters all the same."""
+    checked = pending.checked
+    rejects = checked.rejects
+    return Entry(
+        pending.source, pending.offset, 0, 0, len(rejects), rejects, held=held, quarantined=checked.table.num_rows
+    )
 
 
 def _settled(
@@ -272,6 +297,7 @@ def _outcome(contract: str, entry: Entry, version: int, *, replayed: bool = Fals
         entry.rejected,
         version,
         replayed=replayed,
+        quarantined=entry.quarantined,
     )
 
 

@@ -294,6 +294,7 @@ def _count(name: str, landed: Landed, seconds: float) -> None:
         metrics.RECORDS.labels(name, "accepted").inc(entry.accepted)
         metrics.RECORDS.labels(name, "duplicate").inc(entry.duplicates)
         metrics.RECORDS.labels(name, "rejected").inc(entry.rejected)
+        metrics.RECORDS.labels(name, "quarantined").inc(entry.quarantined)
         metrics.REPLAYED_LETTERS.labels(name).inc(len(entry.landed_letters))
         for reject in entry.rejects:
             metrics.REJECTED.labels(name, reject.failure.reason).inc()

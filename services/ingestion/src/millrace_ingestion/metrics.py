@@ -4,7 +4,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 RECORDS = Counter(
     "millrace_ingestion_records_total",
-    "Records of landed batches by what became of them: accepted, duplicate or rejected.",
+    "Records of landed batches by what became of them: accepted, duplicate, rejected or quarantined.",
     ["contract", "result"],
 )
 REJECTED = Counter("millrace_ingestion_rejected_total", "Dead letters by reason.", ["contract", "reason"])

@@ -9,12 +9,14 @@ import numpy.typing as npt
 import pyarrow as pa
 from millrace_kit.errors import MillraceError
 
-from millrace_ingestion.checks import Checked, Reject
+from millrace_ingestion.checks import Checked, Failure, Reject
 from millrace_ingestion.contracts import Contract
 from millrace_ingestion.origins import TASK_PUT, Origin
 
 # Replays of dead letters land under this source; producers' sources never begin with an underscore.
 REPLAY_SOURCE = "_dead_letters"
+# Batches released from the quarantine land under this one.
+RELEASE_SOURCE = "_quarantine"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Outcome:
     rejected: int
     table_version: int
     replayed: bool = False
+    quarantined: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Pending:
     """The payload, when it is an Arrow stream with exactly the contract's schema whose records are all good."""
     letter_ids: npt.NDArray[np.int64] | None = None
     """For a replay: the dead letter of each record of the batch as it was sent."""
+    released_ids: Sequence[int] = ()
+    """For a release: the quarantined batches whose records these are."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,12 @@ class Entry:
     """New dead letters."""
     landed_letters: Sequence[int] = ()
     """Dead letters that this batch, a replay, brings into the lake."""
+    held: Failure | None = None
+    """Why it is quarantined."""
+    quarantined: int = 0
+    """Its records there."""
+    released_ids: Sequence[int] = ()
+    """Quarantined batches that this batch, a release, brings into the lake."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +147,33 @@ class Letter:
     origin: Origin | None = None
     stage: str = TASK_PUT
     exception: str = ""
+
+
+@dataclass(frozen=True)
+class HeldBatch:
+    """A quarantined batch as it is stored."""
+
+    id: int
+    contract: str
+    source: str
+    offset: int
+    reason: str
+    column: str
+    detail: str
+    rows: int
+    received_at: datetime
+    released: bool = False
+    discarded: bool = False
+
+
+@dataclass(frozen=True)
+class Released:
+    """What became of batches that were released."""
+
+    batches: int
+    accepted: int
+    duplicates: int
+    rejected: int
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import grpc
 from millrace_api.ingestion.v1 import ingestion_pb2 as pb
 from millrace_api.ingestion.v1.ingestion_pb2_grpc import IngestionServiceServicer
 from millrace_kit import check
-from millrace_kit.errors import UnavailableError
+from millrace_kit.errors import InvalidArgumentError, NotFoundError, UnavailableError
 
 from millrace_ingestion import convert
+from millrace_ingestion.contract_messages import contract_from, contract_to
 from millrace_ingestion.ingestor import Ingestor
 from millrace_ingestion.models import Outcome
 
@@ -34,19 +35,33 @@ class IngestionServicer(IngestionServiceServicer):
     async def RegisterContract(
         self, request: pb.RegisterContractRequest, context: grpc.aio.ServicerContext
     ) -> pb.RegisterContractResponse:
-        contract, created = await self._ingestor.register(convert.contract_from(request.contract, "contract"))
-        return pb.RegisterContractResponse(contract=convert.contract_to(contract), created=created)
+        contract, created = await self._ingestor.register(contract_from(request.contract, "contract"))
+        return pb.RegisterContractResponse(contract=contract_to(contract), created=created)
 
     async def GetContract(
         self, request: pb.GetContractRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetContractResponse:
         contract = self._ingestor.contract(check.table(request.name, "name"))
-        return pb.GetContractResponse(contract=convert.contract_to(contract))
+        if request.version < 0:
+            raise InvalidArgumentError("version", "must not be negative")
+        if request.version not in {0, contract.version}:
+            versions = await self._ingestor.versions(request.name)
+            found = next((version for version in versions if version.version == request.version), None)
+            if found is None:
+                raise NotFoundError("contract version", f"{request.name}@{request.version}")
+            contract = found
+        return pb.GetContractResponse(contract=contract_to(contract))
 
     async def ListContracts(
         self, request: pb.ListContractsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListContractsResponse:
-        return pb.ListContractsResponse(contracts=map(convert.contract_to, self._ingestor.contracts()))
+        return pb.ListContractsResponse(contracts=map(contract_to, self._ingestor.contracts()))
+
+    async def CheckContract(
+        self, request: pb.CheckContractRequest, context: grpc.aio.ServicerContext
+    ) -> pb.CheckContractResponse:
+        contract = contract_from(request.contract, "contract")
+        return convert.comparison_to(await self._ingestor.compare(contract))
 
     async def Write(self, request: pb.WriteRequest, context: grpc.aio.ServicerContext) -> pb.WriteResponse:
         return convert.outcome_to(await self._ingestor.write(convert.incoming_from(request.batch, "batch")))
@@ -120,6 +135,34 @@ class IngestionServicer(IngestionServiceServicer):
         contract = check.table(request.contract, "contract")
         replayed, refused = await self._ingestor.replay(contract, convert.reason_from(request.reason, "reason"))
         return pb.ReplayDeadLettersResponse(replayed=replayed, still_rejected=refused)
+
+    async def ListQuarantine(
+        self, request: pb.ListQuarantineRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListQuarantineResponse:
+        contract = check.table(request.contract, "contract")
+        limit = check.page_size(request.page_size, "page_size")
+        after = check.page_token(request.page_token, "page_token")
+        found = await self._ingestor.held(contract, after=after, limit=limit, settled=request.settled)
+        token = str(found[-1].id) if len(found) == limit else ""
+        return pb.ListQuarantineResponse(batches=map(convert.held_to, found), next_page_token=token)
+
+    async def ReleaseQuarantine(
+        self, request: pb.ReleaseQuarantineRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ReleaseQuarantineResponse:
+        contract = check.table(request.contract, "contract")
+        done = await self._ingestor.release(contract, convert.ids_from(request.ids, "ids"))
+        return pb.ReleaseQuarantineResponse(
+            batches=done.batches, accepted=done.accepted, duplicates=done.duplicates, rejected=done.rejected
+        )
+
+    async def DiscardQuarantine(
+        self, request: pb.DiscardQuarantineRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DiscardQuarantineResponse:
+        contract = check.table(request.contract, "contract")
+        ids = convert.ids_from(request.ids, "ids")
+        if not ids:
+            raise InvalidArgumentError("ids", "needs at least one")
+        return pb.DiscardQuarantineResponse(batches=await self._ingestor.discard_held(contract, ids))
 
     async def GetTable(self, request: pb.GetTableRequest, context: grpc.aio.ServicerContext) -> pb.GetTableResponse:
         return convert.table_to(await self._ingestor.table(check.table(request.contract, "contract")))

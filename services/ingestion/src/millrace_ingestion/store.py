@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Engine, Select, func, select
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from millrace_ingestion.held_store import hold, unhold
 from millrace_ingestion.letter_rows import letter_of, letter_rows
 from millrace_ingestion.models import Entry, Group, Letter, LetterCount, Outcome
 from millrace_ingestion.tables import BATCH, COMMIT, CONTRACT, DEAD_LETTER
@@ -68,6 +69,12 @@ class Store:
         with self._reading() as connection:
             return [(row.version, bytes(row.body)) for row in connection.execute(query)]
 
+    def versions(self, name: str) -> list[tuple[int, bytes]]:
+        """Version and body of every version of one contract, oldest first."""
+        query = select(CONTRACT.c.version, CONTRACT.c.body).where(CONTRACT.c.name == name).order_by(CONTRACT.c.version)
+        with self._reading() as connection:
+            return [(row.version, bytes(row.body)) for row in connection.execute(query)]
+
     def add_contract(self, name: str, version: int, body: bytes) -> None:
         """Keep a new version.
 
@@ -101,7 +108,15 @@ class Store:
         if row is None or row.table_version is None:
             return None
         return Outcome(
-            contract, source, offset, row.accepted, row.duplicates, row.rejected, row.table_version, replayed=True
+            contract,
+            source,
+            offset,
+            row.accepted,
+            row.duplicates,
+            row.rejected,
+            row.table_version,
+            replayed=True,
+            quarantined=row.quarantined,
         )
 
     def record(self, group: Group, table_version: int | None) -> None:
@@ -125,6 +140,7 @@ class Store:
             connection.execute(BATCH.insert(), batches)
             if letters:
                 connection.execute(DEAD_LETTER.insert(), letters)
+            hold(connection, group, now)
             for start in range(0, len(landed), _IDS_PER_STATEMENT):
                 ids = landed[start : start + _IDS_PER_STATEMENT]
                 connection.execute(
@@ -144,6 +160,7 @@ class Store:
             connection.execute(
                 DEAD_LETTER.update().where(DEAD_LETTER.c.replay_group_id == group_id).values(replay_group_id=None)
             )
+            unhold(connection, group_id)
             connection.execute(COMMIT.delete().where(COMMIT.c.id == group_id))
 
     def intents(self, contract: str) -> list[Group]:
@@ -209,4 +226,5 @@ def _batch_row(group: Group, entry: Entry) -> dict[str, object]:
         "accepted": entry.accepted,
         "duplicates": entry.duplicates,
         "rejected": entry.rejected,
+        "quarantined": entry.quarantined,
     }

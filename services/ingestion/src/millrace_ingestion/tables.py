@@ -44,6 +44,7 @@ BATCH = Table(
     Column("accepted", BigInteger, nullable=False),
     Column("duplicates", BigInteger, nullable=False),
     Column("rejected", BigInteger, nullable=False),
+    Column("quarantined", BigInteger, nullable=False, server_default="0"),
 )
 
 # Refused records. One that a replay lands has the replay's group; `group_id` is the group of the batch it came with.
@@ -83,3 +84,23 @@ Index(
 )
 Index("ix_dead_letter_contract_time", DEAD_LETTER.c.contract, DEAD_LETTER.c.received_at_us)
 Index("ix_dead_letter_contract_reason", DEAD_LETTER.c.contract, DEAD_LETTER.c.reason, DEAD_LETTER.c.id)
+
+# Batches that are held; their records are in the table `<contract>__quarantine`. Groups as with dead letters.
+QUARANTINE = Table(
+    "quarantine",
+    METADATA,
+    Column("id", ID, primary_key=True, autoincrement=True),
+    Column("group_id", Text, nullable=False, index=True),
+    Column("contract", Text, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("offset", BigInteger, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("column", Text, nullable=False),
+    Column("detail", Text, nullable=False),
+    Column("rows", BigInteger, nullable=False),
+    Column("received_at_us", BigInteger, nullable=False),
+    Column("release_group_id", Text, index=True),
+    Column("discarded_at_us", BigInteger),
+    sqlite_autoincrement=True,
+)
+Index("ix_quarantine_contract", QUARANTINE.c.contract, QUARANTINE.c.id)
