@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -15,6 +16,9 @@ from pathlib import Path
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 15.0
 LOG_TAIL_BYTES = 4000
+PORTS = range(11_000, 21_000)
+_CHANCE = random.SystemRandom()
+_GIVEN: set[int] = set()
 
 
 class PartError(Exception):
@@ -112,11 +116,21 @@ def start(
 
 
 def free_port() -> int:
-    """A TCP port of loopback that nothing uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    """A TCP port of loopback that nothing uses now, another one at every call.
+
+    It lies below the ports that the kernel gives to whoever asks for any, so that nothing takes it before the server that it is for.
+    """
+    for port in _CHANCE.sample(PORTS, len(PORTS)):
+        if port in _GIVEN:
+            continue
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        _GIVEN.add(port)
         return port
+    raise PartError(f"no free port from {PORTS.start} to {PORTS.stop}")
 
 
 def listening(port: int) -> bool:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from millrace.local.processes import Process
 from millrace.local.supervisor import LocalRunError, Supervisor
+from parts.server import free_port
 
 SERVER = """
 import http.server, os, sys
@@ -23,12 +24,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 http.server.HTTPServer.allow_reuse_address = True
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def process(name: str, code: str = SERVER) -> Process:

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from millrace_console.sources import SERVICES, Answers, Sources
 from millrace_console.view import latency_quantile, page
 from millrace_kit.server import Service, running
 from millrace_kit.settings import ServiceSettings
+from parts.server import free_port
 
 EVIL = "<img src=x onerror=document.title='owned'>"
 
@@ -160,9 +160,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         return answers()
 
     monkeypatch.setattr(Sources, "latest", latest)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     web = uvicorn.Server(uvicorn.Config(build(ConsoleSettings()), host="127.0.0.1", port=port, log_config=None))
     thread = threading.Thread(target=web.run, daemon=True)
     thread.start()

@@ -13,6 +13,7 @@ from millrace_api.drift.v1 import drift_pb2, drift_pb2_grpc
 from millrace_api.events.v1 import events_pb2
 from millrace_kit.bus import DRIFT
 from millrace_kit.client import open_channel
+from parts.server import free_port
 
 BATCHES, ROWS, DAYS = 36, 50, 3
 
@@ -22,14 +23,6 @@ def start(config, port: int) -> subprocess.Popen:
     code = "from millrace_drift_monitor.app import main; main()"
     with config.with_suffix(".log").open("ab") as log:
         return subprocess.Popen([sys.executable, "-c", code, "--config", str(config)], stdout=log, stderr=log)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from millrace_inference_gateway.settings import GatewaySettings
 from millrace_kit.errors import InvalidArgumentError
 from millrace_kit.server import Service, running
 from millrace_kit.settings import ServiceSettings, TlsSettings, load_settings
+from parts.server import free_port
 
 HERE = Path(__file__).parent
 MODEL = "flight-delay"
@@ -45,13 +46,7 @@ async def eventually(ask: Callable[[], Awaitable[T | None]], what: str, timeout_
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    return [free_port() for _ in range(count)]
 
 
 def listens(port: int) -> bool:
