@@ -105,7 +105,7 @@ def decode(
     """
     if incoming.json_lines is not None:
         checked = reader_for(contract).check(incoming.json_lines, max_rows=max_rows, arrival=arrival)
-        return Pending(contract, incoming.source, incoming.offset, _traced(checked, incoming))
+        return Pending(contract, incoming.source, incoming.offset, _traced(checked, incoming), after=incoming.after)
     payload = incoming.arrow_ipc or b""
     raw = read_stream(payload, max_rows=max_rows, max_bytes=max_bytes)
     checked = check_table(contract, raw, max_bytes=max_bytes, arrival=arrival)
@@ -113,7 +113,8 @@ def decode(
     if ignored:
         metrics.IGNORED_COLUMNS.labels(contract.name).inc(len(ignored))
     as_sent = not checked.rejects and raw.schema.equals(contract.arrow_schema())
-    return Pending(contract, incoming.source, incoming.offset, _traced(checked, incoming), payload if as_sent else None)
+    traced, kept = _traced(checked, incoming), payload if as_sent else None
+    return Pending(contract, incoming.source, incoming.offset, traced, kept, after=incoming.after)
 
 
 def _traced(checked: Checked, incoming: Incoming) -> Checked:

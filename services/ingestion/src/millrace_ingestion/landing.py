@@ -149,6 +149,9 @@ class Landing:
                 continue
             places[key] = index
             if pending.offset > last[pending.source]:
+                if pending.after not in {None, last[pending.source]}:
+                    results.append(_source_moved(self.contract.name, pending, last[pending.source]))
+                    continue
                 last[pending.source] = pending.offset
                 fresh.append((index, pending))
                 results.append(index)
@@ -298,6 +301,14 @@ def _outcome(contract: str, entry: Entry, version: int, *, replayed: bool = Fals
         version,
         replayed=replayed,
         quarantined=entry.quarantined,
+    )
+
+
+def _source_moved(contract: str, pending: Pending, last: int) -> MillraceError:
+    return FailedPreconditionError(
+        "SOURCE_MOVED",
+        f"source {pending.source!r} is at offset {last}, and the batch goes on after {pending.after}",
+        {"contract": contract, "source": pending.source, "after": str(pending.after), "last_offset": str(last)},
     )
 
 

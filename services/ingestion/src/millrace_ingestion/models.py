@@ -32,6 +32,8 @@ class Incoming:
     """Where each record of the payload came from, by its place among the records; empty when the producer is the origin."""
     undecodable: Sequence[Reject] = ()
     """Records that the source could not make records of; they become dead letters of this batch."""
+    after: int | None = None
+    """Offset of the source's batch before this one (0: none); when another one landed last, this one is refused."""
 
     @property
     def payload_bytes(self) -> int:
@@ -70,6 +72,8 @@ class Pending:
     """For a replay: the dead letter of each record of the batch as it was sent."""
     released_ids: Sequence[int] = ()
     """For a release: the quarantined batches whose records these are."""
+    after: int | None = None
+    """As in `Incoming`."""
 
 
 @dataclass(frozen=True)
