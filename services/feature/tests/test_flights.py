@@ -14,6 +14,7 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from millrace_api.common.v1 import common_pb2
 from millrace_api.feature.v1 import feature_pb2
+from millrace_feature.settings import ConsistencySettings
 from millrace_kit.content import ContentStore
 
 SAMPLE = Path(__file__).parents[3] / "deploy/samples/flights"
@@ -52,8 +53,21 @@ def value_of(value: object) -> common_pb2.Value:
     raise TypeError(type(value).__name__)
 
 
+async def checked(stub, values: int) -> feature_pb2.GetConsistencyResponse:
+    """What the check says once so many values are compared."""
+    async with asyncio.timeout(120):
+        while True:
+            found = await stub.GetConsistency(feature_pb2.GetConsistencyRequest(max_findings=10))
+            if sum(window.compared for window in found.windows) == values:
+                return found
+            await asyncio.sleep(0.1)
+
+
 @pytest.mark.slow
-async def test_reads_are_training_rows(world, sample, flights_registry, wait_for_records) -> None:
+async def test_reads_are_training_rows(world, sample, flights_registry, wait_for_records, monkeypatch) -> None:
+    """And the consistency check, over every one of these reads, says so too."""
+    checks = ConsistencySettings(sample_rate=1.0, settle_s=0, check_every_s=0.2, max_queue=100_000)
+    monkeypatch.setattr(type(world), "settings", world.settings.model_copy(update={"consistency": checks}))
     tables = {name: getattr(sample, name)(START, END) for name in CONTRACTS}
     async with world.serve() as stub:
         # A quarter is in the lake before the definitions are there, the rest comes by the stream, and not in event-time order.
@@ -105,6 +119,10 @@ async def test_reads_are_training_rows(world, sample, flights_registry, wait_for
                 online[i] = vector.values
 
         await asyncio.gather(*(ask(at, places) for at, places in groups.items()))
+        consistency = await checked(stub, built.rows * len(built.feature_names))
+    assert {window.feature for window in consistency.windows} == set(built.feature_names)
+    assert not consistency.findings
+    assert all(w.mismatched == w.missing == w.extra == w.smape == 0 for w in consistency.windows)
     # Every contract's numbers are integers or single readings, so equal means equal bits.
     differs = ~((online == matrix) | (np.isnan(online) & np.isnan(matrix)))
     assert not differs.any(), [built.feature_names[c] for c in np.flatnonzero(differs.any(axis=0))]

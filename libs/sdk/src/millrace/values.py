@@ -24,6 +24,17 @@ def to_value(scalar: Scalar) -> Value:
             return Value(timestamp_value=to_timestamp(scalar))
 
 
+def from_value(value: Value) -> Scalar | None:
+    """The scalar of a `Value`; None where it is unset."""
+    kind = value.WhichOneof("kind")
+    if kind is None:
+        return None
+    if kind == "timestamp_value":
+        return value.timestamp_value.ToDatetime(tzinfo=UTC)
+    scalar: Scalar = getattr(value, kind)
+    return scalar
+
+
 def to_values(scalars: Mapping[str, Scalar | None]) -> dict[str, Value]:
     """Each scalar as a `Value`; what is None is left out, which services read as not known."""
     return {name: to_value(scalar) for name, scalar in scalars.items() if scalar is not None}

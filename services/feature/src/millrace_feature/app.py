@@ -14,6 +14,9 @@ from millrace_kit.sql import open_engine
 
 from millrace_feature.builder import Builder
 from millrace_feature.catalog import Catalog
+from millrace_feature.consistency.checker import Checker
+from millrace_feature.consistency.log import ConsistencyLog
+from millrace_feature.consistency.samples import Sampler
 from millrace_feature.convert import RowReader
 from millrace_feature.definitions import Applier
 from millrace_feature.embedded import EmbeddedOnlineStore
@@ -77,7 +80,23 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
     catalog = await asyncio.to_thread(Catalog, engine)
     lake = Lake(settings.lake_url, Limits(settings.build_memory_mib, settings.build_threads, state / "spill"))
     bus = await open_bus(settings.bus)
-    serving = Serving(store, read_behind_us=settings.read_behind_s * 1_000_000, reader_of=RowReader)
+    sampling = settings.consistency
+    sampler = Sampler(sample_rate=sampling.sample_rate, max_queue=sampling.max_queue, clock=clock)
+    consistency = ConsistencyLog(engine)
+    checker = Checker(
+        sampler=sampler,
+        kept=consistency,
+        lake=lake,
+        definitions_of=lambda digest: catalog.get(digest).definitions,
+        settings=sampling,
+        clock=clock,
+    )
+    serving = Serving(
+        store,
+        read_behind_us=settings.read_behind_s * 1_000_000,
+        reader_of=RowReader,
+        observe=sampler.observe if sampling.sample_rate else None,
+    )
     worker = StreamWorker(
         store=store,
         lake=lake,
@@ -99,6 +118,7 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
         serving=serving,
         worker=worker,
         ends=ends,
+        consistency=consistency,
         clock=clock,
     )
 
@@ -112,7 +132,12 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
         "feature",
         [lambda server: feature_pb2_grpc.add_FeatureServiceServicer_to_server(servicer, server)],
         ["millrace_api.feature.v1.FeatureService"],
-        [Worker("stream", worker.run), Worker("definitions", DefinitionsFollower(catalog, worker, settings).run)],
+        [
+            Worker("stream", worker.run),
+            Worker("definitions", DefinitionsFollower(catalog, worker, settings).run),
+            Worker("consistency-log", checker.log_samples),
+            Worker("consistency-check", checker.check_settled),
+        ],
         [close],
         lambda: worker.is_following,
     )

@@ -12,6 +12,8 @@ from millrace_kit.errors import FailedPreconditionError
 
 from millrace_feature.builder import Builder
 from millrace_feature.catalog import Catalog
+from millrace_feature.consistency.log import ConsistencyLog
+from millrace_feature.consistency.messages import to_response
 from millrace_feature.convert import (
     RowReader,
     optional_us,
@@ -41,6 +43,7 @@ class FeatureServicer(feature_pb2_grpc.FeatureServiceServicer):
         serving: Serving[RowReader],
         worker: StreamWorker,
         ends: Ends,
+        consistency: ConsistencyLog,
         clock: Clock,
     ) -> None:
         self._applier = applier
@@ -49,6 +52,7 @@ class FeatureServicer(feature_pb2_grpc.FeatureServiceServicer):
         self._serving = serving
         self._worker = worker
         self._ends = ends
+        self._consistency = consistency
         self._clock = clock
 
     async def ApplyDefinitions(
@@ -121,6 +125,11 @@ class FeatureServicer(feature_pb2_grpc.FeatureServiceServicer):
             end_offset = sum(offset for place, offset in ends.items() if place.topic == topic)
             progress.append(to_progress(contract, followed.get(contract, Followed()), next_offset, end_offset))
         return feature_pb2.GetProgressResponse(contracts=progress, entities=entities)
+
+    async def GetConsistency(
+        self, request: feature_pb2.GetConsistencyRequest, context: grpc.aio.ServicerContext
+    ) -> feature_pb2.GetConsistencyResponse:
+        return await asyncio.to_thread(to_response, self._consistency, request)
 
 
 def _count(service: str, vectors: list[Vector]) -> None:

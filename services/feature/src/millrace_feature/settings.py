@@ -38,6 +38,31 @@ class OnlineStoreSettings(Settings):
     """For `kind: redis`."""
 
 
+class ConsistencySettings(Settings):
+    """The continuous comparison of served values with what the lake says about the same instants."""
+
+    sample_rate: float = Field(default=0.01, ge=0, le=1)
+    """Share of the entities whose answers are checked, chosen by a hash of their join keys; 0 checks nothing."""
+    settle_s: float = Field(default=600.0, ge=0, le=30 * DAY_S)
+    """How long after an answer it is checked: at least as long as records may be late, or what was late counts as a difference."""
+    check_every_s: float = Field(default=60.0, gt=0, le=DAY_S)
+    """Time between two checks of what has settled."""
+    window_s: int = Field(default=3600, ge=1, le=30 * DAY_S)
+    """Width of the windows of time that rates are kept for."""
+    tolerance: float = Field(default=0.001, ge=0, le=1)
+    """Relative difference up to which two numbers are equal."""
+    max_queue: int = Field(default=10_000, ge=1, le=1_000_000)
+    """Sampled answers of this process that wait to be logged; more are dropped and counted, reads never wait."""
+    max_waiting: int = Field(default=200_000, ge=1, le=10_000_000)
+    """Logged answers that wait for their check; more are dropped and counted."""
+    max_check_rows: int = Field(default=20_000, ge=1, le=30_000)
+    """Most answers of one check; they and their features are held in memory once."""
+    max_findings: int = Field(default=5, ge=0, le=1000)
+    """Examples kept per feature, kind and window."""
+    keep_s: int = Field(default=30 * DAY_S, ge=60, le=3650 * DAY_S)
+    """How long windows and examples are kept."""
+
+
 class FeatureSettings(ServiceSettings):
     """One feature service: definitions, online values and training sets."""
 
@@ -51,6 +76,8 @@ class FeatureSettings(ServiceSettings):
     """SQLAlchemy URL of definitions and training-set records; empty takes SQLite in `state_dir`."""
     online_store: OnlineStoreSettings = OnlineStoreSettings()
     """Where online values are kept."""
+    consistency: ConsistencySettings = ConsistencySettings()
+    """Served values beside the lake's."""
     definitions_poll_s: float = Field(default=1.0, gt=0, le=60)
     """How often a replica looks whether another one has applied other definitions."""
     read_behind_s: int = Field(default=35 * DAY_S, ge=0, le=3650 * DAY_S)

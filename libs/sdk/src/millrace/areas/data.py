@@ -123,6 +123,21 @@ class FeatureArea:
         answer: feature.GetProgressResponse = call(self.stub.GetProgress, feature.GetProgressRequest())
         return answer
 
+    def consistency(
+        self,
+        feature_service: str = "",
+        *,
+        start: datetime | None = None,
+        end: datetime | None = None,
+        max_findings: int = 0,
+    ) -> feature.GetConsistencyResponse:
+        """How far served values are from the lake's, per feature and window of time; an empty name takes every service."""
+        request = feature.GetConsistencyRequest(
+            feature_service=feature_service, time_range=to_range(start, end), max_findings=max_findings
+        )
+        answer: feature.GetConsistencyResponse = call(self.stub.GetConsistency, request)
+        return answer
+
     def build_training_set(
         self,
         *,
