@@ -18,6 +18,7 @@ from millrace_ingestion.settings import IngestionSettings
 from millrace_kit.bus import Message, records_topic
 from millrace_kit.bus.embedded import EmbeddedBus
 from millrace_kit.client import open_channel
+from millrace_kit.clock import Clock
 from millrace_kit.server import running
 from millrace_kit.settings import BusSettings
 
@@ -155,9 +156,12 @@ def settings_for(folder: Path, **changes: Any) -> IngestionSettings:
 
 
 @asynccontextmanager
-async def serving(folder: Path, **changes: Any) -> AsyncIterator[Client]:
+async def serving(folder: Path, *, clock: Clock | None = None, **changes: Any) -> AsyncIterator[Client]:
     settings = settings_for(folder, **changes)
-    async with running(await build(settings), settings) as address, open_channel(address, timeout_s=30) as channel:
+    async with (
+        running(await build(settings, clock=clock), settings) as address,
+        open_channel(address, timeout_s=30) as channel,
+    ):
         yield Client(IngestionServiceStub(channel), folder, settings, address)
 
 

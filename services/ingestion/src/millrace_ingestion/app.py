@@ -1,6 +1,7 @@
 """Wires the ingestion service; nothing is created anywhere else."""
 
 import asyncio
+from datetime import timedelta
 from pathlib import Path
 
 from millrace_api.ingestion.v1 import ingestion_pb2_grpc
@@ -20,7 +21,10 @@ from millrace_ingestion.intake import Budget
 from millrace_ingestion.lake import LakeTable
 from millrace_ingestion.landing import CrashPoint, Landing, no_crash
 from millrace_ingestion.lane import Lane, Limits
+from millrace_ingestion.letter_store import LetterStore
+from millrace_ingestion.letter_topic import LetterRelay
 from millrace_ingestion.quarantine import Quarantine
+from millrace_ingestion.retention import LetterRetention
 from millrace_ingestion.servicer import IngestionServicer
 from millrace_ingestion.settings import IngestionSettings
 from millrace_ingestion.store import Store
@@ -37,6 +41,7 @@ async def build(
     await asyncio.to_thread(migrate, engine, MIGRATIONS)
     clock = clock or SystemClock()
     store = Store(engine, clock)
+    letter_store = LetterStore(engine)
     bus = await open_bus(settings.bus)
     lane_limits = Limits(
         settings.max_commit_rows,
@@ -67,6 +72,7 @@ async def build(
 
     ingestor = Ingestor(
         store=store,
+        letter_store=letter_store,
         held=HeldStore(engine, clock),
         contracts=[contract_from_bytes(version, body) for version, body in await asyncio.to_thread(store.contracts)],
         make_lane=make_lane,
@@ -80,10 +86,24 @@ async def build(
             settings.max_dead_letters,
             settings.replay_rows,
         ),
-        letters=await asyncio.to_thread(store.letter_count),
+        letters=await asyncio.to_thread(letter_store.kept),
         clock=clock,
     )
     servicer = IngestionServicer(ingestor, stream_window=settings.stream_window)
+
+    days, count = settings.dead_letter_retention_days, settings.dead_letter_retention_count
+    retention = LetterRetention(
+        letter_store,
+        clock,
+        max_age=timedelta(days=days) if days else None,
+        keep=count or None,
+        published=settings.dead_letter_topics,
+        removed=ingestor.forget_letters,
+        every_s=settings.housekeeping_every_s,
+    )
+    workers = [Worker("landing", ingestor.run), Worker("dead-letter-retention", retention.run)]
+    if settings.dead_letter_topics:
+        workers.append(Worker("dead-letter-topic", LetterRelay(letter_store, bus, clock).run))
 
     async def close_database() -> None:
         await asyncio.to_thread(engine.dispose)
@@ -92,7 +112,7 @@ async def build(
         "ingestion",
         add_servicers=[lambda server: ingestion_pb2_grpc.add_IngestionServiceServicer_to_server(servicer, server)],
         grpc_services=["millrace_api.ingestion.v1.IngestionService"],
-        workers=[Worker("landing", ingestor.run)],
+        workers=workers,
         closers=[close_database, bus.close],
     )
 

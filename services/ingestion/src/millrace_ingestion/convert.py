@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from millrace_api.common.v1.common_pb2 import TableVersion
@@ -13,11 +14,14 @@ from millrace_ingestion.checks import REASONS
 from millrace_ingestion.contract_messages import change_to
 from millrace_ingestion.contracts import Compatibility
 from millrace_ingestion.ingestor import Comparison
+from millrace_ingestion.letter_store import Choice
 from millrace_ingestion.models import HeldBatch, Incoming, Letter, LetterCount, Outcome, TableState
 
 MAX_SOURCE = 256
 MAX_OFFSET = 2**62
 MAX_IDS = 1000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
 # Printable, so that a source can stand in a message header, a file's statistics and every database.
 _SOURCE = re.compile(r"[^\x00-\x20\x7f_][^\x00-\x1f\x7f]{0,255}")
 
@@ -83,6 +87,37 @@ def reason_from(value: str, field: str) -> str:
     if value and value not in REASONS:
         raise InvalidArgumentError(field, f"is none of {', '.join(REASONS)}")
     return value
+
+
+def choice_from(
+    request: pb.ListDeadLettersRequest | pb.ReplayDeadLettersRequest | pb.DiscardDeadLettersRequest,
+) -> Choice:
+    """Which dead letters a request is about.
+
+    Raises:
+        InvalidArgumentError: naming the field.
+    """
+    since = check.timestamp(request.since, "since") if request.HasField("since") else None
+    until = check.timestamp(request.until, "until") if request.HasField("until") else None
+    return Choice(
+        check.table(request.contract, "contract"),
+        reason_from(request.reason, "reason"),
+        check.optional_text(request.column, "column", limit=MAX_SOURCE),
+        check.optional_text(request.source, "source", limit=MAX_SOURCE),
+        (since - _EPOCH) // _MICROSECOND if since is not None else None,
+        (until - _EPOCH) // _MICROSECOND if until is not None else None,
+    )
+
+
+def limit_from(value: int, field: str) -> int | None:
+    """How many at most; 0 is all.
+
+    Raises:
+        InvalidArgumentError: it is negative.
+    """
+    if value < 0:
+        raise InvalidArgumentError(field, "must not be negative; 0 is all")
+    return value or None
 
 
 def letter_to(letter: Letter) -> pb.DeadLetter:

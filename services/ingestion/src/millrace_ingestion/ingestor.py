@@ -23,6 +23,7 @@ from millrace_ingestion.held_store import HeldStore
 from millrace_ingestion.intake import Budget, decode, decode_held, decode_letters
 from millrace_ingestion.landing import Landing
 from millrace_ingestion.lane import Lane
+from millrace_ingestion.letter_store import Choice, LetterStore
 from millrace_ingestion.models import HeldBatch, Incoming, Letter, LetterCount, Outcome, Released, TableState
 from millrace_ingestion.store import Store
 
@@ -55,7 +56,8 @@ class Ingestor:
     """The domain of the service.
 
     Args:
-        store: contracts and dead letters.
+        store: contracts.
+        letter_store: dead letters.
         held: quarantined batches.
         contracts: newest version of each contract, at the start.
         make_lane: makes the lane of a contract.
@@ -71,6 +73,7 @@ class Ingestor:
         self,
         *,
         store: Store,
+        letter_store: LetterStore,
         held: HeldStore,
         contracts: Sequence[Contract],
         make_lane: Callable[[Contract], Lane],
@@ -83,6 +86,7 @@ class Ingestor:
     ) -> None:
         self._clock = clock
         self._store = store
+        self._letter_store = letter_store
         self._held = held
         self._contracts = {contract.name: contract for contract in contracts}
         self._make_lane = make_lane
@@ -256,33 +260,58 @@ class Ingestor:
         # Shielded: when the caller gives up, the batch lands all the same and its answer is kept for the next attempt.
         return await asyncio.shield(await self.accept(incoming))
 
-    async def letters(self, contract: str, reason: str, *, after: int, limit: int) -> list[Letter]:
+    async def letters(self, choice: Choice, *, after: int, limit: int) -> list[Letter]:
         """Dead letters of a contract, by id."""
-        self.contract(contract)
-        return await asyncio.to_thread(self._store.letters, contract, reason, after=after, limit=limit)
+        self.contract(choice.contract)
+        return await asyncio.to_thread(self._letter_store.letters, choice, after=after, limit=limit)
 
     async def counts(self, contract: str) -> list[LetterCount]:
         """Dead letters by contract and reason."""
         if contract:
             self.contract(contract)
-        return await asyncio.to_thread(self._store.counts, contract)
+        return await asyncio.to_thread(self._letter_store.counts, contract)
 
-    async def replay(self, contract: str, reason: str) -> tuple[int, int]:
-        """Send dead letters through the present contract; returns how many landed and how many are refused still."""
-        replayed = refused = after = 0
+    async def replay(self, choice: Choice, *, limit: int | None = None, dry_run: bool = False) -> tuple[int, int]:
+        """Send dead letters through the present contract; returns how many landed and how many are refused still.
+
+        Args:
+            choice: which.
+            limit: at most so many, the oldest; None is all.
+            dry_run: only check them.
+        """
+        replayed = refused = after = seen = 0
         async with self._replaying:
-            while True:
-                current = self.contract(contract)
+            while limit is None or seen < limit:
+                current = self.contract(choice.contract)
+                most = self._limits.replay_rows if limit is None else min(self._limits.replay_rows, limit - seen)
                 letters = await asyncio.to_thread(
-                    self._store.letters, contract, reason, after=after, limit=self._limits.replay_rows, only_open=True
+                    self._letter_store.letters, choice, after=after, limit=most, only_open=True
                 )
                 if not letters:
-                    return replayed, refused
+                    break
                 after = letters[-1].id
+                seen += len(letters)
                 pending = await asyncio.to_thread(decode_letters, current, letters)
-                outcome = await asyncio.shield(self._lanes[contract].submit(pending))
+                if dry_run:
+                    replayed += pending.checked.table.num_rows
+                    refused += len(pending.checked.rejects)
+                    continue
+                outcome = await asyncio.shield(self._lanes[choice.contract].submit(pending))
                 replayed += outcome.accepted + outcome.duplicates
                 refused += outcome.rejected
+        return replayed, refused
+
+    async def discard_letters(self, choice: Choice, *, limit: int | None = None) -> int:
+        """Remove dead letters, the oldest first; returns how many."""
+        self.contract(choice.contract)
+        async with self._replaying:
+            removed = await asyncio.to_thread(self._letter_store.discard, choice, limit)
+        self.forget_letters(removed)
+        return removed
+
+    def forget_letters(self, removed: int) -> None:
+        """Make room for as many dead letters as were removed."""
+        self._letters = max(0, self._letters - removed)
 
     async def held(self, contract: str, *, after: int, limit: int, settled: bool) -> list[HeldBatch]:
         """Quarantined batches of a contract, by id; without `settled` only those that are still held."""

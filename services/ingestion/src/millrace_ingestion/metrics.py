@@ -34,3 +34,10 @@ IGNORED_COLUMNS = Counter(
     "Columns of Arrow batches that their contract does not have.",
     ["contract"],
 )
+LETTERS_PUBLISHED = Counter(
+    "millrace_ingestion_dead_letters_published_total", "Dead letters that the bus acknowledged on their topic."
+)
+LETTER_FAILURES = Counter(
+    "millrace_ingestion_dead_letter_publish_failures_total",
+    "Times that dead letters could not be published; tried again.",
+)

@@ -106,11 +106,10 @@ class IngestionServicer(IngestionServiceServicer):
     async def ListDeadLetters(
         self, request: pb.ListDeadLettersRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListDeadLettersResponse:
-        contract = check.table(request.contract, "contract")
-        reason = convert.reason_from(request.reason, "reason")
+        choice = convert.choice_from(request)
         limit = check.page_size(request.page_size, "page_size")
         after = check.page_token(request.page_token, "page_token")
-        letters = await self._ingestor.letters(contract, reason, after=after, limit=limit)
+        letters = await self._ingestor.letters(choice, after=after, limit=limit)
         page = pb.ListDeadLettersResponse()
         size = 0
         for letter in letters:
@@ -132,9 +131,15 @@ class IngestionServicer(IngestionServiceServicer):
     async def ReplayDeadLetters(
         self, request: pb.ReplayDeadLettersRequest, context: grpc.aio.ServicerContext
     ) -> pb.ReplayDeadLettersResponse:
-        contract = check.table(request.contract, "contract")
-        replayed, refused = await self._ingestor.replay(contract, convert.reason_from(request.reason, "reason"))
+        choice, limit = convert.choice_from(request), convert.limit_from(request.limit, "limit")
+        replayed, refused = await self._ingestor.replay(choice, limit=limit, dry_run=request.dry_run)
         return pb.ReplayDeadLettersResponse(replayed=replayed, still_rejected=refused)
+
+    async def DiscardDeadLetters(
+        self, request: pb.DiscardDeadLettersRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DiscardDeadLettersResponse:
+        choice, limit = convert.choice_from(request), convert.limit_from(request.limit, "limit")
+        return pb.DiscardDeadLettersResponse(discarded=await self._ingestor.discard_letters(choice, limit=limit))
 
     async def ListQuarantine(
         self, request: pb.ListQuarantineRequest, context: grpc.aio.ServicerContext

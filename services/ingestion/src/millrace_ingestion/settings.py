@@ -45,6 +45,14 @@ class IngestionSettings(ServiceSettings):
     """Dead letters replayed in one batch."""
     max_dead_letters: int = Field(default=10_000_000, ge=1)
     """Dead letters kept; a batch that would add more is refused with RESOURCE_EXHAUSTED, nothing is dropped silently."""
+    dead_letter_topics: bool = True
+    """Whether dead letters are also published, to `millrace.dead-letters.<contract>`."""
+    dead_letter_retention_days: float = Field(default=0, ge=0, le=36_500)
+    """Dead letters older than this are removed; 0 keeps them."""
+    dead_letter_retention_count: int = Field(default=0, ge=0)
+    """The oldest dead letters beyond this number are removed; 0 keeps them, and `max_dead_letters` refuses more."""
+    housekeeping_every_s: float = Field(default=300.0, gt=0, le=86_400)
+    """Between two looks for what is too old."""
 
     def lake(self) -> str:
         """The lake's URL without a slash at the end."""

@@ -11,13 +11,13 @@ from datetime import UTC, datetime, timedelta
 from millrace_kit.clock import Clock
 from millrace_kit.errors import ConflictError, UnavailableError
 from millrace_kit.sql import reading
-from sqlalchemy import Connection, Engine, Select, func, select
+from sqlalchemy import Connection, Engine, func, select
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from millrace_ingestion.held_store import hold, unhold
-from millrace_ingestion.letter_rows import letter_of, letter_rows
-from millrace_ingestion.models import Entry, Group, Letter, LetterCount, Outcome
+from millrace_ingestion.letter_rows import letter_rows
+from millrace_ingestion.models import Entry, Group, Outcome
 from millrace_ingestion.tables import BATCH, COMMIT, CONTRACT, DEAD_LETTER
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -173,48 +173,6 @@ class Store:
         with self._reading() as connection:
             rows = connection.execute(query).all()
         return [Group(row.id, row.contract, row.contract_version, row.base_version) for row in rows]
-
-    def letter_count(self) -> int:
-        """How many dead letters were ever given an id."""
-        with self._reading() as connection:
-            return int(connection.execute(select(func.max(DEAD_LETTER.c.id))).scalar() or 0)
-
-    def letters(self, contract: str, reason: str, *, after: int, limit: int, only_open: bool = False) -> list[Letter]:
-        """Dead letters by id, from the first above `after`; `only_open` leaves out those that a replay has landed or can do nothing for."""
-        query: Select[tuple[object, ...]] = _visible(select(DEAD_LETTER)).where(
-            DEAD_LETTER.c.id > after, DEAD_LETTER.c.contract == contract
-        )
-        if reason:
-            query = query.where(DEAD_LETTER.c.reason == reason)
-        if only_open:
-            query = query.where(DEAD_LETTER.c.replay_group_id.is_(None), DEAD_LETTER.c.record_json != "")
-        with self._reading() as connection:
-            rows = connection.execute(query.order_by(DEAD_LETTER.c.id).limit(limit)).all()
-        return [letter_of(row) for row in rows]
-
-    def counts(self, contract: str) -> list[LetterCount]:
-        """Dead letters by contract and reason; an empty `contract` counts all."""
-        columns = DEAD_LETTER.c
-        query = _visible(
-            select(
-                columns.contract,
-                columns.reason,
-                func.count().label("letters"),
-                func.count(columns.replay_group_id).label("replayed"),
-            )
-        )
-        if contract:
-            query = query.where(columns.contract == contract)
-        query = query.group_by(columns.contract, columns.reason).order_by(columns.contract, columns.reason)
-        with self._reading() as connection:
-            return [
-                LetterCount(row.contract, row.reason, row.letters, row.replayed) for row in connection.execute(query)
-            ]
-
-
-def _visible(query: Select[tuple[object, ...]]) -> Select[tuple[object, ...]]:
-    """Only dead letters of completed groups."""
-    return query.join(COMMIT, DEAD_LETTER.c.group_id == COMMIT.c.id).where(COMMIT.c.table_version.is_not(None))
 
 
 def _batch_row(group: Group, entry: Entry) -> dict[str, object]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from millrace_kit.bus.topics import DRIFT, MODELS, PREDICTIONS, TRAINING, records_topic
+from millrace_kit.bus.topics import DRIFT, MODELS, PREDICTIONS, TRAINING, dead_letters_topic, records_topic
 from millrace_kit.clock import uuid7
 from millrace_kit.errors import FailedPreconditionError
 from millrace_kit.settings import BusSettings
@@ -18,7 +18,7 @@ from millrace_kit.telemetry import trace_headers
 
 __all__ = [
     "DRIFT", "MODELS", "PREDICTIONS", "TRAINING", "Bus", "Message", "Outgoing", "Starts", "Subscription", "TopicPartition",
-    "open_bus", "records_topic",
+    "dead_letters_topic", "open_bus", "records_topic",
 ]  # fmt: skip
 
 # The kubelet sets it in every pod.
