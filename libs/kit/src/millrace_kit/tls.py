@@ -97,6 +97,32 @@ class CertificateFiles:
             given[0].server_configuration(), fetch, require_client_authentication=True
         )
 
+    def server_context(self) -> ssl.SSLContext:
+        """The same for a server of Python's own: only peers with a certificate of `authorities`, newest files at every handshake."""
+        given = [(self._current, self._context())]
+
+        def choose(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+            newest = self.current()
+            if newest is not given[0][0]:
+                try:
+                    given[0] = newest, self._context()
+                except (ssl.SSLError, OSError) as error:  # changed again this instant; the next handshake looks again
+                    log.warning("certificates changed while they were read: %s", error)
+            connection.context = given[0][1]
+
+        outer = self._context()
+        outer.sni_callback = choose
+        return outer
+
+    def _context(self) -> ssl.SSLContext:
+        chain, key, authorities = self._paths
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(chain, key)  # refuses a key of another certificate
+        context.load_verify_locations(authorities)
+        context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
     def _stamps(self) -> Sequence[tuple[int, int, int]]:
         try:
             return [(s.st_ino, s.st_mtime_ns, s.st_size) for s in (path.stat() for path in self._paths)]
@@ -106,9 +132,7 @@ class CertificateFiles:
     def _read(self) -> Certificates:
         chain, key, authorities = self._paths
         try:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(chain, key)  # refuses a key of another certificate
-            context.load_verify_locations(authorities)
+            self._context()
             return Certificates(chain.read_bytes(), key.read_bytes(), authorities.read_bytes())
         except ssl.SSLError as error:
             raise CertificateError(f"{chain}, {key}, {authorities}: {error.reason or error}") from None

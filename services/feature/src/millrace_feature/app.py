@@ -1,9 +1,10 @@
 """Wiring of the feature service; the only module that creates things."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import grpc.aio
 from millrace_api.feature.v1 import feature_pb2_grpc
 from millrace_kit.bus import Bus, Subscription, TopicPartition, open_bus, records_topic
 from millrace_kit.clock import Clock, SystemClock
@@ -20,6 +21,10 @@ from millrace_feature.consistency.samples import Sampler
 from millrace_feature.convert import RowReader
 from millrace_feature.definitions import Applier
 from millrace_feature.embedded import EmbeddedOnlineStore
+from millrace_feature.feast_wire.grpc_edge import FeastGrpc
+from millrace_feature.feast_wire.http_edge import FeastHttp
+from millrace_feature.feast_wire.http_server import HttpServer
+from millrace_feature.feast_wire.reads import FeastReads
 from millrace_feature.following import DefinitionsFollower
 from millrace_feature.lake import Lake, Limits
 from millrace_feature.servicer import FeatureServicer
@@ -68,6 +73,17 @@ def open_store(settings: FeatureSettings, state: Path) -> OnlineStore:
 
         return RedisOnlineStore(settings.online_store.redis)
     return EmbeddedOnlineStore(state / "online.sqlite")
+
+
+def feast_http(settings: FeatureSettings, reads: FeastReads) -> HttpServer:
+    """The server of Feast's HTTP API."""
+    edge = FeastHttp(
+        reads,
+        max_concurrent=settings.max_concurrent_rpcs,
+        max_body_bytes=settings.max_message_mib * 1024 * 1024,
+        deadline_s=settings.default_deadline_s,
+    )
+    return HttpServer(edge, settings.feast.http_listen, settings)
 
 
 async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Service:
@@ -122,6 +138,21 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
         clock=clock,
     )
 
+    reads = FeastReads(serving, clock)
+    add_servicers: list[Callable[[grpc.aio.Server], None]] = [
+        lambda server: feature_pb2_grpc.add_FeatureServiceServicer_to_server(servicer, server)
+    ]
+    if settings.feast.grpc:
+        add_servicers.append(FeastGrpc(reads).add_to)
+    workers = [
+        Worker("stream", worker.run),
+        Worker("definitions", DefinitionsFollower(catalog, worker, settings).run),
+        Worker("consistency-log", checker.log_samples),
+        Worker("consistency-check", checker.check_settled),
+    ]
+    if settings.feast.http_listen:
+        workers.append(Worker("feast-http", feast_http(settings, reads).run))
+
     async def close() -> None:
         await ends.close()
         await bus.close()
@@ -130,14 +161,9 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
 
     return Service(
         "feature",
-        [lambda server: feature_pb2_grpc.add_FeatureServiceServicer_to_server(servicer, server)],
+        add_servicers,
         ["millrace_api.feature.v1.FeatureService"],
-        [
-            Worker("stream", worker.run),
-            Worker("definitions", DefinitionsFollower(catalog, worker, settings).run),
-            Worker("consistency-log", checker.log_samples),
-            Worker("consistency-check", checker.check_settled),
-        ],
+        workers,
         [close],
         lambda: worker.is_following,
     )

@@ -25,6 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from millrace_feature.compiler import compile_registry
 from millrace_feature.plan import Definitions, from_json, to_json
 
 metadata = MetaData()
@@ -125,7 +126,10 @@ class Catalog:
             row = connection.execute(select(definitions_table).where(definitions_table.c.digest == digest)).first()
         if row is None:
             raise NotFoundError("definitions", digest)
-        return Stored(from_json(row.plan), row.registry)
+        definitions = from_json(row.plan)
+        if definitions.views and not definitions.feast_types:  # compiled by a version that did not keep Feast's types
+            definitions = compile_registry(row.project, row.registry).definitions
+        return Stored(definitions, row.registry)
 
     def put_training_set(self, digest: str, record: bytes) -> bytes:
         """Keep a serialized TrainingSet under its digest; returns the one kept first."""

@@ -197,6 +197,7 @@ class _Compiler:
         self._entities = {e.spec.name: e.spec for e in registry.entities}
         self._transforms = {v.spec.name: v.spec for v in registry.on_demand_feature_views if not v.spec.disabled}
         self._key_types: dict[str, ValueType] = {}
+        self._feast_keys: dict[str, str] = {}
         self._event_times: dict[str, str] = {}
         self._views: dict[str, View] = {}
         self._feature_types: dict[str, dict[str, str]] = {}
@@ -213,6 +214,7 @@ class _Compiler:
         if overlap := sorted(set(self._views) & set(self._transforms)):
             raise InvalidArgumentError(FIELD, f"{overlap[0]!r} names two views")
         services = tuple(self._service(service.spec) for service in self._registry.feature_services)
+        on_demand = tuple(plan for spec in self._transforms.values() if (plan := self._alone(spec)) is not None)
         return Definitions(
             project=project,
             digest=self._digest(),
@@ -220,7 +222,27 @@ class _Compiler:
             key_types=tuple(sorted(self._key_types.items())),
             views=tuple(self._views[name] for name in sorted(self._views)),
             services=services,
+            on_demand=on_demand,
+            feast_types=self._feast_types(),
         )
+
+    def _alone(self, spec: Any) -> ServicePlan | None:
+        """An on-demand view as if a service held nothing else; None for one that no service could use."""
+        uses: dict[str, ViewUse] = {}
+        request: dict[str, ValueType] = {}
+        try:
+            transform = self._transform(spec, uses, request)
+        except InvalidArgumentError:
+            return None
+        features = tuple(f"{spec.name}__{name}" for name in transform.outputs)
+        return ServicePlan(spec.name, features, tuple(uses.values()), (transform,), tuple(sorted(request.items())))
+
+    def _feast_types(self) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
+        """Feast's own types, which its clients get their values in."""
+        known: dict[str, Mapping[str, str]] = {"": self._feast_keys, **self._feature_types}
+        for name, spec in self._transforms.items():
+            known[name] = {f.name: _type_name(f.value_type) for f in spec.features}
+        return tuple((name, tuple(sorted(types.items()))) for name, types in sorted(known.items()))
 
     def _digest(self) -> str:
         """SHA-256 over the canonical registry with every pickled function replaced by its fingerprint."""
@@ -267,6 +289,7 @@ class _Compiler:
             keys.append(entity.join_key or entity.name)
             kinds = {c.name: c.value_type for c in spec.entity_columns}
             self._key_type(keys[-1], _type_name(kinds.get(keys[-1], entity.value_type)))
+            self._feast_keys.setdefault(keys[-1], _type_name(kinds.get(keys[-1], entity.value_type)))
         if not keys or len(set(keys)) != len(keys):
             raise InvalidArgumentError(FIELD, f"view {spec.name!r} needs one or more distinct entities")
         return contract, column, tuple(keys)
@@ -355,6 +378,7 @@ class _Compiler:
         for key, name in zip(view.join_keys, keys, strict=True):
             if self._key_types.setdefault(name, kinds[key]) != kinds[key]:
                 raise InvalidArgumentError(FIELD, f"join key {name!r} has two types")
+            self._feast_keys.setdefault(name, self._feast_keys[key])
         return ViewUse(projection.feature_view_name_alias or view.name, view.name, keys)
 
     def _transform(self, spec: Any, uses: dict[str, ViewUse], request: dict[str, ValueType]) -> Transform:

@@ -146,6 +146,10 @@ class Definitions:
     """Type of every join key, under the names requests use."""
     views: tuple[View, ...]
     services: tuple[ServicePlan, ...]
+    on_demand: tuple[ServicePlan, ...] = ()
+    """One a Python-mode on-demand view: all its outputs, for reads that name features instead of a service."""
+    feast_types: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()
+    """(view, (column, Feast's name of its type)...) of every view; the view "" holds the join keys under the names requests use."""
 
     def view(self, name: str) -> View:
         """The view called `name`."""
@@ -215,4 +219,6 @@ def from_json(text: str) -> Definitions:
         key_types=tuple((k, t) for k, t in raw["key_types"]),
         views=tuple(_window_view(v) if "hop_us" in v else _latest_view(v) for v in raw["views"]),
         services=tuple(_service(s) for s in raw["services"]),
+        on_demand=tuple(_service(s) for s in raw.get("on_demand", ())),
+        feast_types=tuple((view, tuple((c, t) for c, t in types)) for view, types in raw.get("feast_types", ())),
     )

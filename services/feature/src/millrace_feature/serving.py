@@ -15,8 +15,8 @@ from millrace_feature.tiles import encode_key
 from millrace_feature.transforms import TransformRunner, or_none
 
 PRESENT, MISSING, EXPIRED = 1, 2, 3
-ROWS_ON_LOOP = 16
-"""Reads of more rows are computed in a thread, so that other calls are not held up."""
+ROWS_ON_LOOP, LIGHT_ROWS_ON_LOOP = 16, 256
+"""Most rows of a read that are computed in the event loop: where windows are merged or functions run, and where rows are only copied."""
 
 Entity = Mapping[str, Any]
 """Join keys and request fields of one row by name; None where missing."""
@@ -32,12 +32,14 @@ class Vector:
 
 
 @dataclass(slots=True)
-class _Part:
+class Part:
     """What one view or transform gives for every row: lists of values, None for a view without a row."""
 
     values: list[Any]
     expired: set[int]
     ages_us: list[int]
+    times_us: list[int | None]
+    """Event time of what each row's values come from; None where there is none. A window's is its end, or the watermark."""
 
 
 class _Source:
@@ -64,21 +66,25 @@ class _Source:
             return WindowAsk(self.group, self.reader, self.keys(rows), at_us // self.reader.hop_us)
         return LatestAsk(self.group, self.keys(rows), at_us)
 
-    def part(self, ask: Ask, known: Answers, at_us: int) -> _Part:
+    def part(self, ask: Ask, known: Answers, at_us: int) -> Part:
         """The view's features at `at_us`."""
         if isinstance(ask, WindowAsk):
             followed = known.followed.get(self.view.contract)
             complete_us = ask.end_hop * ask.reader.hop_us
             watermark_us = followed.watermark_us if followed is not None else None
             age = 0 if watermark_us is None else at_us - min(complete_us, watermark_us)
-            return _Part(known.windows(ask), set(), [age])
+            time_us = None if watermark_us is None else at_us - age
+            return Part(known.windows(ask), set(), [age], [None if key is None else time_us for key in ask.keys])
         assert isinstance(self.view, LatestView)
         ttl_us = self.view.ttl_us
-        part = _Part([], set(), [])
+        part = Part([], set(), [], [])
         for i, found in enumerate(known.latest(ask)):
             if found is None:
                 part.values.append(None)
-            elif ttl_us and at_us - found[0] > ttl_us:
+                part.times_us.append(None)
+                continue
+            part.times_us.append(found[0])
+            if ttl_us and at_us - found[0] > ttl_us:
                 part.values.append(None)
                 part.expired.add(i)
             else:
@@ -96,14 +102,24 @@ class CompiledService:
         self.contracts = tuple(sorted({definitions.view(use.view).contract for use in plan.uses}))
         self._sources = [_Source(use, definitions.view(use.view)) for use in plan.uses]
         self._runners = [TransformRunner(transform) for transform in plan.transforms]
+        self.places = self._places()
+        """(part, place among its values) of each feature in vector order; parts are the sources, then the transforms."""
         self._pieces = self._layout()
 
-    def _layout(self) -> list[tuple[int, Any, int]]:
-        """(part, picker of its values, number of features) in vector order; parts are the sources, then the transforms."""
+    @property
+    def rows_on_loop(self) -> int:
+        """Reads of more rows are computed in a thread, so that other calls are not held up."""
+        is_light = not self._runners and all(source.reader is None for source in self._sources)
+        return LIGHT_ROWS_ON_LOOP if is_light else ROWS_ON_LOOP
+
+    def is_stored(self, part: int) -> bool:
+        """Whether a part's values are newest rows as they were stored, not computed numbers."""
+        return part < len(self._sources) and self._sources[part].reader is None
+
+    def _places(self) -> list[tuple[int, int]]:
         names = [s.use.alias for s in self._sources] + [r.plan.name for r in self._runners]
         known = [s.features for s in self._sources] + [r.plan.outputs for r in self._runners]
-        pieces: list[tuple[int, Any, int]] = []
-        chosen: list[tuple[int, list[int]]] = []
+        places: list[tuple[int, int]] = []
         for full_name in self.plan.features:
             # An alias may itself hold "__", so the longest part that fits is the right one.
             part = max(
@@ -114,7 +130,14 @@ class CompiledService:
                 ),
                 key=lambda i: len(names[i]),
             )
-            place = known[part].index(full_name[len(names[part]) + 2 :])
+            places.append((part, known[part].index(full_name[len(names[part]) + 2 :])))
+        return places
+
+    def _layout(self) -> list[tuple[int, Any, int]]:
+        """(part, picker of its values, number of features) in vector order."""
+        pieces: list[tuple[int, Any, int]] = []
+        chosen: list[tuple[int, list[int]]] = []
+        for part, place in self.places:
             if chosen and chosen[-1][0] == part:
                 chosen[-1][1].append(place)
             else:
@@ -128,20 +151,25 @@ class CompiledService:
         """What the store has to know, per view."""
         return [source.ask(rows, at_us) for source in self._sources]
 
-    def vectors(self, asks: Sequence[Ask], known: Answers, rows: Sequence[Entity], at_us: int) -> list[Vector]:
-        """One vector per row, as known at `at_us` (microseconds since the epoch)."""
+    def parts(self, asks: Sequence[Ask], known: Answers, rows: Sequence[Entity], at_us: int) -> list[Part]:
+        """What each source and then each transform gives at `at_us` (microseconds since the epoch)."""
         parts = [source.part(ask, known, at_us) for source, ask in zip(self._sources, asks, strict=True)]
-        stored = len(parts)
         if self._runners:
             columns = self._inputs(parts, len(rows))
             request = {name: [row.get(name) for row in rows] for name, _kind in self.plan.request_fields}
             for runner in self._runners:
                 outputs = runner.run(columns, request, len(rows))
-                parts.append(_Part(list(zip(*outputs, strict=True)), set(), []))
+                parts.append(Part(list(zip(*outputs, strict=True)), set(), [], [None] * len(rows)))
+        return parts
+
+    def vectors(self, asks: Sequence[Ask], known: Answers, rows: Sequence[Entity], at_us: int) -> list[Vector]:
+        """One vector per row, as known at `at_us` (microseconds since the epoch)."""
+        parts = self.parts(asks, known, rows, at_us)
+        stored = len(self._sources)
         age_ms = max((max(part.ages_us) for part in parts if part.ages_us), default=0) // 1000
         return [self._vector(parts, stored, i, age_ms) for i in range(len(rows))]
 
-    def _inputs(self, parts: Sequence[_Part], rows: int) -> dict[tuple[str, str], list[Any]]:
+    def _inputs(self, parts: Sequence[Part], rows: int) -> dict[tuple[str, str], list[Any]]:
         """Columns the transforms read, by (alias, feature)."""
         wanted = {pair for runner in self._runners for pair in runner.plan.inputs}
         columns: dict[tuple[str, str], list[Any]] = {}
@@ -156,7 +184,7 @@ class CompiledService:
                 columns[source.use.alias, feature] = column
         return columns
 
-    def _vector(self, parts: Sequence[_Part], stored: int, row: int, age_ms: int) -> Vector:
+    def _vector(self, parts: Sequence[Part], stored: int, row: int, age_ms: int) -> Vector:
         values: list[float] = []
         statuses: list[int] = []
         for number, picker, size in self._pieces:
@@ -206,6 +234,8 @@ class Serving(Generic[R]):
         self._read_behind_us = read_behind_us
         self._reader_of = reader_of
         self._services: dict[str, Ready[R]] | None = None
+        self.definitions: Definitions | None = None
+        """What reads are answered with."""
 
     @property
     def is_active(self) -> bool:
@@ -218,6 +248,7 @@ class Serving(Generic[R]):
             plan.name: Ready(CompiledService(plan, definitions), self._reader_of(plan, definitions), definitions.digest)
             for plan in definitions.services
         }
+        self.definitions = definitions
 
     def service(self, name: str) -> Ready[R]:
         """The service called `name`.
@@ -237,6 +268,23 @@ class Serving(Generic[R]):
         """One vector per row.
 
         Raises:
+            FailedPreconditionError, UnavailableError: see `fetched`.
+        """
+        asks, known = await self.fetched(service, rows, at_us)
+        if len(rows) <= service.rows_on_loop:
+            vectors = service.vectors(asks, known, rows, at_us)
+        else:
+            vectors = await asyncio.to_thread(service.vectors, asks, known, rows, at_us)
+        if self._observe is not None:
+            self._observe(service, rows, at_us, vectors)
+        return vectors
+
+    async def fetched(
+        self, service: CompiledService, rows: Sequence[Entity], at_us: int
+    ) -> tuple[Sequence[Ask], Answers]:
+        """What `service.parts` and `service.vectors` need for the rows; they take no more waiting.
+
+        Raises:
             FailedPreconditionError: `at_us` lies further behind a contract's watermark than history is kept.
             UnavailableError: the store does not answer.
         """
@@ -252,10 +300,4 @@ class Serving(Generic[R]):
                 raise FailedPreconditionError(
                     "EVENT_TIME_TOO_OLD", message, {"contract": contract, "oldest_us": str(oldest_us)}
                 )
-        if len(rows) <= ROWS_ON_LOOP:
-            vectors = service.vectors(asks, known, rows, at_us)
-        else:
-            vectors = await asyncio.to_thread(service.vectors, asks, known, rows, at_us)
-        if self._observe is not None:
-            self._observe(service, rows, at_us, vectors)
-        return vectors
+        return asks, known

@@ -63,6 +63,16 @@ class ConsistencySettings(Settings):
     """How long windows and examples are kept."""
 
 
+class FeastSettings(Settings):
+    """Feast's own wire formats beside our gRPC service."""
+
+    http_listen: str = ""
+    """Address of Feast's HTTP API (`/get-online-features`, `/health`), `host:port`; empty serves none. Its TLS, deadline, limits and
+    allowed clients are those of gRPC."""
+    grpc: bool = True
+    """Whether the gRPC server answers Feast's `feast.serving.ServingService` and `GrpcFeatureServer` too."""
+
+
 class FeatureSettings(ServiceSettings):
     """One feature service: definitions, online values and training sets."""
 
@@ -78,6 +88,8 @@ class FeatureSettings(ServiceSettings):
     """Where online values are kept."""
     consistency: ConsistencySettings = ConsistencySettings()
     """Served values beside the lake's."""
+    feast: FeastSettings = FeastSettings()
+    """Reads by unmodified Feast clients."""
     definitions_poll_s: float = Field(default=1.0, gt=0, le=60)
     """How often a replica looks whether another one has applied other definitions."""
     read_behind_s: int = Field(default=35 * DAY_S, ge=0, le=3650 * DAY_S)

@@ -1,0 +1,104 @@
+"""The HTTP server: uvicorn on httptools, run as a worker of the service in its event loop.
+
+TLS is that of the gRPC server: only clients with a certificate of `tls.ca_file` get in, and only those that `allowed_clients` names.
+"""
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from millrace_kit.settings import ServiceSettings
+from millrace_kit.sockets import bound_socket
+from millrace_kit.tls import CertificateFiles
+from uvicorn import Config, Server
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from millrace_feature.feast_wire.http_edge import forbid
+
+KEEP_ALIVE_S = 330
+"""How long a silent connection is kept: longer than Feast's client keeps it (300 s), so that the client ends it and never writes into
+one that is being closed."""
+
+
+class _Server(Server):
+    """uvicorn's server, which leaves the process's signals alone."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the service's."""
+        yield
+
+
+def _protocol(allowed_clients: frozenset[str]) -> type[HttpToolsProtocol]:
+    """Uvicorn's protocol, with clients looked at when they connect."""
+
+    class Checked(HttpToolsProtocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            if allowed_clients.isdisjoint(_client_names(transport)):
+                self.app = forbid  # type: ignore[assignment]
+
+    return Checked
+
+
+def _client_names(transport: asyncio.Transport) -> list[str]:
+    certificate = transport.get_extra_info("peercert") or {}
+    return [value for kind, value in certificate.get("subjectAltName", ()) if kind == "DNS"]
+
+
+class HttpServer:
+    """Serves an ASGI application on `listen` until it is told to stop.
+
+    Args:
+        app: the application.
+        listen: `host:port`.
+        settings: certificates, allowed clients, drain time.
+        share_port: whether other processes listen on the same port.
+    """
+
+    def __init__(
+        self, app: Callable[..., Any], listen: str, settings: ServiceSettings, *, share_port: bool = False
+    ) -> None:
+        self._app = app
+        self._listen = listen
+        self._settings = settings
+        self._share_port = share_port
+        self._certificates = CertificateFiles(settings.tls) if settings.tls is not None else None
+
+    def _config(self) -> Config:
+        certificates = self._certificates
+        factory: Callable[..., ssl.SSLContext] | None = None
+        if certificates is not None:
+
+            def factory(*_default: object) -> ssl.SSLContext:
+                return certificates.server_context()
+
+        allowed = self._settings.allowed_clients
+        return Config(
+            self._app,
+            http=_protocol(frozenset(allowed)) if allowed else HttpToolsProtocol,
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=max(1, round(self._settings.drain_s)),
+            ssl_context_factory=factory,
+        )
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set, then let running requests end."""
+        server = _Server(self._config())
+        serving = asyncio.create_task(server.serve([bound_socket(self._listen, share_port=self._share_port)]))
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+            server.should_exit = True
+        await serving

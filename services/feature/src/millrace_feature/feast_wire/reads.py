@@ -1,0 +1,90 @@
+"""Answers reads of Feast's clients; the edges convert on both sides."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from millrace_kit.clock import Clock
+from millrace_kit.errors import UnavailableError
+
+from millrace_feature.feast_wire.requests import Given, Request, given
+from millrace_feature.feast_wire.selection import Selection, Selections
+from millrace_feature.metrics import READ_FEATURES, READ_ROWS
+from millrace_feature.serving import Part, Serving
+from millrace_feature.worker import to_us
+
+UNNAMED = "(features)"
+"""Stands for the feature service in metrics where a request names features one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a read found, ready to be written."""
+
+    selection: Selection
+    given: Given
+    parts: Sequence[Part]
+    with_versions: bool
+
+    @property
+    def rows(self) -> int:
+        """Entity rows asked for."""
+        return len(self.given.rows)
+
+
+class FeastReads:
+    """Reads as Feast's clients ask for them, answered from the definitions in force."""
+
+    def __init__(self, serving: Serving[Any], clock: Clock) -> None:
+        self._serving = serving
+        self._clock = clock
+        self._selections: Selections | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether reads can be answered."""
+        return self._serving.is_active
+
+    def _current(self) -> Selections:
+        definitions = self._serving.definitions
+        if definitions is None:
+            raise UnavailableError("DEFINITIONS_NOT_READY", "no definitions are applied, or their backfill is running")
+        if self._selections is None or self._selections.definitions is not definitions:
+            self._selections = Selections(definitions)
+        return self._selections
+
+    async def answer(self, request: Request, write: Callable[[Answer], bytes]) -> bytes:
+        """The answer to `request` as `write` puts it.
+
+        Raises:
+            MillraceError: it names what does not exist, its values are wrong, or the store does not answer.
+        """
+        selection = self._current().find(request.wanted)
+        rows = given(selection, request.columns)
+        at_us = to_us(self._clock.now())
+        service = selection.service
+        asks, known = await self._serving.fetched(service, rows.rows, at_us)
+
+        def finish() -> bytes:
+            parts = service.parts(asks, known, rows.rows, at_us)
+            answer = Answer(selection, rows, parts, request.with_versions)
+            _count(answer)
+            return write(answer)
+
+        return finish() if len(rows.rows) <= service.rows_on_loop else await asyncio.to_thread(finish)
+
+
+def _count(answer: Answer) -> None:
+    label = answer.selection.label or UNNAMED
+    present = missing = expired = 0
+    for block in answer.selection.blocks:
+        part, width = answer.parts[block.part], len(block.names)
+        absent = sum(values is None for values in part.values)
+        present += (answer.rows - absent) * width
+        expired += len(part.expired) * width
+        missing += (absent - len(part.expired)) * width
+    READ_ROWS.labels(label).inc(answer.rows)
+    for status, count in (("present", present), ("missing", missing), ("expired", expired)):
+        if count:
+            READ_FEATURES.labels(label, status).inc(count)
