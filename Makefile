@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 PACKAGES := protos libs/kit libs/sdk $(wildcard services/*)
 EXIT ?=
 AREA ?= gateway
+POINTS ?= 20
+SEED ?= 20130501
 
 ##@ Use it
 .PHONY: run
@@ -30,6 +32,10 @@ test-unit: setup ## Only the tests that need nothing but Python
 .PHONY: perf
 perf: setup ## Measure AREA=gateway|features|ingestion|stream and print the table (build/perf/<area>.json)
 	@$(BIN)/python -m tests.perf.$(AREA)
+
+.PHONY: soak
+soak: setup ## kill -9 of ingestion, the feature service, Kafka and Redis at POINTS=20 random points under load (SEED=n)
+	@MILLRACE_KILL_POINTS=$(POINTS) MILLRACE_KILL_SEED=$(SEED) $(BIN)/pytest -q -s tests/chaos/test_data_kill.py
 
 .PHONY: check
 check: setup ## Lint, types and import rules
