@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -55,6 +56,8 @@ class Release:
     """Scratch space: client certificates, manifests."""
     namespace: str = NAMESPACE
     environment: dict[str, str] = field(default_factory=dict)
+    token: str = field(default_factory=lambda: secrets.token_hex(2))
+    """Part of the names of what tests make, so that a run meets nothing of an earlier one."""
 
     def __post_init__(self) -> None:
         self.environment = {
@@ -62,6 +65,10 @@ class Release:
             "KUBECONFIG": str(self.kubeconfig),
             "PATH": f"{ROOT / '.venv' / 'bin'}:{binaries.BIN}:{os.environ['PATH']}",
         }
+
+    def fresh(self, name: str) -> str:
+        """A name that no earlier run used."""
+        return f"{name}-{self.token}"
 
     def call(
         self, *command: str, stdin: str | None = None, timeout_s: float = CALL_TIMEOUT_S

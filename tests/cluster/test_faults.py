@@ -116,9 +116,10 @@ def _stop_api_server(load: Load, rate: float) -> None:
 
 
 def test_what_dies_comes_back_and_clients_see_nothing(release: Release, client: Client) -> None:
-    name, rate = "faults", 30.0
+    name, rate = release.fresh("faults"), 30.0
+    table = name.replace("-", "_")
     contract = ingestion_pb2.DataContract(
-        name="faults",
+        name=table,
         columns=[
             ingestion_pb2.Column(name="id", type=ingestion_pb2.COLUMN_TYPE_STRING),
             ingestion_pb2.Column(name="at", type=ingestion_pb2.COLUMN_TYPE_TIMESTAMP),
@@ -131,7 +132,7 @@ def test_what_dies_comes_back_and_clients_see_nothing(release: Release, client: 
     models.create(client, name, ("1.0.0", "1.1.0"))
     release.apply(models.manifest(name, "1.0.0", server={"replicas": 2}))
     release.wait_stable(name, "1.0.0")
-    writer = Writer(release, "faults")
+    writer = Writer(release, table)
     with Load(release.address("gateway"), name, models.WIDTH, rate=rate) as load:
         writer.start()
         load.wait_for(20)
@@ -161,6 +162,6 @@ def test_what_dies_comes_back_and_clients_see_nothing(release: Release, client: 
     assert not writer.is_alive()
     assert writer.acknowledged > 0
     eventually("every pod is Ready", lambda: not release.unready() or None, 180, release.unready)
-    rows = eventually("every acknowledged record", lambda: client.ingestion.table("faults").rows or None, 60)
+    rows = eventually("every acknowledged record", lambda: client.ingestion.table(table).rows or None, 60)
     assert rows == writer.acknowledged
     assert load.errors == []

@@ -46,7 +46,7 @@ def _server(replicas: int, resource: str = GPU, **placement: object) -> dict[str
 
 
 def test_without_a_gpu_it_waits_and_says_why_and_runs_once_there_is_one(release: Release, client: Client) -> None:
-    name = "gpu-real"
+    name = release.fresh("gpu-real")
     models.create(client, name, ("1.0.0",))
     release.apply(models.manifest(name, "1.0.0", server=_server(1), progressDeadlineSeconds=600))
 
@@ -74,9 +74,9 @@ def test_without_a_gpu_it_waits_and_says_why_and_runs_once_there_is_one(release:
 
 def test_replicas_spread_over_nodes_of_the_product_they_ask_for(release: Release, client: Client) -> None:
     wanted = {
-        "gpu-h200": (_server(4, nodeSelector={"nvidia.com/gpu.product": "NVIDIA-H200"}), "h200-"),
-        "gpu-l4": (_server(3, nodeSelector={"nvidia.com/gpu.product": "NVIDIA-L4"}), "l4-"),
-        "gpu-mig": (_server(4, MIG), "mig-"),
+        release.fresh("gpu-h200"): (_server(4, nodeSelector={"nvidia.com/gpu.product": "NVIDIA-H200"}), "h200-"),
+        release.fresh("gpu-l4"): (_server(3, nodeSelector={"nvidia.com/gpu.product": "NVIDIA-L4"}), "l4-"),
+        release.fresh("gpu-mig"): (_server(4, MIG), "mig-"),
     }
     with simulated(release.kubeconfig, FLEET):
         for name, (server, _) in wanted.items():

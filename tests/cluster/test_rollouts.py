@@ -27,7 +27,7 @@ def _serve(release: Release, client: Client, name: str, *versions: str, slow: tu
 
 
 def test_a_first_version_answers_soon_after_apply(release: Release, client: Client) -> None:
-    name = "first"
+    name = release.fresh("first")
     models.create(client, name, ("1.0.0",))
     applied = time.monotonic()
     release.apply(models.manifest(name, "1.0.0"))
@@ -39,7 +39,7 @@ def test_a_first_version_answers_soon_after_apply(release: Release, client: Clie
 
 
 def test_canary_goes_to_all_traffic_and_its_weights_are_what_clients_see(release: Release, client: Client) -> None:
-    name = "steps"
+    name = release.fresh("steps")
     _serve(release, client, name, "1.0.0", "1.1.0")
     with Load(release.address("gateway"), name, models.WIDTH) as load:
         load.wait_for(20)
@@ -74,7 +74,7 @@ def _hold(release: Release, name: str, weight: float) -> None:
 
 
 def test_slow_version_is_rolled_back_by_its_gate(release: Release, client: Client) -> None:
-    name = "slow"
+    name = release.fresh("slow")
     _serve(release, client, name, "1.0.0", "1.1.0", slow=("1.1.0",))
     with Load(release.address("gateway"), name, models.WIDTH, rate=20) as load:
         load.wait_for(20)
@@ -99,7 +99,7 @@ def test_slow_version_is_rolled_back_by_its_gate(release: Release, client: Clien
 
 
 def test_verbs_of_the_plugin(release: Release, client: Client) -> None:
-    name = "verbs"
+    name = release.fresh("verbs")
     _serve(release, client, name, "1.0.0", "1.1.0", "1.2.0")
     held = [{"weight": 20, "pause": {}}, {"weight": 100}]
 
@@ -154,7 +154,7 @@ def test_bad_manifest_is_refused_with_the_field_named(release: Release) -> None:
 
 
 def test_blue_green_switches_at_once_and_back(release: Release, client: Client) -> None:
-    name = "bluegreen"
+    name = release.fresh("bluegreen")
     _serve(release, client, name, "1.0.0", "1.1.0")
     with Load(release.address("gateway"), name, models.WIDTH) as load:
         began = time.monotonic()

@@ -20,7 +20,7 @@ def client(release: Release) -> Iterator[Client]:
 
 
 def test_upgrade_rollback_and_uninstall(release: Release, client: Client) -> None:
-    name = "upgrade"
+    name = release.fresh("upgrade")
     models.create(client, name, ("1.0.0",))
     release.apply(models.manifest(name, "1.0.0", server={"replicas": 2}))
     release.wait_stable(name, "1.0.0")
