@@ -15,9 +15,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import redis
-import redis.asyncio
 from millrace_kit.bus import TopicPartition
-from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -26,6 +24,7 @@ from millrace_feature.redis_calls import asked, transaction
 from millrace_feature.redis_changes import SEEN_PER_SOURCE, ChangeWriter, in_parts
 from millrace_feature.redis_groups import RedisGroups
 from millrace_feature.redis_layout import CHUNK_HOPS, Group, Keys, Progress
+from millrace_feature.redis_pipeline import PipelinedRedis
 from millrace_feature.redis_reads import RedisAnswers, RedisReader
 from millrace_feature.rows import Row
 from millrace_feature.settings import RedisSettings
@@ -55,14 +54,7 @@ class RedisOnlineStore:
         self._client = redis.Redis.from_url(
             settings.url, socket_timeout=settings.write_timeout_s, retry=Retry(NoBackoff(), 0), **common
         )
-        pool = redis.asyncio.BlockingConnectionPool.from_url(
-            settings.url,
-            socket_timeout=settings.read_timeout_s,
-            timeout=settings.read_timeout_s,
-            retry=AsyncRetry(NoBackoff(), 0),
-            **common,
-        )
-        self._reader = RedisReader(redis.asyncio.Redis.from_pool(pool), self._keys, settings.read_timeout_s)
+        self._reader = RedisReader(PipelinedRedis(settings), self._keys, settings.read_timeout_s)
         self._opened: dict[str, Group] = {}
         self._groups = RedisGroups(self._client, self._keys)
 

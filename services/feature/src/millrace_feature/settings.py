@@ -22,11 +22,13 @@ class RedisSettings(Settings):
     prefix: str = "millrace:feature:"
     """What the names of all keys begin with; installations that share a database need different ones."""
     read_timeout_s: float = Field(default=2.0, gt=0, le=30)
-    """Longest wait of an online read for Redis, a free connection included; then the caller gets UNAVAILABLE."""
+    """Longest wait of an online read for Redis, a connection included; then the caller gets UNAVAILABLE."""
     write_timeout_s: float = Field(default=10.0, gt=0, le=300)
     """Longest wait for one answer while records are applied or groups are filled."""
     max_connections: int = Field(default=64, ge=2, le=10_000)
-    """Connections of one replica for reads, and as many for its worker; reads wait for a free one."""
+    """Connections of one replica's worker. Its reads share one connection: their commands go together, in the order they come."""
+    max_waiting_reads: int = Field(default=10_000, ge=1, le=1_000_000)
+    """Reads of one process that may wait for Redis; the next one gets UNAVAILABLE at once."""
 
 
 class OnlineStoreSettings(Settings):
