@@ -1,0 +1,1 @@
+"""Backup and restore of the lake and of the database that belongs to it."""
