@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from millrace_kit.entry import run_service
 from millrace_kit.server import Service, Worker
 from millrace_kit.sql import migrate, open_engine
 
+from millrace_ingestion.backup import command
 from millrace_ingestion.backup import command
 from millrace_ingestion.contract_messages import contract_bytes, contract_from_bytes
 from millrace_ingestion.contracts import QUARANTINE_SUFFIX, Contract
