@@ -2,11 +2,10 @@
 
 import asyncio
 import sys
-import sys
 from datetime import timedelta
 from pathlib import Path
 
-from millrace_api.ingestion.v1 import ingestion_pb2_grpc, sources_pb2_grpc
+from millrace_api.ingestion.v1 import ingestion_pb2_grpc
 from millrace_kit.bus import open_bus
 from millrace_kit.clock import Clock, SystemClock
 from millrace_kit.content import lake_options
@@ -14,7 +13,6 @@ from millrace_kit.entry import run_service
 from millrace_kit.server import Service, Worker
 from millrace_kit.sql import migrate, open_engine
 
-from millrace_ingestion.backup import command
 from millrace_ingestion.backup import command
 from millrace_ingestion.contract_messages import contract_bytes, contract_from_bytes
 from millrace_ingestion.contracts import QUARANTINE_SUFFIX, Contract
@@ -31,8 +29,6 @@ from millrace_ingestion.quarantine import Quarantine
 from millrace_ingestion.retention import LetterRetention
 from millrace_ingestion.servicer import IngestionServicer
 from millrace_ingestion.settings import IngestionSettings
-from millrace_ingestion.sources.servicer import SourceServicer
-from millrace_ingestion.sources.wiring import make_supervisor
 from millrace_ingestion.store import Store
 
 MIGRATIONS = Path(__file__).with_name("migrations")
@@ -111,20 +107,14 @@ async def build(
     if settings.dead_letter_topics:
         workers.append(Worker("dead-letter-topic", LetterRelay(letter_store, bus, clock).run))
 
-    supervisor = make_supervisor(settings, engine, ingestor, clock)
-    sources = SourceServicer(supervisor, ingestor)
-
     async def close_database() -> None:
         await asyncio.to_thread(engine.dispose)
 
     return Service(
         "ingestion",
-        add_servicers=[
-            lambda server: ingestion_pb2_grpc.add_IngestionServiceServicer_to_server(servicer, server),
-            lambda server: sources_pb2_grpc.add_SourceServiceServicer_to_server(sources, server),
-        ],
-        grpc_services=["millrace_api.ingestion.v1.IngestionService", "millrace_api.ingestion.v1.SourceService"],
-        workers=[*workers, Worker("sources", supervisor.run)],
+        add_servicers=[lambda server: ingestion_pb2_grpc.add_IngestionServiceServicer_to_server(servicer, server)],
+        grpc_services=["millrace_api.ingestion.v1.IngestionService"],
+        workers=workers,
         closers=[close_database, bus.close],
     )
 
