@@ -164,6 +164,97 @@ DATA = (
         "ops",
     ),
 )
+FEATURES = (
+    Panel(
+        "What share of batches is readable within a second?",
+        (
+            (
+                "1 - millrace:feature_freshness_slow:ratio_rate5m{%%}",
+                "{{contract}}",
+            ),
+        ),
+        "percentunit",
+    ),
+    Panel(
+        "How much of the month's allowance burns?",
+        (
+            ("millrace:feature_freshness_slow:ratio_rate1h{%%} / 0.01", "{{contract}} 1 h"),
+            ("millrace:feature_freshness_slow:ratio_rate6h{%%} / 0.01", "{{contract}} 6 h"),
+        ),
+    ),
+    Panel(
+        "How old is an event when it can be read?",
+        (
+            (_quantile(0.5, "millrace_feature_event_freshness_seconds", "contract"), "{{contract}} p50"),
+            (_quantile(0.99, "millrace_feature_event_freshness_seconds", "contract"), "{{contract}} p99"),
+        ),
+        "s",
+    ),
+    Panel(
+        "How far behind is each contract?",
+        (("max by (contract) (millrace_feature_lag_messages{%%})", "{{contract}} messages"),),
+    ),
+    Panel(
+        "What share of served values is not what the lake says?",
+        (
+            (
+                (
+                    'sum by (feature) (increase(millrace_feature_consistency_values_total{%%,outcome!="equal"}[1h]))'
+                    " / sum by (feature) (increase(millrace_feature_consistency_values_total{%%}[1h]))"
+                ),
+                "{{feature}}",
+            ),
+        ),
+        "percentunit",
+    ),
+    Panel(
+        "How are they different?",
+        (
+            (
+                _rate("millrace_feature_consistency_values_total", "outcome", ',outcome!="equal"'),
+                "{{outcome}}",
+            ),
+        ),
+        "ops",
+    ),
+    Panel(
+        "How far apart are the numbers (SMAPE)?",
+        (
+            (
+                (
+                    "sum by (feature) (increase(millrace_feature_consistency_error_total{%%}[1h]))"
+                    " / sum by (feature) (increase(millrace_feature_consistency_pairs_total{%%}[1h]))"
+                ),
+                "{{feature}}",
+            ),
+        ),
+    ),
+    Panel(
+        "Does the check keep up?",
+        (
+            (_rate("millrace_feature_consistency_samples_total", "result"), "{{result}}"),
+            ("max(millrace_feature_consistency_waiting{%%})", "waiting"),
+        ),
+    ),
+    Panel(
+        "What do checks hold back?",
+        (
+            (
+                _rate("millrace_ingestion_records_total", "contract, result", ',result=~"rejected|quarantined"'),
+                "{{contract}} {{result}}",
+            ),
+        ),
+        "ops",
+    ),
+    Panel(
+        "Are records applied again or unreadable?",
+        (
+            (_rate("millrace_feature_repeated_batches_total", "contract"), "{{contract}} repeated"),
+            (_rate("millrace_feature_bad_messages_total", "contract"), "{{contract}} unreadable"),
+        ),
+        "ops",
+    ),
+)
 LEARNING = (
     Panel(
         "How many predictions and outcomes come in?",
@@ -230,6 +321,7 @@ DASHBOARDS = {
     "traffic": ("Millrace: traffic", TRAFFIC),
     "rollouts": ("Millrace: rollouts", ROLLOUTS),
     "data": ("Millrace: records and features", DATA),
+    "features": ("Millrace: freshness and consistency", FEATURES),
     "learning": ("Millrace: drift and training", LEARNING),
     "services": ("Millrace: services", SERVICES),
 }

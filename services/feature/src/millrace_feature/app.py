@@ -26,6 +26,7 @@ from millrace_feature.feast_wire.http_edge import FeastHttp
 from millrace_feature.feast_wire.http_server import HttpServer
 from millrace_feature.feast_wire.reads import FeastReads
 from millrace_feature.following import DefinitionsFollower
+from millrace_feature.lag import LagMeter
 from millrace_feature.lake import Lake, Limits
 from millrace_feature.servicer import FeatureServicer
 from millrace_feature.serving import Serving
@@ -147,6 +148,7 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
     workers = [
         Worker("stream", worker.run),
         Worker("definitions", DefinitionsFollower(catalog, worker, settings).run),
+        Worker("lag", LagMeter(store, worker, ends).run),
         Worker("consistency-log", checker.log_samples),
         Worker("consistency-check", checker.check_settled),
     ]

@@ -15,11 +15,6 @@ BAD_MESSAGES = Counter(
 )
 WATERMARK = Gauge("millrace_feature_watermark_seconds", "Newest event time applied, Unix seconds.", ["contract"])
 LAG = Gauge("millrace_feature_lag_messages", "Bus messages not yet applied, as of the last poll.", ["contract"])
-FRESHNESS = Histogram(
-    "millrace_feature_freshness_seconds",
-    "Time from the bus taking a batch to its values being readable.",
-    buckets=(0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60, 600),
-)
 FILL_SECONDS = Histogram(
     "millrace_feature_fill_seconds", "Time to fill a view from the lake.", buckets=(0.1, 0.5, 1, 5, 10, 60, 600)
 )

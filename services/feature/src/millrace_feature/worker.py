@@ -23,8 +23,9 @@ from millrace_kit.errors import MillraceError, UnavailableError
 from millrace_kit.telemetry import consumer_span
 
 from millrace_feature.batches import plan_change, read_messages
+from millrace_feature.freshness import note_readable
 from millrace_feature.lake import NO_TABLE, Lake
-from millrace_feature.metrics import FILL_SECONDS, FRESHNESS, LAG, WATERMARK
+from millrace_feature.metrics import FILL_SECONDS, LAG, WATERMARK
 from millrace_feature.plan import Definitions, LatestView, View, WindowView
 from millrace_feature.rows import Row
 from millrace_feature.serving import Serving
@@ -329,9 +330,7 @@ class StreamWorker:
         self._positions.update(change.positions)
         self._mine.update(change.positions)
         self._followed.update(change.followed)
-        now_ms = time.time_ns() // 1_000_000
-        for message in messages:
-            FRESHNESS.observe(max(0, now_ms - message.timestamp_ms) / 1000)
+        note_readable(messages, reading.batches, definitions)
         for contract, followed in change.followed.items():
             if followed.watermark_us is not None:
                 WATERMARK.labels(contract).set(followed.watermark_us / 1e6)

@@ -13,7 +13,7 @@ from millrace_kit.errors import FailedPreconditionError, NotFoundError, Unavaila
 
 from millrace_feature.consistency.comparison import KINDS, compare, in_windows
 from millrace_feature.consistency.log import ConsistencyLog, Finding, Logged, Rates
-from millrace_feature.consistency.metrics import CHECKED_UNTIL, ERROR, PAIRS, SAMPLES, VALUES, WAITING
+from millrace_feature.consistency.metrics import CHECK_LAG, ERROR, PAIRS, SAMPLES, VALUES, WAITING
 from millrace_feature.consistency.samples import Sampler
 from millrace_feature.lake import NO_TABLE, Lake
 from millrace_feature.plan import Definitions, ServicePlan, ValueType
@@ -109,7 +109,7 @@ class Checker:
             self._check(digest, name, rows)
         waiting, oldest_us = self._kept.waiting()
         WAITING.set(waiting)
-        CHECKED_UNTIL.set((before_us if oldest_us is None else min(oldest_us, before_us)) / 1e6)
+        CHECK_LAG.set(0.0 if oldest_us is None else max(0, before_us - oldest_us) / 1e6)
         if now_us >= self._next_forget_us:
             self._next_forget_us = now_us + FORGET_EVERY_US
             self._kept.forget(now_us - self._settings.keep_s * 1_000_000)

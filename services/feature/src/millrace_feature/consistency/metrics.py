@@ -22,7 +22,6 @@ ERROR = Counter(
     ["feature_service", "feature"],
 )
 WAITING = Gauge("millrace_feature_consistency_waiting", "Logged answers that are not checked yet.")
-CHECKED_UNTIL = Gauge(
-    "millrace_feature_consistency_checked_until_seconds",
-    "Answers served before this instant are checked, Unix seconds.",
+CHECK_LAG = Gauge(
+    "millrace_feature_consistency_check_lag_seconds", "How long the oldest answer waits beyond its time to settle."
 )
