@@ -19,6 +19,7 @@ from millrace_feature.consistency.samples import Sample, Sampler, is_sampled
 from millrace_feature.serving import Vector
 from millrace_feature.settings import ConsistencySettings
 from millrace_feature.store import Change
+from millrace_feature.tile_fields import FieldChange, layout_of
 from millrace_feature.tiles import reduce_rows
 from millrace_kit.clock import FakeClock
 from millrace_kit.sql import open_engine
@@ -173,9 +174,9 @@ def plant(store, registry: bytes) -> None:
     view = compile_registry("test", registry).definitions.view("by_user")
     newest = events().slice(3, 1)
     tiles = reduce_rows(
-        newest, keys=view.join_keys, event_time=view.event_time, columns=view.columns, hop_us=view.hop_us
+        newest, keys=view.join_keys, event_time=view.event_time, schema=view.schema, unit_us=view.step_us
     )
-    store.apply(Change(tiles=[(view.group, tiles)]))
+    store.apply(Change(tiles=[(view.group, FieldChange(layout_of(view), [tiles]))]))
 
 
 async def test_a_planted_difference_is_found_where_it_is(

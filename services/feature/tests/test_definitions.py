@@ -103,7 +103,12 @@ def test_what_cannot_be_computed_is_named(small_objects, make_registry) -> None:
 
     assert "count_distinct" in refused(aggregation(function="count_distinct"))
     assert "whole slide_intervals" in refused(aggregation(time_window=timedelta(minutes=12)))
-    assert "one slide_interval" in refused(aggregation(slide_interval=timedelta(minutes=1)))
+    assert "whole slide_intervals" in refused(aggregation(slide_interval=timedelta(minutes=3)))
+    assert "approx_count_distinct" in refused(aggregation(function="p101"))
+    assert "amount_count_10m" in refused(aggregation(function="approx_percentile(1.5)"))
+    assert "millrace.head" in refused(lambda view: view.tags.update({"millrace.head": "7m"}))
+    assert "millrace.late_by" in refused(lambda view: view.tags.update({"millrace.late_by": "soon"}))
+    assert "created_timestamp_column" in refused(lambda view: view.tags.update({"millrace.late_by": "2h"}))
     assert "needs a column" in refused(aggregation(column=""))
     assert "no aggregation of that name" in refused(lambda view: view.aggregations.pop(0))
     assert "entities" in refused(lambda view: view.entities.clear())
@@ -111,6 +116,33 @@ def test_what_cannot_be_computed_is_named(small_objects, make_registry) -> None:
     objects = [o for o in small_objects() if getattr(o, "name", "") != "newest"]
     with pytest.raises(InvalidArgumentError, match="newest"):
         compile_registry("p", make_registry(objects))
+
+
+def test_functions_slides_heads_and_late_bounds_are_compiled(small_objects, make_registry) -> None:
+    import_feast()
+    from datetime import timedelta
+
+    from feast.aggregation import Aggregation
+
+    minutes = {"p99.9": 15, "approx_percentile(0.5)": 10, "stddev": 30, "approx_count_distinct": 60}
+    objects = small_objects()
+    view = next(o for o in objects if getattr(o, "name", "") == "by_both")
+    view.aggregations = [
+        Aggregation(column="amount", function=f, time_window=timedelta(minutes=m), name=f"amount_{n}_10m")
+        for (f, m), n in zip(minutes.items(), ("count", "sum", "mean", "min"), strict=True)
+    ]  # no slide: windows that tumble
+    view.features = [f for f in view.features if f.name != "amount_max_10m"]
+    objects = [o for o in objects if type(o).__name__ != "FeatureService"]
+    view.tags = {"millrace.head": "1m", "millrace.late_by": "2h"}
+    view.stream_source.batch_source.created_timestamp_column = "came"
+    view.batch_source.created_timestamp_column = "came"
+    compiled = compile_registry("p", make_registry(objects)).definitions.view("by_both")
+    assert isinstance(compiled, WindowView)
+    assert {a.function: a.slide_us for a in compiled.aggregates} == {
+        "p99.9": 900_000_000, "p50": 600_000_000, "std": 1_800_000_000, "distinct": 3_600_000_000
+    }  # fmt: skip
+    assert (compiled.hop_us, compiled.head_us) == (300_000_000, 60_000_000)
+    assert (compiled.arrived_at, compiled.late_us) == ("came", 7_200_000_000)
 
 
 def test_a_text_feature_is_refused_in_the_vector(small_objects, make_registry) -> None:

@@ -111,6 +111,7 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
     serving = Serving(
         store,
         read_behind_us=settings.read_behind_s * 1_000_000,
+        head_behind_us=settings.head_behind_s * 1_000_000,
         reader_of=RowReader,
         observe=sampler.observe if sampling.sample_rate else None,
     )

@@ -6,15 +6,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from google.protobuf.message import DecodeError
 from millrace_api.events.v1 import events_pb2
 from millrace_kit.bus import Message, TopicPartition, records_topic
 
-from millrace_feature.metrics import APPLIED_RECORDS, BAD_MESSAGES, REPEATED_BATCHES
-from millrace_feature.plan import Definitions, LatestView, View
+from millrace_feature.metrics import APPLIED_RECORDS, BAD_MESSAGES, LATE_RECORDS, REPEATED_BATCHES
+from millrace_feature.plan import Definitions, LatestView, View, WindowView
 from millrace_feature.rows import Row, pick_rows
 from millrace_feature.store import Change, Followed
-from millrace_feature.tiles import Tiles, event_times, reduce_rows
+from millrace_feature.tile_fields import FieldChange, layout_of
+from millrace_feature.tiles import MICROSECONDS, event_times, reduce_rows
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +88,7 @@ def plan_change(
         followed: progress before.
         until_us: event times after this instant do not move the watermark.
     """
-    tiles: list[tuple[str, Tiles]] = []
+    tiles: list[tuple[str, FieldChange]] = []
     rows: list[tuple[str, Sequence[Row]]] = []
     for group, view in {view.group: view for view in definitions.views}.items():
         table = _joined(view, [b for b in reading.batches if b.contract == view.contract and b.version > cuts[group]])
@@ -95,10 +97,12 @@ def plan_change(
         if isinstance(view, LatestView):
             rows.append((group, _pick(view, table)))
         else:
+            counted, late = timely(view, table)
+            LATE_RECORDS.labels(view.name).inc(late)
             reduced = reduce_rows(
-                table, keys=view.join_keys, event_time=view.event_time, columns=view.columns, hop_us=view.hop_us
+                counted, keys=view.join_keys, event_time=view.event_time, schema=view.schema, unit_us=view.step_us
             )
-            tiles.append((group, reduced))
+            tiles.append((group, FieldChange(layout_of(view), [reduced])))
     moved = dict(_progress(reading.batches, definitions, followed, until_us))
     groups: dict[str, list[str]] = {batch.contract: [] for batch in reading.batches}
     for group, view in {view.group: view for view in definitions.views}.items():
@@ -113,10 +117,25 @@ def _pick(view: LatestView, table: pa.Table) -> Sequence[Row]:
     return pick_rows(table, keys=view.join_keys, event_time=view.event_time, columns=view.features)
 
 
+def timely(view: WindowView, table: pa.Table) -> tuple[pa.Table, int]:
+    """(rows that did not come in too late for the view, how many did). A row without event time or arrival is not late."""
+    if not view.late_us or not table.num_rows:
+        return table, 0
+    times = [
+        table.column(name).cast(MICROSECONDS, safe=False).cast(pa.int64())
+        for name in (view.arrived_at, view.event_time)
+    ]
+    late = pc.fill_null(pc.greater(pc.subtract(*times), view.late_us), fill_value=False)
+    count = int(pc.sum(late).as_py() or 0)
+    return (table.filter(pc.invert(late)), count) if count else (table, 0)
+
+
 def _joined(view: View, batches: Iterable[Batch]) -> pa.Table | None:
     """The view's columns of all batches; a column an older contract version lacks is null."""
-    columns = view.features if isinstance(view, LatestView) else view.columns
-    names = list(dict.fromkeys([view.event_time, *view.join_keys, *columns]))
+    if isinstance(view, LatestView):
+        names = list(dict.fromkeys([view.event_time, *view.join_keys, *view.features]))
+    else:
+        names = list(view.source_columns)
     tables = []
     for batch in batches:
         present = {name: batch.table.column(name) for name in names if name in batch.table.column_names}

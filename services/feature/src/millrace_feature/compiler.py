@@ -5,6 +5,8 @@ in this process, by Feast's design. Who may call ApplyDefinitions may run code h
 """
 
 import hashlib
+import math
+import re
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,8 +15,8 @@ from typing import Any
 from millrace_kit.errors import InvalidArgumentError
 
 from millrace_feature.feast_import import import_feast
+from millrace_feature.functions import KNOWN, canonical
 from millrace_feature.plan import (
-    FUNCTIONS,
     Aggregate,
     Definitions,
     LatestView,
@@ -31,6 +33,11 @@ DUMMY_ENTITY = "__dummy"
 MAX_OBJECTS = 10_000
 MAX_TILES_PER_WINDOW = 100_000
 DEFAULT_HOP_US = 300_000_000
+HEAD_TAG = "millrace.head"
+"""`fresh` counts events up to the asked instant, `1m` up to the last whole minute; else up to the last complete slide."""
+LATE_TAG = "millrace.late_by"
+"""Rows that came in later than this after their event time do not count, anywhere."""
+_UNITS_US = {"ms": 1_000, "s": 1_000_000, "m": 60_000_000, "h": 3_600_000_000, "d": 86_400_000_000}
 
 _TYPES: Mapping[str, ValueType] = {
     "STRING": "string",
@@ -314,12 +321,7 @@ class _Compiler:
 
     def _windows(self, spec: Any) -> WindowView:
         contract, column, keys = self._place(spec)
-        hops = {a.slide_interval.ToMicroseconds() for a in spec.aggregations if a.HasField("slide_interval")}
-        if spec.HasField("tiling_hop_size") and spec.enable_tiling:
-            hops = {spec.tiling_hop_size.ToMicroseconds()}
-        if len(hops) > 1:
-            raise InvalidArgumentError(FIELD, f"view {spec.name!r} needs one slide_interval for all its aggregations")
-        hop_us = hops.pop() if hops else DEFAULT_HOP_US
+        hop_us = _hop_us(spec)
         found: dict[str, Aggregate] = {}
         for aggregation in spec.aggregations:
             aggregate = _aggregate(spec.name, aggregation, hop_us)
@@ -328,7 +330,19 @@ class _Compiler:
         names = [f.name for f in spec.features if f.name not in keys and f.name != column] or list(found)
         if missing := [name for name in names if name not in found]:
             raise InvalidArgumentError(FIELD, f"{spec.name}.{missing[0]} has no aggregation of that name")
-        return WindowView(spec.name, contract, column, keys, hop_us, tuple(found[name] for name in names))
+        aggregates = tuple(found[name] for name in names)
+        head_us = _head_us(spec.name, spec.tags.get(HEAD_TAG, ""), hop_us)
+        late_us = _duration_us(spec.name, LATE_TAG, spec.tags[LATE_TAG]) if LATE_TAG in spec.tags else 0
+        arrived_at = self._arrived_at(spec, contract) if late_us else ""
+        return WindowView(spec.name, contract, column, keys, hop_us, aggregates, head_us, arrived_at, late_us)
+
+    def _arrived_at(self, spec: Any, contract: str) -> str:
+        source = spec.stream_source if spec.stream_source.name else spec.batch_source
+        column = source.created_timestamp_column or source.batch_source.created_timestamp_column
+        if not column:
+            problem = f"has tag {LATE_TAG}, so its source {contract!r} needs a created_timestamp_column"
+            raise InvalidArgumentError(FIELD, f"view {spec.name!r} {problem}: the stream and the lake judge rows by it")
+        return str(column)
 
     def _service(self, spec: Any) -> ServicePlan:
         uses: dict[str, ViewUse] = {}
@@ -419,16 +433,47 @@ def _once(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _hop_us(spec: Any) -> int:
+    """The widest hop of which every slide of the view is a multiple, unless the view names one."""
+    if spec.HasField("tiling_hop_size") and spec.enable_tiling:
+        return int(spec.tiling_hop_size.ToMicroseconds())
+    slides = [a.slide_interval.ToMicroseconds() for a in spec.aggregations if a.HasField("slide_interval")]
+    if len(slides) < len(spec.aggregations):
+        slides.append(DEFAULT_HOP_US)
+    return math.gcd(*slides)
+
+
+def _head_us(view: str, text: str, hop_us: int) -> int:
+    """Unit of a view's fresh head; 0 when it has none."""
+    if text in {"", "hop"}:
+        return 0
+    unit_us = 1 if text == "fresh" else _duration_us(view, HEAD_TAG, text)
+    if not 0 < unit_us < hop_us or hop_us % unit_us:
+        raise InvalidArgumentError(FIELD, f"view {view!r}: tag {HEAD_TAG} must be 'fresh' or a whole part of the hop")
+    return unit_us
+
+
+def _duration_us(view: str, tag: str, text: str) -> int:
+    found = re.fullmatch(r"(\d{1,9})(ms|s|m|h|d)", text)
+    if found is None or int(found.group(1)) == 0:
+        raise InvalidArgumentError(
+            FIELD, f"view {view!r}: tag {tag} must be a time such as 30s, 5m or 2h, not {text!r}"
+        )
+    return int(found.group(1)) * _UNITS_US[found.group(2)]
+
+
 def _aggregate(view: str, aggregation: Any, hop_us: int) -> Aggregate:
     window_us = aggregation.time_window.ToMicroseconds()
+    slide_us = aggregation.slide_interval.ToMicroseconds() if aggregation.HasField("slide_interval") else hop_us
     name = aggregation.name or f"{aggregation.function}_{aggregation.column}_{window_us // 1_000_000}s"
-    if aggregation.function not in FUNCTIONS:
-        raise InvalidArgumentError(
-            FIELD, f"{view}.{name}: function {aggregation.function!r} is none of {', '.join(FUNCTIONS)}"
-        )
+    function = canonical(aggregation.function)
+    if function is None:
+        raise InvalidArgumentError(FIELD, f"{view}.{name}: function {aggregation.function!r} is none of {KNOWN}")
     if not aggregation.column:
         raise InvalidArgumentError(FIELD, f"{view}.{name} needs a column")
-    if hop_us <= 0 or window_us <= 0 or window_us % hop_us or window_us // hop_us > MAX_TILES_PER_WINDOW:
-        problem = f"time_window must be 1 to {MAX_TILES_PER_WINDOW} whole slide_intervals"
+    if slide_us <= 0 or hop_us <= 0 or slide_us % hop_us:
+        raise InvalidArgumentError(FIELD, f"{view}.{name}: slide_interval must be whole hops of the view")
+    if window_us <= 0 or window_us % slide_us or window_us // hop_us > MAX_TILES_PER_WINDOW:
+        problem = f"time_window must be whole slide_intervals, and at most {MAX_TILES_PER_WINDOW} hops"
         raise InvalidArgumentError(FIELD, f"{view}.{name}: {problem}")
-    return Aggregate(name, aggregation.column, aggregation.function, window_us)
+    return Aggregate(name, aggregation.column, function, window_us, 0 if slide_us == hop_us else slide_us)

@@ -83,6 +83,10 @@ class Applier:
             version = newest(view.contract)
             if version == NO_TABLE:
                 continue
-            columns = view.features if isinstance(view, LatestView) else view.columns
+            columns = (
+                (view.event_time, *view.join_keys, *view.features)
+                if isinstance(view, LatestView)
+                else view.source_columns
+            )
             with self._lake.query({view.contract: version}) as query:
-                query.need(view.contract, [view.event_time, *view.join_keys, *columns], f"view {view.name}")
+                query.need(view.contract, columns, f"view {view.name}")

@@ -10,17 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from millrace_kit.bus import TopicPartition
 from millrace_kit.errors import FailedPreconditionError
 from millrace_kit.sql import open_engine, reading
 from sqlalchemy import Connection
 
-from millrace_feature.index import RowIndex, TileIndex
+from millrace_feature.index import FieldIndex, RowIndex
 from millrace_feature.plan import LatestView, View, WindowView
 from millrace_feature.rows import Row, from_text, to_text
-from millrace_feature.store import Ask, Change, Followed, LatestAsk, NewestRow, WindowAsk, rows_bound_us
-from millrace_feature.tiles import Stats, Tiles
+from millrace_feature.store import (
+    Ask,
+    Change,
+    Content,
+    Followed,
+    LatestAsk,
+    NewestRow,
+    WindowAsk,
+    rows_bound_us,
+    rows_of,
+    tiles_of,
+)
+from millrace_feature.tile_fields import FieldChange, Fields, layout_of
 
 FORMAT = 1
 SEEN_LIMIT = 1_000_000
@@ -28,9 +38,10 @@ SEEN_LIMIT = 1_000_000
 
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS grp (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, version INTEGER NOT NULL)",
-    """CREATE TABLE IF NOT EXISTS tile (
-        grp INTEGER NOT NULL, col INTEGER NOT NULL, key TEXT NOT NULL, hop INTEGER NOT NULL,
-        count REAL NOT NULL, sum REAL NOT NULL, low REAL, high REAL, PRIMARY KEY (grp, col, key, hop)) WITHOUT ROWID""",
+    "DROP TABLE IF EXISTS tile",  # how an earlier version kept tiles; the groups are filled anew
+    """CREATE TABLE IF NOT EXISTS field (
+        grp INTEGER NOT NULL, key TEXT NOT NULL, name TEXT NOT NULL, content BLOB NOT NULL,
+        PRIMARY KEY (grp, key, name)) WITHOUT ROWID""",
     """CREATE TABLE IF NOT EXISTS row (
         grp INTEGER NOT NULL, key TEXT NOT NULL, time_us INTEGER NOT NULL, content TEXT NOT NULL,
         PRIMARY KEY (grp, key, time_us)) WITHOUT ROWID""",
@@ -42,10 +53,7 @@ _SCHEMA = (
     """CREATE TABLE IF NOT EXISTS followed (
         contract TEXT PRIMARY KEY, records INTEGER NOT NULL, watermark_us INTEGER, version INTEGER NOT NULL) WITHOUT ROWID""",
 )
-_ADD_TILE = """INSERT INTO tile VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (grp, col, key, hop) DO UPDATE SET
-    count = count + excluded.count, sum = sum + excluded.sum,
-    low = CASE WHEN low IS NULL THEN excluded.low WHEN excluded.low IS NULL THEN low ELSE min(low, excluded.low) END,
-    high = CASE WHEN high IS NULL THEN excluded.high WHEN excluded.high IS NULL THEN high ELSE max(high, excluded.high) END"""
+_PUT_FIELD = "INSERT OR REPLACE INTO field VALUES (?, ?, ?, ?)"
 _PUT_ROW = "INSERT OR REPLACE INTO row VALUES (?, ?, ?, ?)"
 
 
@@ -54,7 +62,7 @@ class _Memory:
     """`Answers` from the groups in memory."""
 
     followed: Mapping[str, Followed]
-    tiles: Mapping[str, TileIndex]
+    tiles: Mapping[str, FieldIndex]
     rows: Mapping[str, RowIndex]
 
     def windows(self, ask: WindowAsk) -> list[list[float]]:
@@ -71,7 +79,7 @@ class EmbeddedOnlineStore:
 
     def __init__(self, path: Path) -> None:
         self._engine = open_engine(f"sqlite:///{path}")
-        self._tiles: dict[str, TileIndex] = {}
+        self._tiles: dict[str, FieldIndex] = {}
         self._rows: dict[str, RowIndex] = {}
         with self._engine.begin() as connection:
             found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
@@ -102,8 +110,8 @@ class EmbeddedOnlineStore:
                 if number is None:
                     continue
                 if isinstance(view, WindowView):
-                    index = TileIndex(len(view.columns))
-                    index.load(_read_tiles(connection, number, len(view.columns)))
+                    index = FieldIndex(layout_of(view))
+                    index.put(_read_fields(connection, number))
                     self._tiles[view.group] = index
                 else:
                     rows = RowIndex()
@@ -114,16 +122,16 @@ class EmbeddedOnlineStore:
         """Nothing is applied while a group is filled."""
         return True
 
-    def fill(self, view: View, content: Tiles | Sequence[Row], *, version: int, followed: Followed | None) -> None:
+    def fill(self, view: View, content: Content, *, version: int, followed: Followed | None) -> None:
         """Make the view's group from the lake at `version`."""
         with self._engine.begin() as connection:
             connection.exec_driver_sql("INSERT INTO grp (name, version) VALUES (?, ?)", (view.group, version))
             number = _number(connection, view.group)
             assert number is not None
-            if isinstance(content, Tiles):
-                _execute(connection, _ADD_TILE, _tile_rows(number, content))
+            if isinstance(view, WindowView):
+                _put_fields(connection, number, FieldChange(layout_of(view), tiles_of(content)).content(None))
             else:
-                _execute(connection, _PUT_ROW, [(number, r.key, r.time_us, to_text(r.values)) for r in content])
+                _put_rows(connection, number, rows_of(content))
             if followed is not None:
                 _put_followed(connection, view.contract, followed)
         self.open([view])
@@ -136,7 +144,7 @@ class EmbeddedOnlineStore:
         for name in set(self.groups()) - wanted:
             with self._engine.begin() as connection:
                 number = _number(connection, name)
-                connection.exec_driver_sql("DELETE FROM tile WHERE grp = ?", (number,))
+                connection.exec_driver_sql("DELETE FROM field WHERE grp = ?", (number,))
                 connection.exec_driver_sql("DELETE FROM row WHERE grp = ?", (number,))
                 connection.exec_driver_sql("DELETE FROM grp WHERE id = ?", (number,))
             self._tiles.pop(name, None)
@@ -169,39 +177,41 @@ class EmbeddedOnlineStore:
 
     def apply(self, change: Change) -> None:
         """Commit `change`, then show it to readers."""
+        fields = [
+            (group, found.content(self._tiles[group].get(found.entities, found.names))) for group, found in change.tiles
+        ]
         kept = [(group, self._rows[group].winners(rows)) for group, rows in change.rows]
         with self._engine.begin() as connection:
             numbers = {name: n for n, name in connection.exec_driver_sql("SELECT id, name FROM grp")}
-            for group, tiles in change.tiles:
-                _execute(connection, _ADD_TILE, _tile_rows(numbers[group], tiles))
+            for group, content in fields:
+                _put_fields(connection, numbers[group], content)
             for group, rows in kept:
-                _execute(connection, _PUT_ROW, [(numbers[group], r.key, r.time_us, to_text(r.values)) for r in rows])
+                _put_rows(connection, numbers[group], rows)
             query = "INSERT INTO seen (contract, source, source_offset) VALUES (?, ?, ?)"
             _execute(connection, query, list(change.seen))
             for contract, followed in change.followed.items():
                 _put_followed(connection, contract, followed)
             places = [(p.topic, p.partition, offset) for p, offset in change.positions.items()]
             _execute(connection, "INSERT OR REPLACE INTO position VALUES (?, ?, ?)", places)
-        for group, tiles in change.tiles:
-            self._tiles[group].add(tiles)
+        for group, content in fields:
+            self._tiles[group].put(content)
         for group, rows in kept:
             self._rows[group].add(rows)
         self._followed = {**self._followed, **change.followed}
 
-    def prune(self, view: View, before_us: int) -> None:
+    def prune(self, view: View, before_us: int, head_before_us: int) -> None:
         """Forget what no read at or after `before_us` needs."""
         with self._engine.begin() as connection:
             number = _number(connection, view.group)
             if isinstance(view, WindowView):
-                before_hop = (before_us - view.reach_us) // view.hop_us
-                connection.exec_driver_sql("DELETE FROM tile WHERE grp = ? AND hop < ?", (number, before_hop))
+                dropped = self._tiles[view.group].prune(before_us - view.reach_us, head_before_us - view.hop_us)
+                names = [(number, key, name) for key, name in dropped]
+                _execute(connection, "DELETE FROM field WHERE grp = ? AND key = ? AND name = ?", names)
             else:
                 _prune_rows(connection, number, view, before_us)
             last = connection.exec_driver_sql("SELECT max(id) FROM seen").scalar() or 0
             connection.exec_driver_sql("DELETE FROM seen WHERE id <= ?", (last - SEEN_LIMIT,))
-        if isinstance(view, WindowView):
-            self._tiles[view.group].prune((before_us - view.reach_us) // view.hop_us)
-        else:
+        if isinstance(view, LatestView):
             self._rows[view.group].prune(rows_bound_us(view, before_us), keep_newest=not view.ttl_us)
 
     async def fetch(self, asks: Sequence[Ask], contracts: Sequence[str]) -> _Memory:  # noqa: ARG002 - all is in memory
@@ -232,38 +242,18 @@ def _put_followed(connection: Connection, contract: str, followed: Followed) -> 
     connection.exec_driver_sql("INSERT OR REPLACE INTO followed VALUES (?, ?, ?, ?)", row)
 
 
-def _tile_rows(number: int, tiles: Tiles) -> list[tuple[Any, ...]]:
-    """Rows of the tile table, one a column and tile; infinities (no value) become NULL."""
-    rows: list[tuple[Any, ...]] = []
-    keys = [tiles.keys[code] for code in tiles.codes.tolist()]
-    hops = tiles.hops.tolist()
-    for column in range(len(tiles.stats.counts)):
-        lows = [v if v != np.inf else None for v in tiles.stats.lows[column].tolist()]
-        highs = [v if v != -np.inf else None for v in tiles.stats.highs[column].tolist()]
-        counts, sums = tiles.stats.counts[column].tolist(), tiles.stats.sums[column].tolist()
-        fixed = [number] * len(keys), [column] * len(keys)
-        rows.extend(zip(*fixed, keys, hops, counts, sums, lows, highs, strict=True))
-    return rows
+def _put_fields(connection: Connection, number: int, fields: Fields) -> None:
+    rows = [(number, key, name, content) for key, named in fields for name, content in named.items()]
+    _execute(connection, _PUT_FIELD, rows)
 
 
-def _read_tiles(connection: Connection, number: int, columns: int) -> Tiles:
-    """Every tile of a group. A tile row exists for each column alike, so the columns line up."""
-    query = "SELECT key, hop, count, sum, low, high FROM tile WHERE grp = ? AND col = ? ORDER BY key, hop"
-    parts = []
-    names: list[str] = []
-    hops = np.zeros(0, np.int64)
-    for column in range(columns):
-        found = connection.exec_driver_sql(query, (number, column)).fetchall()
-        keys, places, *numbers = zip(*found, strict=True) if found else ((), (), (), (), (), ())
-        names, hops = list(keys), np.array(places, np.int64)
-        lows = np.array([np.inf if v is None else v for v in numbers[2]], np.float64)
-        highs = np.array([-np.inf if v is None else v for v in numbers[3]], np.float64)
-        parts.append((np.array(numbers[0], np.float64), np.array(numbers[1], np.float64), lows, highs))
-    distinct = list(dict.fromkeys(names))
-    place = {key: code for code, key in enumerate(distinct)}
-    codes = np.array([place[key] for key in names], np.int64)
-    counts, sums, lows, highs = (np.stack([part[i] for part in parts]) for i in range(4))
-    return Tiles(distinct, codes, hops, Stats(counts, sums, lows, highs))
+def _put_rows(connection: Connection, number: int, rows: Iterable[Row]) -> None:
+    _execute(connection, _PUT_ROW, [(number, r.key, r.time_us, to_text(r.values)) for r in rows])
+
+
+def _read_fields(connection: Connection, number: int) -> Fields:
+    found = connection.exec_driver_sql("SELECT key, name, content FROM field WHERE grp = ?", (number,))
+    return [(key, {name: content}) for key, name, content in found]
 
 
 def _read_rows(connection: Connection, number: int) -> list[Row]:

@@ -1,7 +1,8 @@
 """Reading the lake: Delta tables at exact versions, through DuckDB.
 
-Tiles and rows are computed by SQL over all rows here and by numpy over micro-batches in the stream; a property test holds both to the
-same values. Sums of fractions are added in a fixed order (event time, then value), so a rebuild gives the same bits.
+Plain tiles and rows are computed by SQL over all rows here and by numpy over micro-batches in the stream; a property test holds both to the
+same values. Tiles with more in them are made by the stream's code. Sums of fractions are added in a fixed order (event time, then value),
+so a rebuild gives the same bits.
 """
 
 import contextlib
@@ -18,11 +19,15 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 from millrace_kit.content import lake_options
 from millrace_kit.errors import FailedPreconditionError, NotFoundError, UnavailableError
 
+from millrace_feature.cells import Cells
+from millrace_feature.functions import Schema
 from millrace_feature.plan import LatestView, WindowView
 from millrace_feature.rows import Row, pick_rows
-from millrace_feature.tiles import Ints, Stats, Tiles, encode_key
+from millrace_feature.tiles import Ints, Stats, Tiles, all_tiles, encode_key, reduce_rows
 
 NO_TABLE = -1
+TILE_ROWS = 1_000_000
+"""Rows made into tiles at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,14 +159,31 @@ class Query:
             return f"{name}::DOUBLE"
         return f"CASE WHEN {name} IS NULL THEN NULL ELSE 0::DOUBLE END"
 
-    def tiles(self, view: WindowView, since_us: int | None, before_us: int | None) -> Tiles:
-        """The view's tiles from rows with event time in [since, before), sorted by (code, hop)."""
-        self.need(view.contract, [view.event_time, *view.join_keys, *view.columns], f"view {view.name}")
+    def tiles(self, view: WindowView, since_us: int | None, before_us: int | None, unit_us: int | None = None) -> Tiles:
+        """The view's tiles from rows with event time in [since, before), sorted by (code, hop).
+
+        Args:
+            view: the windows.
+            since_us: oldest event time, on an edge of tiles; None for all.
+            before_us: None for all.
+            unit_us: width of a tile; the view's finest when None.
+        """
+        self.need(view.contract, view.source_columns, f"view {view.name}")
+        unit_us = unit_us or view.step_us
         at = f"epoch_us({quoted(view.event_time)})"
-        keys = [quoted(key) for key in view.join_keys]
-        wanted = [f"{quoted(view.event_time)} IS NOT NULL", *(f"{key} IS NOT NULL" for key in keys)]
+        wanted = [f"{quoted(c)} IS NOT NULL" for c in (view.event_time, *view.join_keys)]
         wanted += [f"{at} >= {since_us}"] if since_us is not None else []
         wanted += [f"{at} < {before_us}"] if before_us is not None else []
+        if view.late_us:
+            arrived = quoted(view.arrived_at)
+            wanted.append(f"({arrived} IS NULL OR epoch_us({arrived}) - {at} <= {view.late_us})")
+        if view.schema.is_plain:
+            return self._plain_tiles(view, " AND ".join(wanted), unit_us)
+        return self._other_tiles(view, " AND ".join(wanted), unit_us)
+
+    def _plain_tiles(self, view: WindowView, where: str, unit_us: int) -> Tiles:
+        """Counts, sums and extremes, grouped by DuckDB."""
+        at = f"epoch_us({quoted(view.event_time)})"
         inner, outer = [], []
         for i, column in enumerate(view.columns):
             inner.append(f"{self._number(view.contract, column)} AS v{i}")
@@ -169,16 +191,32 @@ class Query:
             total = f"sum(v{i})" if exact else f"sum(v{i} ORDER BY at_us, v{i})"
             outer += [f"count(v{i})::DOUBLE AS n{i}", f"coalesce({total}, 0) AS s{i}"]
             outer += [f"coalesce(min(v{i}), 'inf'::DOUBLE) AS l{i}", f"coalesce(max(v{i}), '-inf'::DOUBLE) AS h{i}"]
-        names = [f"k{i}" for i in range(len(keys))]
-        chosen = ", ".join(f"{key} AS {name}" for key, name in zip(keys, names, strict=True))
+        names = [f"k{i}" for i in range(len(view.join_keys))]
+        chosen = ", ".join(f"{quoted(key)} AS {name}" for key, name in zip(view.join_keys, names, strict=True))
         # Integer division rounds towards zero, so hops before 1970 are shifted first.
-        hop = f"(({at} - ((({at} % {view.hop_us}) + {view.hop_us}) % {view.hop_us})) // {view.hop_us})"
+        hop = f"(({at} - ((({at} % {unit_us}) + {unit_us}) % {unit_us})) // {unit_us})"
         table = self.arrow(
             f"SELECT {', '.join(names)}, hop, {', '.join(outer)} FROM "
             f"(SELECT {chosen}, {hop} AS hop, {at} AS at_us, {', '.join(inner)} FROM lake_{view.contract} "
-            f"WHERE {' AND '.join(wanted)}) GROUP BY ALL ORDER BY {', '.join(names)}, hop"
+            f"WHERE {where}) GROUP BY ALL ORDER BY {', '.join(names)}, hop"
         )
-        return _to_tiles(table, names, len(view.columns))
+        return _to_tiles(table, names, view.schema, unit_us)
+
+    def _other_tiles(self, view: WindowView, where: str, unit_us: int) -> Tiles:
+        """Everything else, by the code of the stream over rows in a fixed order."""
+        columns = list(dict.fromkeys([*view.join_keys, view.event_time, *view.columns]))
+        chosen = ", ".join(map(quoted, columns))
+        # One order for each snapshot, however its files are scanned, so that a rebuild gives the same bits.
+        sql = f"SELECT {chosen} FROM lake_{view.contract} WHERE {where} ORDER BY {chosen}"
+        reader = self.connection.sql(sql).to_arrow_reader(TILE_ROWS)
+        parts = (
+            reduce_rows(
+                pa.Table.from_batches([batch]),
+                keys=view.join_keys, event_time=view.event_time, schema=view.schema, unit_us=unit_us,
+            )
+            for batch in reader
+        )  # fmt: skip
+        return all_tiles(parts, view.schema, unit_us)
 
     def rows(self, view: LatestView, since_us: int | None) -> list[Row]:
         """The view's rows with event time from `since`, one per key and time."""
@@ -215,7 +253,8 @@ class Query:
         )
 
 
-def _to_tiles(table: pa.Table, names: Sequence[str], columns: int) -> Tiles:
+def _to_tiles(table: pa.Table, names: Sequence[str], schema: Schema, unit_us: int) -> Tiles:
+    columns = len(schema.columns)
     keys = list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
     hops: Ints = np.asarray(table.column("hop").to_numpy(), dtype=np.int64)
     codes = np.zeros(len(keys), np.int64)
@@ -232,4 +271,6 @@ def _to_tiles(table: pa.Table, names: Sequence[str], columns: int) -> Tiles:
             return np.zeros((0, len(keys)))
         return np.stack([np.asarray(table.column(f"{letter}{i}").to_numpy(), np.float64) for i in range(columns)])
 
-    return Tiles(distinct, codes, hops, Stats(stack("n"), stack("s"), stack("l"), stack("h")))
+    none = np.zeros((0, len(keys)))
+    stats = Stats(stack("n"), stack("s"), stack("l"), stack("h"), none, none, none, none, none)
+    return Tiles(schema, unit_us, distinct, codes, hops, stats, Cells.none())

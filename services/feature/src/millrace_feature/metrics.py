@@ -10,6 +10,11 @@ APPLIED_RECORDS = Counter("millrace_feature_records_total", "Records applied to 
 REPEATED_BATCHES = Counter(
     "millrace_feature_repeated_batches_total", "Batches delivered again and left out.", ["contract"]
 )
+LATE_RECORDS = Counter(
+    "millrace_feature_late_records_total",
+    "Records that came in later than the view's bound and do not count.",
+    ["view"],
+)
 BAD_MESSAGES = Counter(
     "millrace_feature_bad_messages_total", "Bus messages that could not be read and were passed over.", ["contract"]
 )

@@ -1,8 +1,9 @@
 """Compiled definitions: what a request or a build needs to know, as plain values.
 
 A plan is made once per definitions hash (`compiler.py`) and kept as JSON, so neither a request nor a restart touches Feast.
-Windows follow one rule on both sides: with hop h, at instant t a window of width w holds the events whose time lies in
-[floor_h(t) - w, floor_h(t)), so only complete hops count and nothing at or after t does.
+Windows follow one rule on both sides: with slide s, at instant t a window of width w holds the events whose time lies in
+[floor_s(t) - w, floor_s(t)), so only complete slides count and nothing at or after t does. With a fresh head of unit m it is
+[floor_s(t) - w, floor_m(t)): the near end moves with t, the far end stays on the slides' edges.
 """
 
 import base64
@@ -11,8 +12,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Function = Literal["count", "sum", "mean", "min", "max"]
-FUNCTIONS: tuple[Function, ...] = ("count", "sum", "mean", "min", "max")
+from millrace_feature.functions import Schema
+
 ValueType = Literal["string", "int64", "double", "bool", "timestamp"]
 
 
@@ -22,8 +23,11 @@ class Aggregate:
 
     feature: str
     column: str
-    function: Function
+    function: str
+    """Canonical name, see `functions.py`."""
     window_us: int
+    slide_us: int = 0
+    """How far the window moves at once; a multiple of the view's hop, which 0 stands for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,12 @@ class WindowView:
     join_keys: tuple[str, ...]
     hop_us: int
     aggregates: tuple[Aggregate, ...]
+    head_us: int = 0
+    """Unit in which events of the running slide are kept and counted; 0: they are not."""
+    arrived_at: str = ""
+    """Column that says when a row came in; needed for `late_us`."""
+    late_us: int = 0
+    """Rows that came in later than this after their event time do not count, in the stream and in the lake; 0: all count."""
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -43,26 +53,41 @@ class WindowView:
         return tuple(a.feature for a in self.aggregates)
 
     @property
+    def schema(self) -> Schema:
+        """What its tiles hold."""
+        return Schema.of((a.column, a.function) for a in self.aggregates)
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Aggregated columns, sorted."""
         return tuple(sorted({a.column for a in self.aggregates}))
 
     @property
-    def windows_us(self) -> tuple[int, ...]:
-        """Distinct window widths, widest first."""
-        return tuple(sorted({a.window_us for a in self.aggregates}, reverse=True))
+    def source_columns(self) -> tuple[str, ...]:
+        """Every column of the contract it needs."""
+        late = (self.arrived_at,) if self.late_us else ()
+        return tuple(dict.fromkeys([self.event_time, *self.join_keys, *self.columns, *late]))
+
+    @property
+    def windows_us(self) -> tuple[tuple[int, int], ...]:
+        """Distinct (width, slide) of its windows, widest first."""
+        return tuple(sorted({(a.window_us, a.slide_us or self.hop_us) for a in self.aggregates}, reverse=True))
+
+    @property
+    def step_us(self) -> int:
+        """Finest unit of its tiles."""
+        return self.head_us or self.hop_us
 
     @property
     def reach_us(self) -> int:
         """How far back a read looks."""
-        return self.windows_us[0] + self.hop_us
+        return max(width + slide for width, slide in self.windows_us)
 
     @property
     def group(self) -> str:
         """Identity of the stored state: views that share it share tiles; a view that changes it is filled again."""
-        return _identity(
-            "tiles", self.contract, self.event_time, self.join_keys, self.hop_us, self.columns, self.reach_us
-        )
+        place = (self.contract, self.event_time, self.join_keys, self.arrived_at if self.late_us else "", self.late_us)
+        return _identity("tiles 2", *place, self.hop_us, self.head_us, asdict(self.schema), self.reach_us)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,44 +1,19 @@
 """One change to the online store in Redis: what it needs to know, and the commands that make it."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 from millrace_kit.bus import TopicPartition
 
-from millrace_feature.redis_layout import CHUNK_HOPS, Group, Keys, Progress, Run, pack_row, parse_groups, unpack_row
+from millrace_feature.redis_layout import Group, Keys, Progress, pack_row, parse_groups, unpack_row
 from millrace_feature.rows import Row, order_of
 from millrace_feature.store import Change, Followed, StoreFillingError, StoreMovedError
-from millrace_feature.tiles import Tiles
+from millrace_feature.tile_fields import Fields
 
 SEEN_PER_SOURCE = 10_000
 """Batches remembered per source. Ingestion's offsets rise per source, so an older one than these was applied."""
 COMMANDS = 2_000
 """Commands of one round trip while a change is read or a group is filled."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Tiles that go into one hash field."""
-
-    entity: str
-    chunk: int
-    run: Run
-
-
-def pieces(tiles: Tiles) -> Iterator[Piece]:
-    """`tiles`, cut by entity and hash field."""
-    if not len(tiles):
-        return
-    chunks = tiles.hops // CHUNK_HOPS
-    edges = np.flatnonzero(
-        np.r_[True, (tiles.codes[1:] != tiles.codes[:-1]) | (chunks[1:] != chunks[:-1]), True]
-    ).tolist()
-    for start, end in pairwise(edges):
-        run = Run(tiles.hops[start:end], tiles.stats.part(start, end))
-        yield Piece(tiles.keys[int(tiles.codes[start])], int(chunks[start]), run)
 
 
 def in_parts(items: Iterable[Any], size: int = COMMANDS) -> Iterator[list[Any]]:
@@ -68,7 +43,7 @@ class ChangeWriter:
         self._keys = keys
         self._opened = opened
         self._change = change
-        self._tiles: list[tuple[Group, Piece, bytes | None]] = []
+        self._tiles: list[tuple[Group, Fields]] = []
         self._rows: list[tuple[Group, Row, bytes | None]] = []
         self._progress: dict[str, Progress] = {}
 
@@ -113,13 +88,15 @@ class ChangeWriter:
                 raise StoreMovedError(f"groups of contract {contract} have changed")
 
     def _read_tiles(self) -> None:
-        for name, tiles in self._change.tiles:
+        for name, change in self._change.tiles:
             group = self._opened[name]
-            for part in in_parts(pieces(tiles)):
+            old: list[list[bytes | None]] = []
+            for part in in_parts(zip(change.entities, change.names, strict=True)):
                 pipe = self._client.pipeline(transaction=False)
-                for piece in part:
-                    pipe.hget(self._keys.tiles(group.id, piece.entity), piece.chunk)
-                self._tiles += [(group, piece, old) for piece, old in zip(part, pipe.execute(), strict=True)]
+                for entity, names in part:
+                    pipe.hmget(self._keys.tiles(group.id, entity), names)
+                old += pipe.execute()
+            self._tiles.append((group, change.content(old)))
 
     def _read_rows(self) -> None:
         for name, rows in self._change.rows:
@@ -135,10 +112,11 @@ class ChangeWriter:
     def write(self, pipe: Any) -> None:
         """Add the commands to the transaction `pipe`."""
         entities: dict[str, set[str]] = {}
-        for group, piece, old in self._tiles:
-            run = piece.run if old is None else Run.unpack(old, group.columns).merged(piece.run)
-            pipe.hset(self._keys.tiles(group.id, piece.entity), piece.chunk, run.pack())
-            entities.setdefault(group.id, set()).add(piece.entity)
+        for group, fields in self._tiles:
+            for entity, content in fields:
+                pipe.hset(self._keys.tiles(group.id, entity), mapping=content)
+            if fields:
+                entities.setdefault(group.id, set()).update(entity for entity, _content in fields)
         for group, row, loser in self._rows:
             key = self._keys.rows(group.id, row.key)
             if loser is not None:
@@ -173,8 +151,3 @@ def write_positions(pipe: Any, keys: Keys, positions: Mapping[TopicPartition, in
     for place, offset in positions.items():
         pipe.sadd(keys.topics(), place.topic)
         pipe.hset(keys.positions(place.topic), str(place.partition), offset)
-
-
-def group_commands(content: Tiles | Sequence[Row]) -> Iterable[Any]:
-    """What a fill writes: pieces of tiles, or rows."""
-    return pieces(content) if isinstance(content, Tiles) else content

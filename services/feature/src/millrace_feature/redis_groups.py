@@ -13,11 +13,11 @@ from redis.exceptions import LockError, RedisError
 
 from millrace_feature.plan import View, WindowView
 from millrace_feature.redis_calls import asked, transaction
-from millrace_feature.redis_changes import Piece, group_commands, in_parts
+from millrace_feature.redis_changes import in_parts
 from millrace_feature.redis_layout import Group, Keys, Progress, pack_row, parse_groups
 from millrace_feature.rows import Row
-from millrace_feature.store import Followed, StoreMovedError
-from millrace_feature.tiles import Tiles
+from millrace_feature.store import Content, Followed, StoreMovedError, rows_of, tiles_of
+from millrace_feature.tile_fields import FieldChange, layout_of
 
 log = logging.getLogger(__name__)
 
@@ -107,10 +107,13 @@ class RedisGroups:
             self._reserved[view.group] = group
         return done
 
-    def fill(self, view: View, content: Tiles | Sequence[Row], *, version: int, followed: Followed | None) -> None:
+    def fill(self, view: View, content: Content, *, version: int, followed: Followed | None) -> None:
         """Make the view's group from the lake at `version`."""
         group = self._reserved.pop(view.group)
-        for part in in_parts(group_commands(content)):
+        items: Sequence[tuple[str, dict[str, bytes]] | Row] = rows_of(content)
+        if isinstance(view, WindowView):
+            items = FieldChange(layout_of(view), tiles_of(content)).content(None)
+        for part in in_parts(items):
             if self.standing().get(view.group) != group:
                 raise StoreMovedError(f"group {view.group} was reserved by another replica")
             asked(lambda part=part: self._put(group, part))  # type: ignore[misc]
@@ -129,13 +132,14 @@ class RedisGroups:
 
         transaction(self._client, attempt, self._keys.groups, self._keys.followed)
 
-    def _put(self, group: Group, part: Sequence[Piece | Row]) -> None:
+    def _put(self, group: Group, part: Sequence[tuple[str, dict[str, bytes]] | Row]) -> None:
         pipe = self._client.pipeline(transaction=False)
         entities: set[str] = set()
         for item in part:
-            if isinstance(item, Piece):
-                pipe.hset(self._keys.tiles(group.id, item.entity), item.chunk, item.run.pack())
-                entities.add(item.entity)
+            if isinstance(item, tuple):
+                entity, content = item
+                pipe.hset(self._keys.tiles(group.id, entity), mapping=content)
+                entities.add(entity)
             else:
                 key = self._keys.rows(group.id, item.key)
                 pipe.zadd(key, {pack_row(item.time_us, item.values): item.time_us})

@@ -12,9 +12,8 @@ from typing import Any
 from millrace_kit.errors import UnavailableError
 from redis.exceptions import RedisError
 
-from millrace_feature.index import TileSeries
 from millrace_feature.redis_calls import unavailable
-from millrace_feature.redis_layout import CHUNK_HOPS, Group, Keys, Progress, Run, joined_runs, unpack_row
+from millrace_feature.redis_layout import Group, Keys, Progress, unpack_row
 from millrace_feature.store import Ask, Followed, LatestAsk, NewestRow, WindowAsk
 
 
@@ -32,29 +31,28 @@ class RedisAnswers:
     opened: Mapping[str, Group]
     found: Mapping[tuple[str, str], Any]
     """Replies by (group, entity)."""
+    fields: Mapping[str, Sequence[str]]
+    """Names of the fields asked for, by group of windows."""
 
     def windows(self, ask: WindowAsk) -> list[list[float]]:
         """Window features per key."""
-        columns = self.opened[ask.group].columns
-        return [self._window(ask, key, columns) if key is not None else ask.reader.missing for key in ask.keys]
-
-    def _window(self, ask: WindowAsk, key: str, columns: int) -> list[float]:
-        runs = [Run.unpack(packed, columns) for packed in self.found[ask.group, key] if packed is not None]
-        if not runs:
-            return ask.reader.empty
-        joined = joined_runs(runs, columns)
-        return TileSeries.of(joined.hops, joined.stats).read(ask.reader, ask.end_hop)
+        wanted = ask.reader.fields(ask.end_hop).names
+        fetched = self.fields[ask.group]
+        places = [place for place, key in enumerate(ask.keys) if key is not None]
+        replies: list[Sequence[bytes | None]] = [self.found[ask.group, key] for key in ask.keys if key is not None]
+        if tuple(fetched) != wanted:  # another view of the same group asked for more
+            at = {name: number for number, name in enumerate(fetched)}
+            chosen = [at[name] for name in wanted]
+            replies = [[reply[number] for number in chosen] for reply in replies]
+        out: list[list[float]] = [ask.reader.missing] * len(ask.keys)
+        for place, features in zip(places, ask.reader.read(replies, ask.end_hop), strict=True):
+            out[place] = features
+        return out
 
     def latest(self, ask: LatestAsk) -> list[NewestRow | None]:
         """Newest row per key."""
         replies = [self.found[ask.group, key] if key is not None else () for key in ask.keys]
         return [unpack_row(reply[0]) if reply else None for reply in replies]
-
-
-def chunks_of(ask: WindowAsk) -> range:
-    """Numbers of the hash fields that the widest window touches."""
-    first = ask.end_hop + int(ask.reader.bounds[0])
-    return range(first // CHUNK_HOPS, (ask.end_hop - 1) // CHUNK_HOPS + 1)
 
 
 class RedisReader:
@@ -85,7 +83,7 @@ class RedisReader:
         names = list(groups)
         pipe.hmget(self._keys.groups, names or [""])
         pipe.hmget(self._keys.followed, list(contracts) or [""])
-        places = self._add(pipe, asks, groups)
+        places, fields = self._add(pipe, asks, groups)
         try:
             async with asyncio.timeout(self._timeout_s):
                 standing, progress, *replies = await pipe.execute()
@@ -96,27 +94,27 @@ class RedisReader:
                 raise rebuilding(name)
         known = zip(contracts, progress, strict=False)
         followed = {contract: Progress.parse(text).followed for contract, text in known if text is not None}
-        return RedisAnswers(followed, groups, dict(zip(places, replies, strict=True)))
+        return RedisAnswers(followed, groups, dict(zip(places, replies, strict=True)), fields)
 
-    def _add(self, pipe: Any, asks: Sequence[Ask], groups: Mapping[str, Group]) -> list[tuple[str, str]]:
-        """The commands for every (group, entity), each once; windows of one group asked twice get the wider range."""
-        wanted: dict[tuple[str, str], range | int] = {}
+    def _add(
+        self, pipe: Any, asks: Sequence[Ask], groups: Mapping[str, Group]
+    ) -> tuple[list[tuple[str, str]], dict[str, list[str]]]:
+        """The commands for every (group, entity), each once, with the fields all asks of the group together need."""
+        fields: dict[str, dict[str, None]] = {}
+        wanted: dict[tuple[str, str], int | None] = {}
         for ask in asks:
             if isinstance(ask, WindowAsk):
-                chunks = chunks_of(ask)
-                for key in ask.keys:
-                    if key is not None:
-                        before = wanted.get((ask.group, key), chunks)
-                        assert isinstance(before, range)
-                        wanted[ask.group, key] = range(min(before.start, chunks.start), max(before.stop, chunks.stop))
+                fields.setdefault(ask.group, {}).update(dict.fromkeys(ask.reader.fields(ask.end_hop).names))
+                wanted.update(((ask.group, key), None) for key in ask.keys if key is not None)
             else:
                 wanted.update(((ask.group, key), ask.time_us) for key in ask.keys if key is not None)
-        for (group, key), what in wanted.items():
-            if isinstance(what, range):
-                pipe.hmget(self._keys.tiles(groups[group].id, key), list(what))
+        named = {group: list(names) for group, names in fields.items()}
+        for (group, key), time_us in wanted.items():
+            if time_us is None:
+                pipe.hmget(self._keys.tiles(groups[group].id, key), named[group])
             else:
-                pipe.zrevrangebyscore(self._keys.rows(groups[group].id, key), what, "-inf", start=0, num=1)
-        return list(wanted)
+                pipe.zrevrangebyscore(self._keys.rows(groups[group].id, key), time_us, "-inf", start=0, num=1)
+        return list(wanted), named
 
     async def close(self) -> None:
         """Disconnect."""

@@ -23,13 +23,12 @@ from millrace_feature.plan import LatestView, View, WindowView
 from millrace_feature.redis_calls import asked, transaction
 from millrace_feature.redis_changes import SEEN_PER_SOURCE, ChangeWriter, in_parts
 from millrace_feature.redis_groups import RedisGroups
-from millrace_feature.redis_layout import CHUNK_HOPS, Group, Keys, Progress
+from millrace_feature.redis_layout import Group, Keys, Progress
 from millrace_feature.redis_pipeline import PipelinedRedis
 from millrace_feature.redis_reads import RedisAnswers, RedisReader
-from millrace_feature.rows import Row
 from millrace_feature.settings import RedisSettings
-from millrace_feature.store import Ask, Change, Followed, rows_bound_us
-from millrace_feature.tiles import Tiles
+from millrace_feature.store import Ask, Change, Content, Followed, rows_bound_us
+from millrace_feature.tile_fields import is_outdated, layout_of
 
 _FORGET_IF_EMPTY = "if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('SREM', KEYS[2], ARGV[1]) end"
 
@@ -77,7 +76,7 @@ class RedisOnlineStore:
         """Announce that the view's group will be filled from `version`; from now on the contract's changes wait for it."""
         return self._groups.reserve(view, version)
 
-    def fill(self, view: View, content: Tiles | Sequence[Row], *, version: int, followed: Followed | None) -> None:
+    def fill(self, view: View, content: Content, *, version: int, followed: Followed | None) -> None:
         """Make the view's group from the lake at `version`."""
         self._groups.fill(view, content, version=version, followed=followed)
         self.open([view])
@@ -144,16 +143,16 @@ class RedisOnlineStore:
         topics = sorted({place.topic for place in change.positions})
         transaction(self._client, attempt, self._keys.groups, *map(self._keys.positions, topics))
 
-    def prune(self, view: View, before_us: int) -> None:
-        """Forget what no read at or after `before_us` needs; tiles by whole hash fields."""
+    def prune(self, view: View, before_us: int, head_before_us: int) -> None:
+        """Forget what no read at or after the bounds needs; tiles by whole hash fields."""
         group = self._opened.get(view.group)
         if group is None:
             return
         names = self._keys.entities(group.id)
         for part in in_parts(asked(lambda: list(self._client.sscan_iter(names, count=1000)))):
-            asked(lambda part=part: self._prune(view, group, [m.decode() for m in part], before_us))  # type: ignore[misc]
+            asked(lambda part=part: self._prune(view, group, [m.decode() for m in part], before_us, head_before_us))  # type: ignore[misc]
 
-    def _prune(self, view: View, group: Group, entities: Sequence[str], before_us: int) -> None:
+    def _prune(self, view: View, group: Group, entities: Sequence[str], before_us: int, head_before_us: int) -> None:
         look = self._client.pipeline(transaction=False)
         remove = self._client.pipeline(transaction=False)
         keys = [
@@ -161,11 +160,11 @@ class RedisOnlineStore:
             for e in entities
         ]
         if isinstance(view, WindowView):
-            before_chunk = (before_us - view.reach_us) // view.hop_us // CHUNK_HOPS
+            layout, bounds = layout_of(view), (before_us - view.reach_us, head_before_us - view.hop_us)
             for key in keys:
                 look.hkeys(key)
             for key, fields in zip(keys, look.execute(), strict=True):
-                if old := [field for field in fields if int(field) < before_chunk]:
+                if old := [field for field in fields if is_outdated(field.decode(), layout, *bounds)]:
                     remove.hdel(key, *old)
         else:
             self._prune_rows(look, remove, view, keys, before_us)

@@ -8,11 +8,11 @@ from typing import Any, Generic, TypeVar
 
 from millrace_kit.errors import FailedPreconditionError, NotFoundError, UnavailableError
 
-from millrace_feature.index import NAN, WindowReader
 from millrace_feature.plan import Definitions, LatestView, ServicePlan, ViewUse, WindowView
 from millrace_feature.store import Answers, Ask, LatestAsk, OnlineStore, WindowAsk
 from millrace_feature.tiles import encode_key
 from millrace_feature.transforms import TransformRunner, or_none
+from millrace_feature.windows import NAN, WindowReader
 
 PRESENT, MISSING, EXPIRED = 1, 2, 3
 ROWS_ON_LOOP, LIGHT_ROWS_ON_LOOP = 16, 256
@@ -70,7 +70,7 @@ class _Source:
         """The view's features at `at_us`."""
         if isinstance(ask, WindowAsk):
             followed = known.followed.get(self.view.contract)
-            complete_us = ask.end_hop * ask.reader.hop_us
+            complete_us = ask.reader.complete_us(ask.end_hop)
             watermark_us = followed.watermark_us if followed is not None else None
             age = 0 if watermark_us is None else at_us - min(complete_us, watermark_us)
             time_us = None if watermark_us is None else at_us - age
@@ -100,6 +100,11 @@ class CompiledService:
         self.plan = plan
         self.digest = definitions.digest
         self.contracts = tuple(sorted({definitions.view(use.view).contract for use in plan.uses}))
+        self.fresh_contracts = frozenset(
+            view.contract
+            for view in (definitions.view(use.view) for use in plan.uses)
+            if isinstance(view, WindowView) and view.head_us
+        )
         self._sources = [_Source(use, definitions.view(use.view)) for use in plan.uses]
         self._runners = [TransformRunner(transform) for transform in plan.transforms]
         self.places = self._places()
@@ -226,12 +231,14 @@ class Serving(Generic[R]):
         store: OnlineStore,
         *,
         read_behind_us: int,
+        head_behind_us: int,
         reader_of: Callable[[ServicePlan, Definitions], R],
         observe: Observe | None = None,
     ) -> None:
         self.store = store
         self._observe = observe
         self._read_behind_us = read_behind_us
+        self._head_behind_us = head_behind_us
         self._reader_of = reader_of
         self._services: dict[str, Ready[R]] | None = None
         self.definitions: Definitions | None = None
@@ -294,9 +301,12 @@ class Serving(Generic[R]):
             progress = known.followed.get(contract)
             if progress is None or progress.watermark_us is None:
                 continue
-            oldest_us = progress.watermark_us - self._read_behind_us
+            is_fresh = contract in service.fresh_contracts
+            behind_us = min(self._read_behind_us, self._head_behind_us) if is_fresh else self._read_behind_us
+            oldest_us = progress.watermark_us - behind_us
             if at_us < oldest_us:
-                message = f"event_time lies further behind the newest {contract} record than read_behind_s allows"
+                limit = "head_behind_s" if behind_us < self._read_behind_us else "read_behind_s"
+                message = f"event_time lies further behind the newest {contract} record than {limit} allows"
                 raise FailedPreconditionError(
                     "EVENT_TIME_TOO_OLD", message, {"contract": contract, "oldest_us": str(oldest_us)}
                 )

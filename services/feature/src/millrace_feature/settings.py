@@ -96,6 +96,8 @@ class FeatureSettings(ServiceSettings):
     """How often a replica looks whether another one has applied other definitions."""
     read_behind_s: int = Field(default=35 * DAY_S, ge=0, le=3650 * DAY_S)
     """How far behind a contract's watermark an online read may ask; older history is dropped from the online store."""
+    head_behind_s: int = Field(default=3600, ge=0, le=3650 * DAY_S)
+    """How far behind a contract's watermark an online read may ask views with a fresh head, whose single events are kept so long."""
     max_event_ahead_s: int = Field(default=DAY_S, ge=0, le=3650 * DAY_S)
     """Events later than the wall clock by more than this do not move the watermark, so one wrong date cannot drop history."""
     fetch_messages: int = Field(default=64, ge=1, le=10_000)

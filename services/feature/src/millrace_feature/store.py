@@ -7,10 +7,11 @@ from typing import Protocol
 
 from millrace_kit.bus import TopicPartition
 
-from millrace_feature.index import WindowReader
 from millrace_feature.plan import LatestView, View
 from millrace_feature.rows import Row, Scalar
+from millrace_feature.tile_fields import FieldChange
 from millrace_feature.tiles import Tiles
+from millrace_feature.windows import WindowReader
 
 
 class StoreMovedError(Exception):
@@ -37,8 +38,8 @@ class Followed:
 class Change:
     """Effects of some messages, applied in one transaction with the positions after them."""
 
-    tiles: Sequence[tuple[str, Tiles]] = ()
-    """(group, tiles)."""
+    tiles: Sequence[tuple[str, FieldChange]] = ()
+    """(group, fields that its tiles go into)."""
     rows: Sequence[tuple[str, Sequence[Row]]] = ()
     """(group, rows)."""
     seen: Sequence[tuple[str, str, int]] = ()
@@ -57,7 +58,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class WindowAsk:
-    """Windows of some entities that end before `end_hop`."""
+    """Windows of some entities that end before `end_hop`, in units of `reader.hop_us`."""
 
     group: str
     reader: WindowReader
@@ -75,6 +76,8 @@ class LatestAsk:
 
 
 Ask = WindowAsk | LatestAsk
+Content = Sequence[Tiles] | Sequence[Row]
+"""What a group is filled with: tiles of one or more levels, none covering what another one covers, or rows."""
 NewestRow = tuple[int, tuple[Scalar, ...]]
 """(event time, values)."""
 
@@ -127,7 +130,7 @@ class OnlineStore(Protocol):
         """Announce that the view's group will be filled from `version`; false when newer batches are applied already."""
         ...
 
-    def fill(self, view: View, content: Tiles | Sequence[Row], *, version: int, followed: Followed | None) -> None:
+    def fill(self, view: View, content: Content, *, version: int, followed: Followed | None) -> None:
         """Make the view's group, which was reserved, from the lake at `version`, whole or not at all."""
         ...
 
@@ -164,8 +167,8 @@ class OnlineStore(Protocol):
         """
         ...
 
-    def prune(self, view: View, before_us: int) -> None:
-        """Forget what no read at or after `before_us` needs."""
+    def prune(self, view: View, before_us: int, head_before_us: int) -> None:
+        """Forget what no read at or after `before_us` needs, and of fresh heads what none at or after `head_before_us` does."""
         ...
 
     async def fetch(self, asks: Sequence[Ask], contracts: Sequence[str]) -> Answers:
@@ -188,3 +191,13 @@ class OnlineStore(Protocol):
 def rows_bound_us(view: LatestView, before_us: int) -> int:
     """Rows before this instant are too old for any read at or after `before_us`."""
     return before_us - view.ttl_us if view.ttl_us else before_us
+
+
+def tiles_of(content: Content) -> list[Tiles]:
+    """The content of a windowed view's group."""
+    return [part for part in content if isinstance(part, Tiles)]
+
+
+def rows_of(content: Content) -> list[Row]:
+    """The content of a newest-row view's group."""
+    return [part for part in content if isinstance(part, Row)]

@@ -1,8 +1,8 @@
 """Training sets: point-in-time features of labelled entity rows, from exact lake versions.
 
 For an entity row at instant t every feature is what an online read at t would have given had every record arrived in event-time order:
-windows end at the last complete hop before t, a newest row is at most as old as its view's TTL. Rows whose label is not known yet are left
-out and counted; no labelled row is ever dropped, a missing feature is NaN.
+windows end at the last complete slide before t (or, with a fresh head, at t), a newest row is at most as old as its view's TTL. Rows whose
+label is not known yet are left out and counted; no labelled row is ever dropped, a missing feature is NaN.
 """
 
 import contextlib
@@ -18,25 +18,14 @@ import pyarrow.parquet as pq
 from millrace_kit.errors import FailedPreconditionError, ResourceExhaustedError
 
 from millrace_feature.lake import NO_TABLE, Lake, Query, quoted
-from millrace_feature.plan import Definitions, Function, LatestView, ServicePlan, ViewUse, WindowView
+from millrace_feature.plan import Definitions, LatestView, ServicePlan, ViewUse, WindowView
 from millrace_feature.rows import known
-from millrace_feature.tiles import (
-    Floats,
-    Ints,
-    Stats,
-    Tiles,
-    encode_key,
-    group_keys,
-    joined_stats,
-    merge_ranges,
-    neutral_stats,
-)
+from millrace_feature.tiles import Floats, Ints, encode_key, group_keys
 from millrace_feature.transforms import TransformRunner, or_none
+from millrace_feature.windows import window_features
 
 ROW_GROUP_ROWS = 65_536
 TRANSFORM_ROWS = 8_192
-MERGE_POINTS = 65_536
-"""Windows merged in one step; bounds the memory of a merge."""
 NAN = float("nan")
 
 
@@ -210,9 +199,7 @@ class Build:
         since_us = (int(at.min()) - view.reach_us) // view.hop_us * view.hop_us if len(at) else None
         tiles = query.tiles(view, since_us, self._labels.known_at_us)
         codes = self._entity_codes(use, entities, {key: code for code, key in enumerate(tiles.keys)})
-        return {
-            (use.alias, name): column for name, column in window_features(view, tiles, codes, at // view.hop_us).items()
-        }
+        return {(use.alias, name): column for name, column in window_features(view, tiles, codes, at).items()}
 
     def _latest(self, query: Query, use: ViewUse, view: LatestView, entities: pa.Table) -> dict[tuple[str, str], Any]:
         """The newest row at or before each instant, when it is not older than the view's TTL."""
@@ -276,63 +263,6 @@ def features_at(
     """
     labels = Labels("", "", "", "", start_us=None, end_us=None, known_at_us=None)
     return Build(lake, plan, definitions, labels, max_rows=rows.num_rows).features(versions, rows)
-
-
-def window_features(view: WindowView, tiles: Tiles, codes: Ints, end_hops: Ints) -> dict[str, Floats]:
-    """The view's features per point, merged from `tiles` by the function online reads use.
-
-    Args:
-        view: the windows.
-        tiles: sorted by (code, hop).
-        codes: entity per point; -1 unknown, -2 null.
-        end_hops: hop each point lies in; windows end before it.
-    """
-    first = int(min(tiles.hops.min() if len(tiles) else 0, end_hops.min() if len(end_hops) else 0))
-    last = int(max(tiles.hops.max() if len(tiles) else 0, end_hops.max() if len(end_hops) else 0))
-    span = last - first + 2
-    places = tiles.codes * span + (tiles.hops - first)
-    points, inverse = np.unique(np.where(codes < 0, codes, codes * span + (end_hops - first)), return_inverse=True)
-    known_points = points >= 0
-    base = (points // span) * span
-    offset = points - base
-    stats = joined_stats(tiles.stats, neutral_stats(len(view.columns), 1))
-    out = {a.feature: np.full(len(points), 0.0 if a.function == "count" else NAN) for a in view.aggregates}
-    for window_us in view.windows_us:
-        width = window_us // view.hop_us
-        starts = places.searchsorted(base + np.maximum(offset - width, 0))
-        ends = places.searchsorted(points)
-        starts, ends = np.where(known_points, starts, 0), np.where(known_points, ends, 0)
-        for at in range(0, len(points), MERGE_POINTS):
-            part = slice(at, at + MERGE_POINTS)
-            chosen = [a for a in view.aggregates if a.window_us == window_us]
-            merged = merge_ranges(stats, starts[part], ends[part], {a.function for a in chosen})
-            for aggregate in chosen:
-                c = view.columns.index(aggregate.column)
-                counts = merged.counts[c]
-                found = _finished(aggregate.function, c, merged)
-                empty = 0.0 if aggregate.function == "count" else NAN
-                out[aggregate.feature][part] = np.where(counts > 0, found, empty)
-    null = points == -2
-    for column in out.values():
-        column[null] = NAN
-    return {name: column[inverse] for name, column in out.items()}
-
-
-def _finished(function: Function, column: int, merged: Stats) -> Floats:
-    found: Floats
-    match function:
-        case "count":
-            found = merged.counts[column]
-        case "sum":
-            found = merged.sums[column]
-        case "min":
-            found = merged.lows[column]
-        case "max":
-            found = merged.highs[column]
-        case "mean":
-            with np.errstate(invalid="ignore", divide="ignore"):
-                found = merged.sums[column] / merged.counts[column]
-    return found
 
 
 def newest_before(row_codes: Ints, row_times: Ints, codes: Ints, times: Ints) -> Ints:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import pyarrow as pa
 from millrace_kit.bus import Bus, Message, Subscription, TopicPartition, records_topic
 from millrace_kit.clock import Clock
 from millrace_kit.errors import MillraceError, UnavailableError
@@ -24,14 +23,13 @@ from millrace_kit.telemetry import consumer_span
 
 from millrace_feature.batches import plan_change, read_messages
 from millrace_feature.freshness import note_readable
-from millrace_feature.lake import NO_TABLE, Lake
+from millrace_feature.lake import NO_TABLE, Lake, Query
 from millrace_feature.metrics import FILL_SECONDS, LAG, WATERMARK
 from millrace_feature.plan import Definitions, LatestView, View, WindowView
-from millrace_feature.rows import Row
 from millrace_feature.serving import Serving
 from millrace_feature.settings import FeatureSettings
 from millrace_feature.store import Followed, OnlineStore, StoreFillingError, StoreMovedError, rows_bound_us
-from millrace_feature.tiles import Tiles, reduce_rows
+from millrace_feature.tiles import Tiles
 
 log = logging.getLogger(__name__)
 
@@ -279,8 +277,7 @@ class StreamWorker:
         version = self._reserved_version(view)
         followed = Followed(0, None, version) if first else None
         if version == NO_TABLE:
-            empty = _empty(view)
-            self._store.fill(view, empty, version=version, followed=followed)
+            self._store.fill(view, [], version=version, followed=followed)
         else:
             with self._lake.query({view.contract: version}) as query:
                 rows, watermark_us = query.stats(view.contract, view.event_time, until_us=self._until_us())
@@ -288,11 +285,24 @@ class StreamWorker:
                     followed = Followed(rows, watermark_us, version)
                 since_us = self._oldest_us(view, watermark_us)
                 content = (
-                    query.tiles(view, since_us, None) if isinstance(view, WindowView) else query.rows(view, since_us)
+                    self._tiles(query, view, since_us, watermark_us)
+                    if isinstance(view, WindowView)
+                    else query.rows(view, since_us)
                 )
                 self._store.fill(view, content, version=version, followed=followed)
             log.info("view %s is filled from %s@%d (%d rows)", view.name, view.contract, version, rows)
         FILL_SECONDS.observe(time.perf_counter() - started)
+
+    def _tiles(self, query: Query, view: WindowView, since_us: int | None, watermark_us: int | None) -> list[Tiles]:
+        """The view's tiles: of whole hops, and finer ones where a fresh head may be asked for."""
+        if not view.head_us or watermark_us is None:
+            return [query.tiles(view, since_us, None, view.hop_us)]
+        head_us = self._head_before_us(watermark_us) // view.hop_us * view.hop_us
+        return [query.tiles(view, since_us, head_us, view.hop_us), query.tiles(view, head_us, None)]
+
+    def _head_before_us(self, watermark_us: int) -> int:
+        behind_s = min(self._settings.head_behind_s, self._settings.read_behind_s)
+        return watermark_us - behind_s * 1_000_000
 
     def _reserved_version(self, view: View) -> int:
         """The table's newest version, with the store told that the view will be filled from it."""
@@ -353,7 +363,7 @@ class StreamWorker:
         self._pruned_us[contract] = watermark_us
         before_us = watermark_us - self._settings.read_behind_s * 1_000_000
         for view in {view.group: view for view in definitions.views if view.contract == contract}.values():
-            self._store.prune(view, before_us)
+            self._store.prune(view, before_us, self._head_before_us(watermark_us))
 
     def note_lag(self, ends: Mapping[TopicPartition, int], positions: Mapping[TopicPartition, int]) -> None:
         """Export how many messages wait, from the topics' ends."""
@@ -364,14 +374,6 @@ class StreamWorker:
         if self._subscription is not None:
             subscription, self._subscription = self._subscription, None
             await subscription.close()
-
-
-def _empty(view: View) -> Tiles | list[Row]:
-    if isinstance(view, LatestView):
-        return []
-    names = [view.event_time, *view.join_keys, *view.columns]
-    table = pa.table({name: pa.nulls(0) for name in dict.fromkeys(names)})
-    return reduce_rows(table, keys=view.join_keys, event_time=view.event_time, columns=view.columns, hop_us=view.hop_us)
 
 
 async def _pause(stop: asyncio.Event, seconds: float) -> None:
