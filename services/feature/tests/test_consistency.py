@@ -16,7 +16,6 @@ from millrace_feature.consistency.comparison import compare, in_windows
 from millrace_feature.consistency.log import ConsistencyLog, Rates
 from millrace_feature.consistency.metrics import SAMPLES
 from millrace_feature.consistency.samples import Sample, Sampler, is_sampled
-from millrace_feature.serving import Vector
 from millrace_feature.settings import ConsistencySettings
 from millrace_feature.store import Change
 from millrace_feature.tile_fields import FieldChange, layout_of
@@ -58,16 +57,15 @@ def test_a_full_queue_drops_and_counts_and_never_waits() -> None:
     clock = FakeClock(BASE)
     sampler = Sampler(sample_rate=1.0, max_queue=3, clock=clock)
     rows = [{"user": f"u{i}", "limit": 1.0} for i in range(5)]
-    vectors = [Vector([float(i)], [1], 0) for i in range(5)]
     before = SAMPLES.labels("dropped")._value.get()
     at_us = round(BASE.timestamp() * 1e6)
-    sampler.observe(Service(), rows, at_us, vectors)  # type: ignore[arg-type]
+    sampler.observe(Service(), rows, at_us, lambda i: [float(i)])  # type: ignore[arg-type]
     assert SAMPLES.labels("dropped")._value.get() - before == 2
     assert sampler.waiting(10) == [Sample("d", "main", (f"u{i}", 1.0), at_us, at_us, (float(i),)) for i in range(3)]
     sampler.forget(2)
     assert [sample.entity[0] for sample in sampler.waiting(10)] == ["u2"]
     ahead = SAMPLES.labels("future")._value.get()
-    sampler.observe(Service(), rows[:1], at_us + 3_600_000_000, vectors[:1])  # type: ignore[arg-type]
+    sampler.observe(Service(), rows[:1], at_us + 3_600_000_000, lambda i: [float(i)])  # type: ignore[arg-type]
     assert SAMPLES.labels("future")._value.get() - ahead == 1
     assert len(sampler.waiting(10)) == 1
 

@@ -19,7 +19,7 @@ from google.protobuf.descriptor import Descriptor
 from millrace_api.feature.v1 import feast_pb2, feature_pb2
 from millrace_feature.app import build
 from millrace_feature.feast_import import import_feast
-from millrace_feature.settings import FeastSettings
+from millrace_feature.settings import ConsistencySettings, FeastSettings
 from millrace_kit.client import open_channel
 from millrace_kit.clock import FakeClock
 from millrace_kit.server import running
@@ -384,3 +384,23 @@ def test_our_copy_of_feasts_messages_has_its_fields() -> None:
     assert fields(feast_pb2.FeastRepeatedValue.DESCRIPTOR) == fields(RepeatedValue.DESCRIPTOR)
     ours, theirs = fields(feast_pb2.FeastValue.DESCRIPTOR), fields(Value.DESCRIPTOR)
     assert ours.items() <= theirs.items()
+
+
+async def test_answers_are_checked_against_the_lake(world, objects, make_registry, wait_for_records) -> None:
+    from millrace_api.feature.v1.feature_pb2_grpc import FeatureServiceStub
+
+    checks = ConsistencySettings(sample_rate=1.0, settle_s=0, check_every_s=0.05)
+    async with serving(world, make_registry(objects), wait_for_records, consistency=checks) as (url, channel):
+        for name in ("by features", "by service"):
+            assert (await ask("POST", f"{url}/get-online-features", json=REQUESTS[name])).status_code == 200
+        async with asyncio.timeout(30):
+            while True:
+                request = feature_pb2.GetConsistencyRequest(max_findings=10)
+                found = await FeatureServiceStub(channel).GetConsistency(request)
+                if found.windows:
+                    break
+                await asyncio.sleep(0.02)
+    assert {(w.feature_service, w.compared, w.mismatched, w.missing, w.extra) for w in found.windows} == {
+        ("main", 5, 0, 0, 0)
+    }
+    assert not found.findings

@@ -174,6 +174,10 @@ class CompiledService:
         age_ms = max((max(part.ages_us) for part in parts if part.ages_us), default=0) // 1000
         return [self._vector(parts, stored, i, age_ms) for i in range(len(rows))]
 
+    def row_values(self, parts: Sequence[Part], row: int) -> Sequence[float]:
+        """The vector of one row."""
+        return self._vector(parts, len(self._sources), row, 0).values
+
     def _inputs(self, parts: Sequence[Part], rows: int) -> dict[tuple[str, str], list[Any]]:
         """Columns the transforms read, by (alias, feature)."""
         wanted = {pair for runner in self._runners for pair in runner.plan.inputs}
@@ -207,8 +211,8 @@ class CompiledService:
         return Vector(values, statuses, age_ms)
 
 
-Observe = Callable[[CompiledService, Sequence[Entity], int, Sequence[Vector]], None]
-"""Told every answer: the service, its rows, the asked instant (microseconds) and the vectors. It must not wait."""
+Observe = Callable[[CompiledService, Sequence[Entity], int, Callable[[int], Sequence[float]]], None]
+"""Told every answer: the service, its rows, the asked instant (microseconds) and a row's vector on demand. It must not wait."""
 
 R = TypeVar("R")
 
@@ -282,9 +286,15 @@ class Serving(Generic[R]):
             vectors = service.vectors(asks, known, rows, at_us)
         else:
             vectors = await asyncio.to_thread(service.vectors, asks, known, rows, at_us)
-        if self._observe is not None:
-            self._observe(service, rows, at_us, vectors)
+        self.note(service, rows, at_us, lambda row: vectors[row].values)
         return vectors
+
+    def note(
+        self, service: CompiledService, rows: Sequence[Entity], at_us: int, values_of: Callable[[int], Sequence[float]]
+    ) -> None:
+        """Tell who watches what is answered; `read` does so itself."""
+        if self._observe is not None:
+            self._observe(service, rows, at_us, values_of)
 
     async def fetched(
         self, service: CompiledService, rows: Sequence[Entity], at_us: int

@@ -3,14 +3,14 @@
 import threading
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from millrace_kit.clock import Clock
 
 from millrace_feature.consistency.metrics import SAMPLES
 from millrace_feature.rows import Scalar
-from millrace_feature.serving import CompiledService, Entity, Vector
+from millrace_feature.serving import CompiledService, Entity
 from millrace_feature.tiles import encode_key
 from millrace_feature.training import carried_names
 from millrace_feature.worker import to_us
@@ -60,7 +60,9 @@ class Sampler:
         self._queue: deque[Sample] = deque()
         self._lock = threading.Lock()
 
-    def observe(self, service: CompiledService, rows: Sequence[Entity], at_us: int, vectors: Sequence[Vector]) -> None:
+    def observe(
+        self, service: CompiledService, rows: Sequence[Entity], at_us: int, values_of: Callable[[int], Sequence[float]]
+    ) -> None:
         """Note the answers whose entity is sampled; see `serving.Observe`."""
         keys, carried = self._columns(service)
         threshold = self._threshold
@@ -79,7 +81,7 @@ class Sampler:
         for i in chosen:
             row = rows[i]
             entity = tuple(row.get(name) for name in carried)
-            self._offer(Sample(service.digest, service.plan.name, entity, at_us, served_us, tuple(vectors[i].values)))
+            self._offer(Sample(service.digest, service.plan.name, entity, at_us, served_us, tuple(values_of(i))))
 
     def _columns(self, service: CompiledService) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """(join keys, carried names) of a service."""

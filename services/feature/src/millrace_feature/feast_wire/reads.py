@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from millrace_kit.clock import Clock
@@ -68,6 +69,8 @@ class FeastReads:
 
         def finish() -> bytes:
             parts = service.parts(asks, known, rows.rows, at_us)
+            if selection.label:  # features named one by one are no service whose training sets could be compared
+                self._serving.note(service, rows.rows, at_us, partial(service.row_values, parts))
             answer = Answer(selection, rows, parts, request.with_versions)
             _count(answer)
             return write(answer)
