@@ -25,6 +25,7 @@ from millrace_ingestion.landing import CrashPoint, Landing, no_crash
 from millrace_ingestion.lane import Lane, Limits
 from millrace_ingestion.letter_store import LetterStore
 from millrace_ingestion.letter_topic import LetterRelay
+from millrace_ingestion.quality_monitor import QualityMonitor
 from millrace_ingestion.quarantine import Quarantine
 from millrace_ingestion.retention import LetterRetention
 from millrace_ingestion.servicer import IngestionServicer
@@ -44,6 +45,14 @@ async def build(
     clock = clock or SystemClock()
     store = Store(engine, clock)
     letter_store = LetterStore(engine)
+    quality = QualityMonitor(
+        engine,
+        clock,
+        bucket=timedelta(seconds=settings.quality_bucket_s),
+        keep=timedelta(days=settings.quality_retention_days),
+        flush_s=settings.quality_flush_s,
+        max_series=settings.max_quality_series,
+    )
     bus = await open_bus(settings.bus)
     lane_limits = Limits(
         settings.max_commit_rows,
@@ -70,12 +79,13 @@ async def build(
             maintain_every=settings.maintain_every_commits,
             crash_point=crash_point,
         )
-        return Lane(landing, bus, lane_limits)
+        return Lane(landing, bus, lane_limits, quality)
 
     ingestor = Ingestor(
         store=store,
         letter_store=letter_store,
         held=HeldStore(engine, clock),
+        quality=quality,
         contracts=[contract_from_bytes(version, body) for version, body in await asyncio.to_thread(store.contracts)],
         make_lane=make_lane,
         serialize=contract_bytes,
@@ -104,6 +114,7 @@ async def build(
         every_s=settings.housekeeping_every_s,
     )
     workers = [Worker("landing", ingestor.run), Worker("dead-letter-retention", retention.run)]
+    workers.append(Worker("quality", quality.run))
     if settings.dead_letter_topics:
         workers.append(Worker("dead-letter-topic", LetterRelay(letter_store, bus, clock).run))
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Literal
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from millrace_api.common.v1.common_pb2 import TableVersion
@@ -97,16 +98,31 @@ def choice_from(
     Raises:
         InvalidArgumentError: naming the field.
     """
-    since = check.timestamp(request.since, "since") if request.HasField("since") else None
-    until = check.timestamp(request.until, "until") if request.HasField("until") else None
     return Choice(
         check.table(request.contract, "contract"),
         reason_from(request.reason, "reason"),
         check.optional_text(request.column, "column", limit=MAX_SOURCE),
         check.optional_text(request.source, "source", limit=MAX_SOURCE),
-        (since - _EPOCH) // _MICROSECOND if since is not None else None,
-        (until - _EPOCH) // _MICROSECOND if until is not None else None,
+        instant_from(request, "since"),
+        instant_from(request, "until"),
     )
+
+
+def instant_from(
+    request: pb.ListDeadLettersRequest
+    | pb.ReplayDeadLettersRequest
+    | pb.DiscardDeadLettersRequest
+    | pb.GetQualityRequest,
+    field: Literal["since", "until"],
+) -> int | None:
+    """Microseconds since the epoch of an optional instant.
+
+    Raises:
+        InvalidArgumentError: it is outside years 1 to 9999.
+    """
+    if not request.HasField(field):
+        return None
+    return (check.timestamp(getattr(request, field), field) - _EPOCH) // _MICROSECOND
 
 
 def limit_from(value: int, field: str) -> int | None:

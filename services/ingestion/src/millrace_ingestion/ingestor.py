@@ -25,6 +25,7 @@ from millrace_ingestion.landing import Landing
 from millrace_ingestion.lane import Lane
 from millrace_ingestion.letter_store import Choice, LetterStore
 from millrace_ingestion.models import HeldBatch, Incoming, Letter, LetterCount, Outcome, Released, TableState
+from millrace_ingestion.quality_monitor import Bucket, QualityMonitor
 from millrace_ingestion.store import Store
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -59,6 +60,7 @@ class Ingestor:
         store: contracts.
         letter_store: dead letters.
         held: quarantined batches.
+        quality: figures of what landed.
         contracts: newest version of each contract, at the start.
         make_lane: makes the lane of a contract.
         serialize: a contract's stored form.
@@ -75,6 +77,7 @@ class Ingestor:
         store: Store,
         letter_store: LetterStore,
         held: HeldStore,
+        quality: QualityMonitor,
         contracts: Sequence[Contract],
         make_lane: Callable[[Contract], Lane],
         serialize: Callable[[Contract], bytes],
@@ -88,6 +91,7 @@ class Ingestor:
         self._store = store
         self._letter_store = letter_store
         self._held = held
+        self._quality = quality
         self._contracts = {contract.name: contract for contract in contracts}
         self._make_lane = make_lane
         self._lanes = {contract.name: make_lane(contract) for contract in contracts}
@@ -312,6 +316,16 @@ class Ingestor:
     def forget_letters(self, removed: int) -> None:
         """Make room for as many dead letters as were removed."""
         self._letters = max(0, self._letters - removed)
+
+    async def quality(
+        self, contract: str, *, since_us: int | None, until_us: int | None, version: int | None, limit: int
+    ) -> list[Bucket]:
+        """The newest quality buckets of a contract, oldest first; see `QualityMonitor.buckets`."""
+        self.contract(contract)
+        await self._lanes[contract].settled()
+        return await asyncio.to_thread(
+            self._quality.buckets, contract, since_us=since_us, until_us=until_us, version=version, limit=limit
+        )
 
     async def held(self, contract: str, *, after: int, limit: int, settled: bool) -> list[HeldBatch]:
         """Quarantined batches of a contract, by id; without `settled` only those that are still held."""

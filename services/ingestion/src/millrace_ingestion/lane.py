@@ -21,6 +21,8 @@ from millrace_ingestion import metrics
 from millrace_ingestion.contracts import Contract
 from millrace_ingestion.landing import Landing
 from millrace_ingestion.models import Landed, Outcome, Pending, Piece
+from millrace_ingestion.quality import figures_of
+from millrace_ingestion.quality_monitor import QualityMonitor
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +56,11 @@ class Lane:
         landing: the blocking part; this lane is its only user.
         bus: where landed records are published.
         limits: sizes and waits.
+        quality: told of every commit.
     """
 
-    def __init__(self, landing: Landing, bus: Bus, limits: Limits) -> None:
+    def __init__(self, landing: Landing, bus: Bus, limits: Limits, quality: QualityMonitor) -> None:
+        self._quality = quality
         self._landing = landing
         self._bus = bus
         self._limits = limits
@@ -100,6 +104,11 @@ class Lane:
             UnavailableError: the lake, the database or the bus does not answer.
         """
         await self.use(lambda _landing: None)
+
+    async def settled(self) -> None:
+        """Wait until everything of the batches that are answered is done."""
+        async with self._lock:
+            pass
 
     async def use(self, work: Callable[[Landing], T]) -> T:
         """Run `work` in a thread while no commit runs.
@@ -206,14 +215,29 @@ class Lane:
             _answer(group, [failure] * len(group))
             self._fail_queue(failure)
             return
+        now_us = self._quality.now_us()
         _count(self.name, landed, time.perf_counter() - started)
         _answer(group, landed.results)
         try:
+            await asyncio.to_thread(self._observe, group, landed, now_us)
             await asyncio.to_thread(self._landing.maintain)
         except Exception as error:
             # The batches are answered and safe; the table is opened anew and compacted next time.
             log.warning("contract %s: maintenance failed", self.name, exc_info=error)
             self._open = False
+
+    def _observe(self, group: Sequence[_Waiting], landed: Landed, now_us: int) -> None:
+        """Figures of the batches that were new."""
+        fresh = [
+            waiting.pending.checked
+            for waiting, result in zip(group, landed.results, strict=True)
+            if isinstance(result, Outcome) and not result.replayed
+        ]
+        findings = [finding for checked in fresh for finding in checked.findings]
+        if fresh:
+            tables = [piece.table for piece in landed.pieces]
+            figures = figures_of(tables, landed.table_version, findings, len(fresh))
+            self._quality.observe(self.name, now_us, figures)
 
     async def _publish(self, landed: Landed) -> None:
         messages = await asyncio.to_thread(_messages, landed)

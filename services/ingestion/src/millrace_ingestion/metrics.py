@@ -29,6 +29,27 @@ COMMIT_ROWS = Histogram(
 QUEUED_BATCHES = Gauge("millrace_ingestion_queued_batches", "Batches accepted and not yet answered.")
 QUEUED_BYTES = Gauge("millrace_ingestion_queued_bytes", "Payload bytes of these batches.")
 TABLE_VERSION = Gauge("millrace_ingestion_table_version", "Newest Delta version.", ["contract"])
+COLUMN_VALUES = Counter(
+    "millrace_ingestion_column_values_total", "Landed values of a column, without nulls.", ["contract", "column"]
+)
+COLUMN_NULLS = Counter("millrace_ingestion_column_nulls_total", "Landed nulls of a column.", ["contract", "column"])
+COLUMN_MIN = Gauge(
+    "millrace_ingestion_column_min",
+    "Smallest number of the newest commit; microseconds since the epoch of an instant.",
+    ["contract", "column"],
+)
+COLUMN_MAX = Gauge("millrace_ingestion_column_max", "Largest number of the newest commit.", ["contract", "column"])
+COLUMN_MEAN = Gauge("millrace_ingestion_column_mean", "Mean of the newest commit's numbers.", ["contract", "column"])
+COLUMN_DISTINCT = Gauge(
+    "millrace_ingestion_column_distinct",
+    "Different values among at most 1000 records of the newest commit, estimated.",
+    ["contract", "column"],
+)
+CHECK_FAILURES = Counter(
+    "millrace_ingestion_check_failures_total",
+    "Records that failed a check, by column or rule, check and policy.",
+    ["contract", "subject", "check", "policy"],
+)
 IGNORED_COLUMNS = Counter(
     "millrace_ingestion_ignored_columns_total",
     "Columns of Arrow batches that their contract does not have.",

@@ -14,6 +14,8 @@ from millrace_ingestion import convert
 from millrace_ingestion.contract_messages import contract_from, contract_to
 from millrace_ingestion.ingestor import Ingestor
 from millrace_ingestion.models import Outcome
+from millrace_ingestion.quality_messages import bucket_to
+from millrace_ingestion.quality_monitor import merged
 
 _Answer = asyncio.Future[Outcome] | Exception | None
 # An answer of `ListDeadLetters` stays below gRPC's message limit whatever the records' size.
@@ -168,6 +170,23 @@ class IngestionServicer(IngestionServiceServicer):
         if not ids:
             raise InvalidArgumentError("ids", "needs at least one")
         return pb.DiscardQuarantineResponse(batches=await self._ingestor.discard_held(contract, ids))
+
+    async def GetQuality(
+        self, request: pb.GetQualityRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetQualityResponse:
+        if request.table_version < 0:
+            raise InvalidArgumentError("table_version", "must not be negative")
+        found = await self._ingestor.quality(
+            check.table(request.contract, "contract"),
+            since_us=convert.instant_from(request, "since"),
+            until_us=convert.instant_from(request, "until"),
+            version=request.table_version or None,
+            limit=check.page_size(request.max_buckets, "max_buckets", default=100),
+        )
+        if request.merge:
+            total = merged(found)
+            found = [] if total is None else [total]
+        return pb.GetQualityResponse(buckets=map(bucket_to, found))
 
     async def GetTable(self, request: pb.GetTableRequest, context: grpc.aio.ServicerContext) -> pb.GetTableResponse:
         return convert.table_to(await self._ingestor.table(check.table(request.contract, "contract")))

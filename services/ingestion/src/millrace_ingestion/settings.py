@@ -51,6 +51,14 @@ class IngestionSettings(ServiceSettings):
     """Dead letters older than this are removed; 0 keeps them."""
     dead_letter_retention_count: int = Field(default=0, ge=0)
     """The oldest dead letters beyond this number are removed; 0 keeps them, and `max_dead_letters` refuses more."""
+    quality_bucket_s: float = Field(default=300.0, ge=1, le=86_400)
+    """Time whose quality figures are kept as one bucket; changing it starts new buckets beside the old ones."""
+    quality_retention_days: float = Field(default=30, gt=0, le=3_650)
+    """Quality buckets older than this are removed."""
+    quality_flush_s: float = Field(default=30.0, gt=0, le=3_600)
+    """Between two writes of quality figures to the database; a killed process loses those since the last one."""
+    max_quality_series: int = Field(default=2_000, ge=0, le=100_000)
+    """Columns and rules of all contracts together that have quality metrics, first come first served; `GetQuality` has all."""
     housekeeping_every_s: float = Field(default=300.0, gt=0, le=86_400)
     """Between two looks for what is too old."""
 

@@ -85,6 +85,17 @@ Index(
 Index("ix_dead_letter_contract_time", DEAD_LETTER.c.contract, DEAD_LETTER.c.received_at_us)
 Index("ix_dead_letter_contract_reason", DEAD_LETTER.c.contract, DEAD_LETTER.c.reason, DEAD_LETTER.c.id)
 
+# Quality figures of a contract and a time; see `quality.py`.
+QUALITY = Table(
+    "quality",
+    METADATA,
+    Column("contract", Text, primary_key=True),
+    Column("start_us", BigInteger, primary_key=True),
+    Column("first_version", BigInteger, nullable=False),
+    Column("last_version", BigInteger, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+)
+
 # Batches that are held; their records are in the table `<contract>__quarantine`. Groups as with dead letters.
 QUARANTINE = Table(
     "quarantine",
