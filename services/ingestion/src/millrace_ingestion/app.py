@@ -5,7 +5,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-from millrace_api.ingestion.v1 import ingestion_pb2_grpc
+from millrace_api.ingestion.v1 import ingestion_pb2_grpc, sources_pb2_grpc
 from millrace_kit.bus import open_bus
 from millrace_kit.clock import Clock, SystemClock
 from millrace_kit.content import lake_options
@@ -30,6 +30,8 @@ from millrace_ingestion.quarantine import Quarantine
 from millrace_ingestion.retention import LetterRetention
 from millrace_ingestion.servicer import IngestionServicer
 from millrace_ingestion.settings import IngestionSettings
+from millrace_ingestion.sources.servicer import SourceServicer
+from millrace_ingestion.sources.wiring import make_supervisor
 from millrace_ingestion.store import Store
 
 MIGRATIONS = Path(__file__).with_name("migrations")
@@ -118,14 +120,20 @@ async def build(
     if settings.dead_letter_topics:
         workers.append(Worker("dead-letter-topic", LetterRelay(letter_store, bus, clock).run))
 
+    supervisor = make_supervisor(settings, engine, ingestor, clock)
+    sources = SourceServicer(supervisor, ingestor)
+
     async def close_database() -> None:
         await asyncio.to_thread(engine.dispose)
 
     return Service(
         "ingestion",
-        add_servicers=[lambda server: ingestion_pb2_grpc.add_IngestionServiceServicer_to_server(servicer, server)],
-        grpc_services=["millrace_api.ingestion.v1.IngestionService"],
-        workers=workers,
+        add_servicers=[
+            lambda server: ingestion_pb2_grpc.add_IngestionServiceServicer_to_server(servicer, server),
+            lambda server: sources_pb2_grpc.add_SourceServiceServicer_to_server(sources, server),
+        ],
+        grpc_services=["millrace_api.ingestion.v1.IngestionService", "millrace_api.ingestion.v1.SourceService"],
+        workers=[*workers, Worker("sources", supervisor.run)],
         closers=[close_database, bus.close],
     )
 

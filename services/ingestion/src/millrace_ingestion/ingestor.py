@@ -209,6 +209,16 @@ class Ingestor:
         self.contract(name)
         return self._lanes[name].epoch
 
+    async def position(self, contract: str, source: str) -> int:
+        """Offset of the source's last batch that landed; 0 for none.
+
+        Raises:
+            NotFoundError: no such contract.
+            UnavailableError: the lake or the database does not answer.
+        """
+        self.contract(contract)
+        return await self._lanes[contract].use(lambda landing: landing.last_offset(source))
+
     async def accept(self, incoming: Incoming, *, epoch: int | None = None) -> asyncio.Future[Outcome]:
         """Check and queue a batch; the future has its outcome once it is durable.
 

@@ -125,6 +125,10 @@ class Landing:
         self.table.maintain()
         self._catch_up()
 
+    def last_offset(self, source: str) -> int:
+        """Offset of the source's last batch that landed; 0 for none."""
+        return max(self._store.last_offset(self.contract.name, source), self.table.landed_offset(source))
+
     def _sorted(
         self, batches: Sequence[Pending]
     ) -> tuple[list[Outcome | MillraceError | int], list[tuple[int, Pending]], list[Piece]]:
@@ -137,10 +141,7 @@ class Landing:
         for index, given in enumerate(batches):
             pending = given
             if pending.source not in last:
-                last[pending.source] = max(
-                    self._store.last_offset(self.contract.name, pending.source),
-                    self.table.landed_offset(pending.source),
-                )
+                last[pending.source] = self.last_offset(pending.source)
             if pending.offset == 0:
                 pending = replace(pending, offset=last[pending.source] + 1)
             key = (pending.source, pending.offset)

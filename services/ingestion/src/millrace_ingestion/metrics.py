@@ -62,3 +62,20 @@ LETTER_FAILURES = Counter(
     "millrace_ingestion_dead_letter_publish_failures_total",
     "Times that dead letters could not be published; tried again.",
 )
+SOURCE_RECORDS = Counter(
+    "millrace_ingestion_source_records_total",
+    "Records of sources by what became of them: accepted, duplicates or rejected.",
+    ["source", "result"],
+)
+SOURCE_LAG = Gauge("millrace_ingestion_source_lag", "Messages of a source that have not landed.", ["source"])
+SOURCE_TROUBLES = Counter(
+    "millrace_ingestion_source_troubles_total",
+    "Attempts of a source that ended with an error, by its reason.",
+    ["source", "reason"],
+)
+
+
+def count_source(source: str, accepted: int, duplicates: int, rejected: int) -> None:
+    """Count what became of a batch of a source."""
+    for result, count in (("accepted", accepted), ("duplicates", duplicates), ("rejected", rejected)):
+        SOURCE_RECORDS.labels(source, result).inc(count)

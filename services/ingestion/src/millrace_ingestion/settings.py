@@ -1,7 +1,24 @@
 """Settings of the ingestion service; every queue, batch and wait has its limit here."""
 
-from millrace_kit.settings import ServiceSettings
+from millrace_kit.settings import KafkaSecurity, ServiceSettings, Settings
 from pydantic import Field
+
+
+class SourceConnection(Settings):
+    """Brokers of somebody else, with what they and their schema registry must be shown."""
+
+    bootstrap_servers: tuple[str, ...] = Field(min_length=1)
+    """Brokers, `host:port`."""
+    security: KafkaSecurity = KafkaSecurity()
+    """TLS and SASL of the brokers."""
+    schema_registry_url: str = Field(default="", pattern=r"^(https?://.+)?$")
+    """Base URL of a schema registry with Confluent's API; empty is none."""
+    registry_username: str = ""
+    """Name for the registry's basic authentication; empty shows none."""
+    registry_password: str = Field(default="", repr=False)
+    """Password of that name; a reference such as `${file:/path}`."""
+    registry_ca_file: str = ""
+    """Authorities of the registry's certificate (PEM); empty takes the system's."""
 
 
 class IngestionSettings(ServiceSettings):
@@ -61,6 +78,37 @@ class IngestionSettings(ServiceSettings):
     """Columns and rules of all contracts together that have quality metrics, first come first served; `GetQuality` has all."""
     housekeeping_every_s: float = Field(default=300.0, gt=0, le=86_400)
     """Between two looks for what is too old."""
+
+    source_connections: dict[str, SourceConnection] = Field(default_factory=dict)
+    """Brokers of others by the name that sources know them by; secrets are references (`${file:/path}`)."""
+    source_inline_brokers: bool = True
+    """Whether a source may name brokers and a schema registry itself, in plain text and without secrets."""
+    source_locations: tuple[str, ...] = ()
+    """Prefixes of paths and URLs below which sources may read files, for example `s3://bucket/drop/`; empty allows none."""
+    max_sources: int = Field(default=100, ge=0, le=10_000)
+    """Sources one service reads; a topic source costs a consumer and its buffer."""
+    source_batch_records: int = Field(default=20_000, ge=1, le=1_000_000)
+    """Messages or records of files in one batch of a source at most."""
+    source_batch_mib: int = Field(default=8, ge=1, le=60)
+    """Size of one batch of a source at most, in MiB; a larger message is a dead letter without its value."""
+    source_linger_ms: float = Field(default=200.0, ge=1, le=60_000)
+    """Longest wait for more messages before a batch of a topic lands."""
+    source_window: int = Field(default=3, ge=1, le=64)
+    """Batches of one source that may be unanswered; nothing is read while there are more."""
+    source_buffer_mib: int = Field(default=64, ge=1, le=1024)
+    """What librdkafka keeps for one source beside these, in MiB; fetching stops when it is full."""
+    source_timeout_s: float = Field(default=10.0, gt=0, le=300)
+    """Longest wait for one answer of brokers or a schema registry of others."""
+    source_retry_max_s: float = Field(default=30.0, gt=0, le=3600)
+    """Longest wait between two attempts of a source that had trouble; the waits double up to it."""
+    source_attempts: int = Field(default=5, ge=1, le=100)
+    """Attempts of one look for files before it waits for its next tick."""
+    source_poll_s: float = Field(default=2.0, gt=0, le=300)
+    """Time between two looks at what is registered; other processes' changes are learnt by it."""
+    max_source_files: int = Field(default=100_000, ge=1, le=10_000_000)
+    """Files that one source's globs may match; more is an error, none is left out silently."""
+    max_schemas: int = Field(default=1_000, ge=1, le=100_000)
+    """Schemas of a registry kept for one source."""
 
     def lake(self) -> str:
         """The lake's URL without a slash at the end."""
