@@ -36,12 +36,12 @@ from millrace_api.feature.v1.feature_pb2_grpc import FeatureServiceStub
 from millrace_feature.redis_layout import Keys
 from millrace_kit.bus import records_topic
 
-from tests.perf.features import free_port, registry
 from tests.perf.harness import Contestant, Ratio, cpu_seconds, median, quantile, report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 from parts.kafka import start_kafka
 from parts.redis import start_redis
+from parts.server import free_port
 
 ENTITIES = 10_000
 EVENTS, SMALL_EVENTS = 2_000, 250
@@ -91,6 +91,7 @@ def definitions() -> bytes:
     """Two windows of five aggregates over two columns, per user."""
     from feast import Entity, FeatureService, Field, FileSource, PushSource, StreamFeatureView, ValueType
     from feast.aggregation import Aggregation
+    from feast.protos.feast.core.Registry_pb2 import Registry
     from feast.types import Float64, String
 
     user = Entity(name="user", join_keys=["user"], value_type=ValueType.STRING)
@@ -117,7 +118,12 @@ def definitions() -> bytes:
         timestamp_field="at",
         aggregations=aggregations,
     )
-    return registry([user, events, view, FeatureService(name="main", features=[view])])
+    registry = Registry()
+    registry.entities.append(user.to_proto())
+    registry.data_sources.append(events.to_proto())
+    registry.stream_feature_views.append(view.to_proto())
+    registry.feature_services.append(FeatureService(name="main", features=[view]).to_proto())
+    return bytes(registry.SerializeToString())
 
 
 def table(events: int, seed: int, base: datetime) -> tuple[pa.Table, np.ndarray[Any, np.dtype[np.int64]]]:
