@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 import pytest
 import uvicorn
 from millrace_api.drift.v1 import drift_pb2, drift_pb2_grpc
+from millrace_api.feature.v1 import feature_pb2
 from millrace_api.prediction.v1 import prediction_pb2
 from millrace_api.registry.v1 import registry_pb2, registry_pb2_grpc
 from millrace_api.rollout.v1 import rollout_pb2, rollout_pb2_grpc
@@ -88,6 +89,31 @@ def test_what_json_or_this_build_has_no_word_for_breaks_nothing() -> None:
     assert shown["versions"][0]["metrics"] == {"auc": None}
     assert shown["versions"][0]["stage"] == "99"
     assert (shown["findings"][0]["kind"], shown["findings"][0]["effect"]) == ("99", None)
+
+
+def test_features_that_differ_from_the_lake_come_first() -> None:
+    def window(feature: str, **counts: int) -> feature_pb2.ConsistencyWindow:
+        return feature_pb2.ConsistencyWindow(feature_service="main", feature=feature, **counts)
+
+    given = Answers(
+        progress=feature_pb2.GetProgressResponse(
+            contracts=[feature_pb2.ContractProgress(contract="c", records=5, next_offset=3, end_offset=7)]
+        ),
+        consistency=feature_pb2.GetConsistencyResponse(
+            windows=[window("a", compared=10), window("b", compared=10, missing=1), window("b", compared=30, extra=1)],
+            findings=[
+                feature_pb2.ConsistencyFinding(feature_service="main", feature="b", served=float("nan"), expected=2),
+                feature_pb2.ConsistencyFinding(feature_service="main", feature="b", served=1, expected=1.5),
+            ],
+        ),
+    )
+    shown = page(given)
+    assert shown["streams"] == [{"contract": "c", "records": 5, "watermark": "", "behind": 4}]
+    first, second = shown["consistency"]
+    assert (first["feature"], first["share"], first["missing"], first["extra"]) == ("b", 0.05, 1, 1)
+    assert (first["served"], first["expected"]) == (None, 2)
+    assert (second["feature"], second["share"], second["served"]) == ("a", 0, None)
+    json.dumps(shown, allow_nan=False)
 
 
 class Registry(registry_pb2_grpc.RegistryServiceServicer):

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -20,6 +21,8 @@ from millrace_console.settings import ConsoleSettings
 
 T = TypeVar("T")
 
+CONSISTENCY = timedelta(hours=3)
+"""How far back served values are compared with the lake's on the page."""
 SERVICES = ("ingestion", "feature", "training", "registry", "rollout", "gateway", "drift")
 
 
@@ -33,6 +36,7 @@ class Answers:
     tables: list[ingestion_pb2.GetTableResponse] = field(default_factory=list)
     dead_letters: ingestion_pb2.CountDeadLettersResponse | None = None
     progress: feature_pb2.GetProgressResponse | None = None
+    consistency: feature_pb2.GetConsistencyResponse | None = None
     runs: training_pb2.ListRunsResponse | None = None
     versions: list[registry_pb2.ModelVersion] | None = None
     deployments: rollout_pb2.ListDeploymentsResponse | None = None
@@ -103,6 +107,9 @@ class Sources:
     async def _feature(self, channel: grpc.aio.Channel, answers: Answers) -> None:
         stub = feature_pb2_grpc.FeatureServiceStub(channel)
         answers.progress = await stub.GetProgress(feature_pb2.GetProgressRequest())
+        request = feature_pb2.GetConsistencyRequest(max_findings=self._settings.rows)
+        request.time_range.start.FromDatetime(datetime.now(tz=UTC) - CONSISTENCY)
+        answers.consistency = await stub.GetConsistency(request)
 
     async def _training(self, channel: grpc.aio.Channel, answers: Answers) -> None:
         stub = training_pb2_grpc.TrainingServiceStub(channel)

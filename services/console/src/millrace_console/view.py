@@ -6,6 +6,7 @@ from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from millrace_api.drift.v1.drift_pb2 import DriftKind
+from millrace_api.feature.v1.feature_pb2 import GetConsistencyResponse
 from millrace_api.prediction.v1.prediction_pb2 import VersionFigures
 from millrace_api.registry.v1.registry_pb2 import Stage
 from millrace_api.rollout.v1.rollout_pb2 import ArmRole, Deployment, Verdict
@@ -14,6 +15,7 @@ from millrace_api.training.v1.training_pb2 import RunState, StageState
 from millrace_console.sources import SERVICES, Answers
 
 QUANTILE = 0.99
+MAX_FEATURES = 50
 
 
 def word(name: Callable[[Any], str], number: int, prefix: str) -> str:
@@ -49,6 +51,16 @@ def page(answers: Answers) -> dict[str, Any]:
         "figures": [_figures(answers, f) for f in (answers.figures.versions if answers.figures else ())],
         "findings": _findings(answers),
         "runs": _runs(answers),
+        "streams": [
+            {
+                "contract": c.contract,
+                "records": c.records,
+                "watermark": instant(c.watermark) if c.HasField("watermark") else "",
+                "behind": max(0, c.end_offset - c.next_offset),
+            }
+            for c in (answers.progress.contracts if answers.progress else ())
+        ],
+        "consistency": consistency(answers.consistency) if answers.consistency else [],
         "dead_letters": [
             {"contract": c.contract, "reason": c.reason, "count": c.count, "replayed": c.replayed}
             for c in (answers.dead_letters.counts if answers.dead_letters else ())
@@ -199,6 +211,33 @@ def _findings(answers: Answers) -> list[dict[str, Any]]:
         }
         for f in (answers.findings.findings if answers.findings else ())
     ]
+
+
+def consistency(answer: GetConsistencyResponse) -> list[dict[str, Any]]:
+    """Features whose served values were compared with the lake's, over all windows, those that differ most first; with an example."""
+    sums: dict[tuple[str, str], list[int]] = {}
+    for window in answer.windows:
+        entry = sums.setdefault((window.feature_service, window.feature), [0, 0, 0, 0])
+        for i, count in enumerate((window.compared, window.mismatched, window.missing, window.extra)):
+            entry[i] += count
+    examples = {(f.feature_service, f.feature): f for f in reversed(answer.findings)}
+    rows = []
+    for (service, feature), (compared, mismatched, missing, extra) in sums.items():
+        example = examples.get((service, feature))
+        rows.append(
+            {
+                "service": service,
+                "feature": feature,
+                "compared": compared,
+                "mismatched": mismatched,
+                "missing": missing,
+                "extra": extra,
+                "share": (mismatched + missing + extra) / compared if compared else 0.0,
+                "served": finite(example.served) if example else None,
+                "expected": finite(example.expected) if example else None,
+            }
+        )
+    return sorted(rows, key=lambda row: (-row["share"], row["service"], row["feature"]))[:MAX_FEATURES]
 
 
 def _runs(answers: Answers) -> list[dict[str, Any]]:

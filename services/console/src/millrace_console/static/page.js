@@ -130,6 +130,13 @@ function draw(page) {
     element("code", {}, r.id.slice(-8)), word(r.state), r.version || "–",
     element("span", {}, ...r.stages.flatMap((s) => [word(`${SIGNS[s.state] || ""} ${s.name}${s.attempts > 1 ? ` ×${s.attempts}` : ""}`, `stage ${s.state}`), " "])), r.cause || "–",
   ]), "no runs yet"));
+  place("streams", table([["contract"], ["records", "number"], ["behind", "number"], ["newest event"]], page.streams.map((s) => [
+    s.contract, number(s.records), s.behind ? word(number(s.behind), "wait") : "0", day(s.watermark) || "–",
+  ]), "no definitions are applied"));
+  place("consistency", table([["feature"], ["values", "number"], ["differ", "number"], ["mismatch", "number"], ["missing", "number"], ["extra", "number"], ["example"]], page.consistency.map((c) => [
+    c.feature, number(c.compared), word(`${(100 * c.share).toFixed(2)} %`, c.share > 0.01 ? "bad" : c.share ? "wait" : "good"),
+    number(c.mismatched), number(c.missing), number(c.extra), c.share ? `served ${decimal(c.served)}, the lake says ${decimal(c.expected)}` : "–",
+  ]), "nothing was compared yet"));
   place("letters", table([["contract"], ["reason"], ["records", "number"], ["replayed", "number"]], page.dead_letters.map((l) => [
     l.contract, l.reason, number(l.count), number(l.replayed),
   ]), "no record was refused"));

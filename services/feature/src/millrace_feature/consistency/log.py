@@ -33,6 +33,8 @@ from millrace_feature.rows import Scalar, from_text, to_text
 
 SUMS = ("compared", "mismatched", "missing", "extra", "pairs", "error")
 """Fields of a `Tally`, in its order."""
+MAX_RATES = 50_000
+"""Rates of one answer; older windows are asked for by their time."""
 metadata = MetaData()
 samples_table = Table(
     "consistency_samples",
@@ -206,7 +208,8 @@ class ConsistencyLog:
         table = windows_table.c
         query = _narrowed(select(windows_table), windows_table, feature_service, start_us, end_us)
         with reading(self._engine) as connection:
-            rows = connection.execute(query.order_by(table.window_us.desc(), table.feature_service, table.feature))
+            ordered = query.order_by(table.window_us.desc(), table.feature_service, table.feature)
+            rows = connection.execute(ordered.limit(MAX_RATES))
             return [_rates(row) for row in rows]
 
     def findings(self, feature_service: str, start_us: int | None, end_us: int | None, limit: int) -> list[Finding]:
