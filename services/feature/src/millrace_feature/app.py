@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import grpc.aio
-from millrace_api.feature.v1 import feature_pb2_grpc
+from millrace_api.feature.v1 import feature_pb2_grpc, transformers_pb2_grpc
 from millrace_kit.bus import Bus, Subscription, TopicPartition, open_bus, records_topic
 from millrace_kit.clock import Clock, SystemClock
 from millrace_kit.content import ContentStore
@@ -32,6 +32,9 @@ from millrace_feature.servicer import FeatureServicer
 from millrace_feature.serving import Serving
 from millrace_feature.settings import FeatureSettings
 from millrace_feature.store import OnlineStore
+from millrace_feature.transformers.service import Transformers
+from millrace_feature.transformers.servicer import TransformerServicer
+from millrace_feature.transformers.store import FittedStore
 from millrace_feature.worker import StreamWorker
 
 
@@ -129,8 +132,13 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
         worker.switch(current.definitions)
     ends = TopicEnds(bus, worker)
     content = ContentStore(settings.training_sets_url)
+    transformers = Transformers(
+        store=FittedStore(engine), catalog=catalog, content=content, settings=settings, clock=clock
+    )
     servicer = FeatureServicer(
-        applier=Applier(catalog=catalog, lake=lake, worker=worker, settings=settings, clock=clock),
+        applier=Applier(
+            catalog=catalog, lake=lake, worker=worker, pinned=transformers.pinned, settings=settings, clock=clock
+        ),
         builder=Builder(lake=lake, catalog=catalog, content=content, settings=settings, clock=clock),
         catalog=catalog,
         serving=serving,
@@ -142,7 +150,10 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
 
     reads = FeastReads(serving, clock)
     add_servicers: list[Callable[[grpc.aio.Server], None]] = [
-        lambda server: feature_pb2_grpc.add_FeatureServiceServicer_to_server(servicer, server)
+        lambda server: feature_pb2_grpc.add_FeatureServiceServicer_to_server(servicer, server),
+        lambda server: transformers_pb2_grpc.add_TransformerServiceServicer_to_server(
+            TransformerServicer(transformers), server
+        ),
     ]
     if settings.feast.grpc:
         add_servicers.append(FeastGrpc(reads).add_to)
@@ -165,7 +176,7 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
     return Service(
         "feature",
         add_servicers,
-        ["millrace_api.feature.v1.FeatureService"],
+        ["millrace_api.feature.v1.FeatureService", "millrace_api.feature.v1.TransformerService"],
         workers,
         [close],
         lambda: worker.is_following,

@@ -16,6 +16,7 @@ from millrace_feature.catalog import Catalog
 from millrace_feature.convert import labels_of, now_timestamp, versions_of
 from millrace_feature.lake import Lake
 from millrace_feature.metrics import BUILD_ROWS, BUILD_SECONDS
+from millrace_feature.named import named_plan
 from millrace_feature.plan import Definitions, ServicePlan
 from millrace_feature.settings import FeatureSettings
 from millrace_feature.training import Build, Built, contracts_of
@@ -42,8 +43,11 @@ class Builder:
         labels = labels_of(request)
         definitions = await asyncio.to_thread(self._definitions, request.definitions_hash)
         plan = definitions.service(request.feature_service)
-        if plan is None:
+        if plan is None and (request.feature_service or not request.features):
             raise NotFoundError("feature service", request.feature_service)
+        if request.features:
+            plan = named_plan(definitions, request.features, plan)
+        assert plan is not None
         if clash := {"event_time", labels.join_column, labels.label_column} & set(plan.features):
             raise InvalidArgumentError("label_column", f"{clash.pop()!r} is the name of a feature")
         tables = contracts_of(plan, definitions, labels)
@@ -137,6 +141,7 @@ def manifest(
         "data": {"path": data.path, "sha256": data.sha256, "size_bytes": data.size_bytes},
         "rows": built.rows,
         "rows_without_label": built.rows_without_label,
+        **({"named": True} if request.features else {}),
     }
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 

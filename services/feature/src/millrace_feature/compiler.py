@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from millrace_kit.errors import InvalidArgumentError
+from millrace_kit.errors import InvalidArgumentError, MillraceError
 
 from millrace_feature.feast_import import import_feast
 from millrace_feature.functions import KNOWN, canonical
@@ -27,6 +27,7 @@ from millrace_feature.plan import (
     ViewUse,
     WindowView,
 )
+from millrace_feature.transformers.attach import Attachments, Pinned
 
 FIELD = "feast_registry"
 DUMMY_ENTITY = "__dummy"
@@ -58,8 +59,13 @@ class Compiled:
     registry: bytes
 
 
-def compile_registry(project: str, content: bytes) -> Compiled:
+def compile_registry(project: str, content: bytes, pinned: Pinned | None = None) -> Compiled:
     """Check and compile a serialized `feast.core.Registry`.
+
+    Args:
+        project: name of the Feast project.
+        content: the registry.
+        pinned: where tags that name fitted transformers and selections lead; None refuses such tags.
 
     Raises:
         InvalidArgumentError: it is no registry, or holds something this service cannot compute; the message names the object.
@@ -75,8 +81,9 @@ def compile_registry(project: str, content: bytes) -> Compiled:
         raise InvalidArgumentError(FIELD, "is no serialized feast.core.Registry") from None
     try:
         canonical = _canonical(registry, project)
-        return Compiled(_Compiler(canonical).definitions(project), canonical.SerializeToString(deterministic=True))
-    except InvalidArgumentError:
+        definitions = _Compiler(canonical, pinned).definitions(project)
+        return Compiled(definitions, canonical.SerializeToString(deterministic=True))
+    except MillraceError:
         raise
     except Exception as error:  # Feast raises whatever its parsers meet in a strange message
         raise InvalidArgumentError(FIELD, f"cannot be read: {type(error).__name__}: {error}") from error
@@ -199,8 +206,10 @@ def _type_name(value_type: Any) -> str:
 class _Compiler:
     """One registry's objects by name."""
 
-    def __init__(self, registry: Any) -> None:
+    def __init__(self, registry: Any, pinned: Pinned | None) -> None:
         self._registry = registry
+        self._pinned = pinned
+        self._pins: list[str] = []
         self._entities = {e.spec.name: e.spec for e in registry.entities}
         self._transforms = {v.spec.name: v.spec for v in registry.on_demand_feature_views if not v.spec.disabled}
         self._key_types: dict[str, ValueType] = {}
@@ -262,7 +271,8 @@ class _Compiler:
             if function.body:
                 function.body = _fingerprint(dill.loads(function.body)).encode()  # noqa: S301 - see the module's docstring
             view.spec.ClearField("user_defined_function")
-        return hashlib.sha256(copy.SerializeToString(deterministic=True)).hexdigest()
+        pins = "".join(f"\0{digest}" for digest in self._pins).encode()
+        return hashlib.sha256(copy.SerializeToString(deterministic=True) + pins).hexdigest()
 
     def _source(self, source: Any) -> tuple[str, str]:
         """(contract, event-time column); a stream source takes the column of its batch source."""
@@ -348,31 +358,41 @@ class _Compiler:
         uses: dict[str, ViewUse] = {}
         transforms: dict[str, Transform] = {}
         request: dict[str, ValueType] = {}
-        features: list[str] = []
+        places: dict[str, tuple[str, str]] = {}
+        attached = Attachments(spec.name, spec.tags, self._pinned)
         for projection in spec.features:
             name = projection.feature_view_name
             alias = projection.feature_view_name_alias or name
             columns = [c.name for c in projection.feature_columns]
             if name in self._transforms:
                 transforms[name] = self._transform(self._transforms[name], uses, request)
-                known = set(transforms[name].outputs)
+                alias, known = name, set(transforms[name].outputs)
+                columns = columns or list(transforms[name].outputs)
             else:
                 use = self._use(projection, f"feature service {spec.name!r}")
                 if uses.setdefault(alias, use) != use:
                     raise InvalidArgumentError(FIELD, f"feature service {spec.name!r} uses {alias!r} in two ways")
                 columns = columns or list(self._views[name].features)
                 known = {f for f in self._views[name].features if self._is_number(name, f)}
+                known |= {f for f in self._views[name].features if f"{alias}__{f}" in attached.inputs}
             for column in columns:
                 if column not in known:
-                    problem = (
-                        "is no feature the vector can hold (numbers and booleans; encode texts in an on-demand view)"
-                    )
+                    problem = "is no feature the vector can hold (numbers and booleans; encode texts by a transformer)"
                     raise InvalidArgumentError(FIELD, f"{name}.{column} {problem}")
-            features.extend(f"{alias}__{column}" for column in columns)
-        if not features or len(set(features)) != len(features):
+                if places.setdefault(f"{alias}__{column}", (alias, column)) != (alias, column):
+                    raise InvalidArgumentError(FIELD, f"feature service {spec.name!r} has two {alias}__{column}")
+        if not places or len(places) < sum(len(p.feature_columns) for p in spec.features):
             raise InvalidArgumentError(FIELD, f"feature service {spec.name!r} needs one or more distinct features")
+        features, fitted = attached.applied(places, [*uses, *transforms])
+        if not features:
+            raise InvalidArgumentError(FIELD, f"the vector of feature service {spec.name!r} holds nothing")
+        self._pins += attached.digests
         return ServicePlan(
-            spec.name, tuple(features), tuple(uses.values()), tuple(transforms.values()), tuple(sorted(request.items()))
+            spec.name,
+            tuple(features),
+            tuple(uses.values()),
+            (*transforms.values(), *fitted),
+            tuple(sorted(request.items())),
         )
 
     def _is_number(self, view: str, feature: str) -> bool:

@@ -110,7 +110,8 @@ def optional_us(message: Any, field: str, path: str) -> int | None:
 
 def labels_of(request: feature_pb2.BuildTrainingSetRequest) -> Labels:
     """The rows and label a request names, checked."""
-    check.text(request.feature_service, "feature_service", limit=256)
+    if request.feature_service or not request.features:
+        check.text(request.feature_service, "feature_service", limit=256)
     if request.definitions_hash:
         check.sha256(request.definitions_hash, "definitions_hash")
     labels = Labels(

@@ -14,6 +14,7 @@ from millrace_feature.feast_files import write_feast_files
 from millrace_feature.lake import NO_TABLE, Lake
 from millrace_feature.plan import Definitions, LatestView
 from millrace_feature.settings import FeatureSettings
+from millrace_feature.transformers.attach import Pinned
 from millrace_feature.worker import StreamWorker
 
 REMEMBERED = 64
@@ -24,11 +25,19 @@ class Applier:
     """Takes definitions in; one at a time."""
 
     def __init__(
-        self, *, catalog: Catalog, lake: Lake, worker: StreamWorker, settings: FeatureSettings, clock: Clock
+        self,
+        *,
+        catalog: Catalog,
+        lake: Lake,
+        worker: StreamWorker,
+        pinned: Pinned,
+        settings: FeatureSettings,
+        clock: Clock,
     ) -> None:
         self._catalog = catalog
         self._lake = lake
         self._worker = worker
+        self._pinned = pinned
         self._settings = settings
         self._clock = clock
         self._turn = asyncio.Lock()
@@ -68,7 +77,7 @@ class Applier:
         mark = hashlib.sha256(project.encode() + b"\0" + content).hexdigest()
         if mark in self._known:
             return self._catalog.get(self._known[mark])
-        compiled = compile_registry(project, content)
+        compiled = compile_registry(project, content, self._pinned)
         self._check(compiled.definitions)
         write_feast_files(Path(self._settings.state_dir) / "feast", project, compiled.registry)
         if len(self._known) >= REMEMBERED:

@@ -139,6 +139,8 @@ class Transform:
     """Whether the function takes one row (values by name) instead of lists."""
     body: bytes
     """The function, pickled by dill as Feast does."""
+    fitted: bool = False
+    """Whether `body` is a fitted transformer instead (`transformers/artifact.py`), whose inputs are `inputs` in their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +229,7 @@ def _service(raw: dict[str, Any]) -> ServicePlan:
                 outputs=tuple(t["outputs"]),
                 singleton=t["singleton"],
                 body=base64.b64decode(t["body"]),
+                fitted=t.get("fitted", False),
             )
             for t in raw["transforms"]
         ),

@@ -164,6 +164,7 @@ class CompiledService:
             request = {name: [row.get(name) for row in rows] for name, _kind in self.plan.request_fields}
             for runner in self._runners:
                 outputs = runner.run(columns, request, len(rows))
+                columns.update(runner.placed(outputs))
                 parts.append(Part(list(zip(*outputs, strict=True)), set(), [], [None] * len(rows)))
         return parts
 

@@ -7,7 +7,7 @@ label is not known yet are left out and counted; no labelled row is ever dropped
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from millrace_feature.lake import NO_TABLE, Lake, Query, quoted
 from millrace_feature.plan import Definitions, LatestView, ServicePlan, ViewUse, WindowView
 from millrace_feature.rows import known
 from millrace_feature.tiles import Floats, Ints, encode_key, group_keys
-from millrace_feature.transforms import TransformRunner, or_none
+from millrace_feature.transforms import Labelled, TransformRunner, or_none
 from millrace_feature.windows import window_features
 
 ROW_GROUP_ROWS = 65_536
@@ -77,7 +77,10 @@ class Build:
         self._query: Query | None = None
         self._cancelled = False
         self._carried: list[str] = []
+        self._is_labelled = False
         self._encoded: dict[tuple[str, ...], list[str | None]] = {}
+        self._others: dict[str, Any] = {}
+        """Features of the rows at hand that are no numbers, by full name."""
 
     def cancel(self) -> None:
         """Stop as soon as possible; `run` then raises."""
@@ -167,6 +170,7 @@ class Build:
         )
         query.run("DROP TABLE joined")
         self._carried = carried
+        self._is_labelled = True
         return int(total - labelled)
 
     def _features(self, query: Query, entities: pa.Table) -> dict[str, Floats]:
@@ -180,6 +184,11 @@ class Build:
                 stored.update(self._latest(query, use, view, entities))
         features = {
             f"{alias}__{name}": _as_floats(column) for (alias, name), column in stored.items() if _is_number(column)
+        }
+        self._others = {
+            name: column
+            for (alias, feature), column in stored.items()
+            if (name := f"{alias}__{feature}") in self._plan.features and not _is_number(column)
         }
         features.update(self._transformed(stored, entities))
         return features
@@ -217,13 +226,20 @@ class Build:
     def _transformed(self, stored: Mapping[tuple[str, str], Any], entities: pa.Table) -> dict[str, Floats]:
         """Outputs of the on-demand views, computed on slices of columns by the functions that serve."""
         runners = [TransformRunner(transform) for transform in self._plan.transforms]
-        wanted = {pair for runner in runners for pair in runner.plan.inputs}
-        parts: dict[str, list[list[float]]] = {}
+        wanted = {pair for runner in runners for pair in runner.plan.inputs if pair in stored}
+        times_us = entities.column("at_us").to_numpy()
+        parts: dict[str, list[Sequence[float]]] = {}
         for start in range(0, entities.num_rows, TRANSFORM_ROWS):
             if self._cancelled:
                 raise InterruptedError("the build was cancelled")
             rows = min(TRANSFORM_ROWS, entities.num_rows - start)
-            inputs = {pair: _values(stored[pair], start, rows) for pair in wanted}
+            inputs: dict[tuple[str, str], Sequence[Any]] = {pair: _values(stored[pair], start, rows) for pair in wanted}
+            labelled = None
+            if self._is_labelled:
+                labelled = Labelled(
+                    entities.column("join_value").slice(start, rows).to_pylist(),
+                    times_us[start : start + rows].tolist(),
+                )
             request = {
                 name: [
                     known(v) for v in entities.column(f"in{self._carried.index(name)}").slice(start, rows).to_pylist()
@@ -231,8 +247,10 @@ class Build:
                 for name, _kind in self._plan.request_fields
             }
             for runner in runners:
-                for output, column in zip(runner.plan.outputs, runner.run(inputs, request, rows), strict=True):
-                    parts.setdefault(f"{runner.plan.name}__{output}", []).append(column)
+                made = runner.placed(runner.run(inputs, request, rows, labelled))
+                inputs.update(made)
+                for (view, output), column in made.items():
+                    parts.setdefault(f"{view}__{output}", []).append(column)
         empty = {f"{t.name}__{o}": np.zeros(0) for t in self._plan.transforms for o in t.outputs}
         return {**empty, **{name: np.concatenate([np.array(p) for p in columns]) for name, columns in parts.items()}}
 
@@ -241,7 +259,7 @@ class Build:
         at = entities.column("at_us").cast(pa.timestamp("us", tz="UTC"))
         columns: dict[str, Any] = {"event_time": at, self._labels.join_column: entities.column("join_value")}
         for name in self._plan.features:
-            columns[name] = pa.array(features[name], pa.float64())
+            columns[name] = self._others[name] if name in self._others else pa.array(features[name], pa.float64())
         columns[self._labels.label_column] = entities.column("label")
         table = pa.table(columns)
         pq.write_table(
