@@ -221,7 +221,7 @@ def consistency(answer: GetConsistencyResponse) -> list[dict[str, Any]]:
         for i, count in enumerate((window.compared, window.mismatched, window.missing, window.extra)):
             entry[i] += count
     examples = {(f.feature_service, f.feature): f for f in reversed(answer.findings)}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (service, feature), (compared, mismatched, missing, extra) in sums.items():
         example = examples.get((service, feature))
         rows.append(
