@@ -3,22 +3,8 @@
 import numpy as np
 import pytest
 from millrace_feature.serving import EXPIRED
-from millrace_feature.training import newest_before
 from millrace_feature.transforms import TransformRunner
 from millrace_kit.errors import FailedPreconditionError
-
-
-def ints(*values: int) -> np.ndarray:
-    return np.array(values, np.int64)
-
-
-def test_newest_before() -> None:
-    # The rows an ASOF join of DuckDB 2.0.0 got wrong: it gave the row at 3 for the point at 12.
-    codes, times = ints(0, 0, 1, 0), ints(1, 3, 4, 11)
-    found = newest_before(codes, times, ints(0, 1, 0, 0, 1, -1, -2, 5), ints(12, 12, 11, 0, 3, 12, 12, 12))
-    assert found.tolist() == [3, 2, 3, -1, -1, -1, -1, -1]
-    assert newest_before(ints(), ints(), ints(0), ints(1)).tolist() == [-1]
-    assert newest_before(codes, times, ints(), ints()).tolist() == []
 
 
 def test_a_transform_that_fails_says_which() -> None:

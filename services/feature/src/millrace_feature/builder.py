@@ -60,7 +60,10 @@ class Builder:
                 for table in tables:
                     if table not in versions:
                         versions[table] = await asyncio.to_thread(self._lake.newest_version, table)
-                work = Build(self._lake, plan, definitions, labels, max_rows=self._settings.max_training_rows)
+                work = Build(
+                    self._lake, plan, definitions, labels,
+                    max_rows=self._settings.max_training_rows, rows_at_once=self._settings.build_rows,
+                )  # fmt: skip
                 running = asyncio.ensure_future(
                     asyncio.to_thread(self._make, work, request, definitions, plan, versions)
                 )

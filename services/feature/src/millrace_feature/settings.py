@@ -109,8 +109,10 @@ class FeatureSettings(ServiceSettings):
     max_registry_mib: int = Field(default=8, ge=1, le=64)
     """Largest Feast registry accepted, in MiB."""
     max_training_rows: int = Field(default=5_000_000, ge=1, le=1_000_000_000)
-    """Most rows of one training set; they and their features are held in memory once."""
-    build_memory_mib: int = Field(default=2048, ge=256, le=1_048_576)
+    """Most rows of one training set."""
+    build_rows: int = Field(default=1_048_576, ge=65_536, le=1_000_000_000)
+    """Rows of a training set whose features are in memory at once: about 40 bytes a row and feature. More rows take another pass over the lake."""
+    build_memory_mib: int = Field(default=1024, ge=256, le=1_048_576)
     """Memory DuckDB may use for one build or backfill; it spills to `state_dir` beyond."""
     build_threads: int = Field(default=2, ge=1, le=256)
     """Threads DuckDB may use."""

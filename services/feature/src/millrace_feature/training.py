@@ -1,8 +1,8 @@
 """Training sets: point-in-time features of labelled entity rows, from exact lake versions.
 
 For an entity row at instant t every feature is what an online read at t would have given had every record arrived in event-time order:
-windows end at the last complete slide before t (or, with a fresh head, at t), a newest row is at most as old as its view's TTL. Rows whose
-label is not known yet are left out and counted; no labelled row is ever dropped, a missing feature is NaN.
+windows end at the last complete slide before t (or, with a fresh head, at t), a newest row is at most as old as its view's TTL. Rows whose label is not known yet are left
+out and counted; no labelled row is ever dropped, a missing feature is NaN.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 from millrace_kit.errors import FailedPreconditionError, ResourceExhaustedError
 
 from millrace_feature.lake import NO_TABLE, Lake, Query, quoted
-from millrace_feature.plan import Definitions, LatestView, ServicePlan, ViewUse, WindowView
+from millrace_feature.plan import Definitions, ServicePlan, ViewUse, WindowView
+from millrace_feature.point_in_time import Entities, newest_features, windowed_features
 from millrace_feature.rows import known
-from millrace_feature.tiles import Floats, Ints, encode_key, group_keys
+from millrace_feature.tiles import Floats
 from millrace_feature.transforms import Labelled, TransformRunner, or_none
-from millrace_feature.windows import window_features
 
 ROW_GROUP_ROWS = 65_536
 TRANSFORM_ROWS = 8_192
@@ -66,19 +66,28 @@ class Build:
     """One run; `cancel` may be called from another thread."""
 
     def __init__(
-        self, lake: Lake, plan: ServicePlan, definitions: Definitions, labels: Labels, *, max_rows: int
+        self,
+        lake: Lake,
+        plan: ServicePlan,
+        definitions: Definitions,
+        labels: Labels,
+        *,
+        max_rows: int,
+        rows_at_once: int = 16 * ROW_GROUP_ROWS,
     ) -> None:
         self._lake = lake
         self._plan = plan
         self._definitions = definitions
         self._labels = labels
         self._max_rows = max_rows
+        self._rows_at_once = -(-rows_at_once // ROW_GROUP_ROWS) * ROW_GROUP_ROWS
+        """Whole row groups, so that the file does not depend on it."""
         self._lock = threading.Lock()
         self._query: Query | None = None
         self._cancelled = False
         self._carried: list[str] = []
         self._is_labelled = False
-        self._encoded: dict[tuple[str, ...], list[str | None]] = {}
+        self._known: dict[tuple[str, ...], Entities] = {}
         self._others: dict[str, Any] = {}
         """Features of the rows at hand that are no numbers, by full name."""
 
@@ -116,11 +125,17 @@ class Build:
                     "TABLE_MISSING", f"table {contract!r} does not exist yet", {"table": contract}
                 )
         with self._open(versions) as query:
-            without = self._collect(query)
-            entities = query.arrow("SELECT * FROM labels ORDER BY row_id")
-            features = self._features(query, entities)
-        self._write(entities, features, target)
-        return Built(target, entities.num_rows, without)
+            rows, without = self._collect(query)
+            with contextlib.ExitStack() as stack:
+                writer: pq.ParquetWriter | None = None
+                for start in range(0, max(rows, 1), self._rows_at_once):
+                    chosen = f"row_id >= {start} AND row_id < {start + self._rows_at_once}"
+                    entities = query.arrow(f"SELECT * FROM labels WHERE {chosen} ORDER BY row_id")
+                    table = self._table(entities, self._features(query, entities))
+                    if writer is None:
+                        writer = stack.enter_context(_writer(target, table.schema))
+                    writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+        return Built(target, rows, without)
 
     def features(self, versions: Mapping[str, int], rows: pa.Table) -> dict[str, Floats]:
         """See `features_at`."""
@@ -128,8 +143,8 @@ class Build:
         with self._open(versions) as query:
             return self._features(query, rows)
 
-    def _collect(self, query: Query) -> int:
-        """Make table `labels`, one row per labelled entity row in its final order; returns how many had no label."""
+    def _collect(self, query: Query) -> tuple[int, int]:
+        """Make table `labels`, one row per labelled entity row in its final order; returns (rows, rows without a label)."""
         spec = self._labels
         time = self._definitions.event_time(spec.entity_contract)
         label_time = self._definitions.event_time(spec.label_contract)
@@ -171,17 +186,22 @@ class Build:
         query.run("DROP TABLE joined")
         self._carried = carried
         self._is_labelled = True
-        return int(total - labelled)
+        return int(labelled), int(total - labelled)
 
     def _features(self, query: Query, entities: pa.Table) -> dict[str, Floats]:
         """Every feature of the vector by full name."""
         stored: dict[tuple[str, str], Any] = {}
+        at = np.asarray(entities.column("at_us").to_numpy(), np.int64)
+        self._known.clear()
         for use in self._plan.uses:
             view = self._definitions.view(use.view)
+            keys, until_us = self._entities(use, entities), self._labels.known_at_us
+            found: Mapping[str, Any]
             if isinstance(view, WindowView):
-                stored.update(self._windows(query, use, view, entities))
+                found = windowed_features(query, view, keys, at, until_us)
             else:
-                stored.update(self._latest(query, use, view, entities))
+                found = newest_features(query, view, keys, at, until_us)
+            stored.update({(use.alias, name): column for name, column in found.items()})
         features = {
             f"{alias}__{name}": _as_floats(column) for (alias, name), column in stored.items() if _is_number(column)
         }
@@ -193,35 +213,11 @@ class Build:
         features.update(self._transformed(stored, entities))
         return features
 
-    def _entity_codes(self, use: ViewUse, entities: pa.Table, keys: Mapping[str, int]) -> Ints:
-        """Per row the code of its entity in `keys`; -1 for an unknown one, -2 where a join key is null."""
-        if use.keys not in self._encoded:
-            columns = [entities.column(f"in{self._carried.index(name)}").to_pylist() for name in use.keys]
-            rows = zip(*columns, strict=True)
-            self._encoded[use.keys] = [None if None in row else encode_key(row) for row in rows]
-        return np.array([-2 if key is None else keys.get(key, -1) for key in self._encoded[use.keys]], np.int64)
-
-    def _windows(
-        self, query: Query, use: ViewUse, view: WindowView, entities: pa.Table
-    ) -> dict[tuple[str, str], Floats]:
-        at = np.asarray(entities.column("at_us").to_numpy(), np.int64)
-        since_us = (int(at.min()) - view.reach_us) // view.hop_us * view.hop_us if len(at) else None
-        tiles = query.tiles(view, since_us, self._labels.known_at_us)
-        codes = self._entity_codes(use, entities, {key: code for code, key in enumerate(tiles.keys)})
-        return {(use.alias, name): column for name, column in window_features(view, tiles, codes, at).items()}
-
-    def _latest(self, query: Query, use: ViewUse, view: LatestView, entities: pa.Table) -> dict[tuple[str, str], Any]:
-        """The newest row at or before each instant, when it is not older than the view's TTL."""
-        rows = query.newest_rows(view, self._labels.known_at_us)
-        codes, words = group_keys([rows.column(f"k{i}") for i in range(len(view.join_keys))])
-        wanted = self._entity_codes(use, entities, {key: code for code, key in enumerate(words)})
-        times = np.asarray(rows.column("at_us").to_numpy(), np.int64)
-        at = np.asarray(entities.column("at_us").to_numpy(), np.int64)
-        found = newest_before(codes, times, wanted, at)
-        if view.ttl_us and len(times):  # an expired newest row hides older ones
-            found[(found >= 0) & (at - times[found] > view.ttl_us)] = -1
-        places = pa.array(found, mask=found < 0)
-        return {(use.alias, f): rows.column(f"f{i}").take(places) for i, f in enumerate(view.features)}
+    def _entities(self, use: ViewUse, rows: pa.Table) -> Entities:
+        if use.keys not in self._known:
+            columns = [rows.column(f"in{self._carried.index(name)}") for name in use.keys]
+            self._known[use.keys] = Entities.of(columns)
+        return self._known[use.keys]
 
     def _transformed(self, stored: Mapping[tuple[str, str], Any], entities: pa.Table) -> dict[str, Floats]:
         """Outputs of the on-demand views, computed on slices of columns by the functions that serve."""
@@ -254,17 +250,18 @@ class Build:
         empty = {f"{t.name}__{o}": np.zeros(0) for t in self._plan.transforms for o in t.outputs}
         return {**empty, **{name: np.concatenate([np.array(p) for p in columns]) for name, columns in parts.items()}}
 
-    def _write(self, entities: pa.Table, features: Mapping[str, Floats], target: Path) -> None:
-        """One Parquet file whose bytes depend on its content alone."""
+    def _table(self, entities: pa.Table, features: Mapping[str, Floats]) -> pa.Table:
         at = entities.column("at_us").cast(pa.timestamp("us", tz="UTC"))
         columns: dict[str, Any] = {"event_time": at, self._labels.join_column: entities.column("join_value")}
         for name in self._plan.features:
             columns[name] = self._others[name] if name in self._others else pa.array(features[name], pa.float64())
         columns[self._labels.label_column] = entities.column("label")
-        table = pa.table(columns)
-        pq.write_table(
-            table, target, row_group_size=ROW_GROUP_ROWS, compression="zstd", use_dictionary=True, store_schema=False
-        )
+        return pa.table(columns)
+
+
+def _writer(target: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """A Parquet file whose bytes depend on its content alone, however many steps it is written in."""
+    return pq.ParquetWriter(target, schema, compression="zstd", use_dictionary=True, store_schema=False)
 
 
 def features_at(
@@ -281,26 +278,6 @@ def features_at(
     """
     labels = Labels("", "", "", "", start_us=None, end_us=None, known_at_us=None)
     return Build(lake, plan, definitions, labels, max_rows=rows.num_rows).features(versions, rows)
-
-
-def newest_before(row_codes: Ints, row_times: Ints, codes: Ints, times: Ints) -> Ints:
-    """Per point the index of its entity's newest row at or before its time; -1 where there is none.
-
-    DuckDB 2.0.0 has an ASOF join for this, but over a deduplicated subquery it picked older rows
-    (`tests/test_training.py` holds the case), so both sides are sorted together here instead.
-    """
-    rows = len(row_codes)
-    all_codes, all_times = np.concatenate([row_codes, codes]), np.concatenate([row_times, times])
-    is_point = np.arange(len(all_codes)) >= rows
-    order = np.lexsort((is_point, all_times, all_codes))
-    # Position in the order of the newest row so far; it belongs to the point when the entity is the same.
-    last_row = np.maximum.accumulate(np.where(is_point[order], -1, np.arange(len(order))))
-    newest = np.where(last_row >= 0, order[np.maximum(last_row, 0)], -1)
-    newest[(newest >= 0) & (all_codes[newest] != all_codes[order])] = -1
-    found = np.full(len(codes), -1, np.int64)
-    points = is_point[order]
-    found[order[points] - rows] = newest[points]
-    return found
 
 
 def _is_number(column: Any) -> bool:
