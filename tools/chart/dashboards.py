@@ -255,6 +255,59 @@ FEATURES = (
         "ops",
     ),
 )
+QUALITY = (
+    Panel(
+        "Which checks fail?",
+        (
+            (
+                _rate("millrace_ingestion_check_failures_total", "contract, subject, check, policy"),
+                "{{contract}} {{subject}} {{check}} ({{policy}})",
+            ),
+        ),
+        "ops",
+    ),
+    Panel(
+        "What share of each column is missing?",
+        (
+            (
+                (
+                    f"{_rate('millrace_ingestion_column_nulls_total', 'contract, column')} / "
+                    f"({_rate('millrace_ingestion_column_nulls_total', 'contract, column')} + "
+                    f"{_rate('millrace_ingestion_column_values_total', 'contract, column')})"
+                ),
+                "{{contract}} {{column}}",
+            ),
+        ),
+        "percentunit",
+    ),
+    Panel(
+        "What is the mean of each column?",
+        (("max by (contract, column) (millrace_ingestion_column_mean{%%})", "{{contract}} {{column}}"),),
+    ),
+    Panel(
+        "How many different values does each column have?",
+        (("max by (contract, column) (millrace_ingestion_column_distinct{%%})", "{{contract}} {{column}}"),),
+    ),
+    Panel(
+        "What comes from sources?",
+        ((_rate("millrace_ingestion_source_records_total", "source, result"), "{{source}} {{result}}"),),
+        "ops",
+    ),
+    Panel(
+        "How far behind is each source?",
+        (("max by (source) (millrace_ingestion_source_lag{%%})", "{{source}}"),),
+    ),
+    Panel(
+        "Why do sources fail?",
+        ((_rate("millrace_ingestion_source_troubles_total", "source, reason"), "{{source}} {{reason}}"),),
+        "ops",
+    ),
+    Panel(
+        "Which records come too late to count?",
+        ((_rate("millrace_feature_late_records_total", "view"), "{{view}}"),),
+        "ops",
+    ),
+)
 LEARNING = (
     Panel(
         "How many predictions and outcomes come in?",
@@ -321,6 +374,7 @@ DASHBOARDS = {
     "traffic": ("Millrace: traffic", TRAFFIC),
     "rollouts": ("Millrace: rollouts", ROLLOUTS),
     "data": ("Millrace: records and features", DATA),
+    "quality": ("Millrace: sources and quality", QUALITY),
     "features": ("Millrace: freshness and consistency", FEATURES),
     "learning": ("Millrace: drift and training", LEARNING),
     "services": ("Millrace: services", SERVICES),
