@@ -25,11 +25,14 @@ from millrace_ingestion.landing import CrashPoint, Landing, no_crash
 from millrace_ingestion.lane import Lane, Limits
 from millrace_ingestion.letter_store import LetterStore
 from millrace_ingestion.letter_topic import LetterRelay
+from millrace_ingestion.maintenance import Maintenance, Upkeep
+from millrace_ingestion.pins import PinStore
 from millrace_ingestion.quality_monitor import QualityMonitor
 from millrace_ingestion.quarantine import Quarantine
 from millrace_ingestion.retention import LetterRetention
 from millrace_ingestion.servicer import IngestionServicer
 from millrace_ingestion.settings import IngestionSettings
+from millrace_ingestion.table_versions import TableVersions
 from millrace_ingestion.sources.servicer import SourceServicer
 from millrace_ingestion.sources.wiring import make_supervisor
 from millrace_ingestion.store import Store
@@ -103,7 +106,9 @@ async def build(
         letters=await asyncio.to_thread(letter_store.kept),
         clock=clock,
     )
-    servicer = IngestionServicer(ingestor, stream_window=settings.stream_window)
+    pins = PinStore(engine, clock)
+    versions = TableVersions(ingestor, pins)
+    servicer = IngestionServicer(ingestor, versions, stream_window=settings.stream_window)
 
     days, count = settings.dead_letter_retention_days, settings.dead_letter_retention_count
     retention = LetterRetention(
@@ -116,7 +121,9 @@ async def build(
         every_s=settings.housekeeping_every_s,
     )
     workers = [Worker("landing", ingestor.run), Worker("dead-letter-retention", retention.run)]
-    workers.append(Worker("quality", quality.run))
+    upkeep = Upkeep(settings.z_order, settings.vacuum_retention_h, settings.log_retention_h)
+    maintenance = Maintenance(ingestor, pins, upkeep, every_s=settings.maintenance_every_s)
+    workers += [Worker("quality", quality.run), Worker("maintenance", maintenance.run)]
     if settings.dead_letter_topics:
         workers.append(Worker("dead-letter-topic", LetterRelay(letter_store, bus, clock).run))
 

@@ -15,8 +15,9 @@ from millrace_ingestion.checks import REASONS
 from millrace_ingestion.contract_messages import change_to
 from millrace_ingestion.contracts import Compatibility
 from millrace_ingestion.ingestor import Comparison
+from millrace_ingestion.lake import LogEntry
 from millrace_ingestion.letter_store import Choice
-from millrace_ingestion.models import HeldBatch, Incoming, Letter, LetterCount, Outcome, TableState
+from millrace_ingestion.models import HeldBatch, Incoming, Letter, LetterCount, Outcome, Pin, TableState
 
 MAX_SOURCE = 256
 MAX_OFFSET = 2**62
@@ -201,6 +202,43 @@ def held_to(held: HeldBatch) -> pb.QuarantinedBatch:
 def count_to(count: LetterCount) -> pb.DeadLetterCount:
     """A count as a message."""
     return pb.DeadLetterCount(contract=count.contract, reason=count.reason, count=count.count, replayed=count.replayed)
+
+
+def pin_to(pin: Pin) -> pb.TablePin:
+    """A pin as a message."""
+    message = pb.TablePin(version=pin.version, owner=pin.owner)
+    if pin.expires_at is not None:
+        message.expires_at.FromDatetime(pin.expires_at)
+    return message
+
+
+def version_to(entry: LogEntry, pins: Sequence[Pin]) -> pb.TableVersionInfo:
+    """A table version as a message."""
+    message = pb.TableVersionInfo(
+        version=entry.version, operation=entry.operation, added_rows=entry.added_rows, pins=map(pin_to, pins)
+    )
+    message.committed_at.FromDatetime(entry.at)
+    return message
+
+
+def owner_from(value: str, field: str) -> str:
+    """Who pins.
+
+    Raises:
+        InvalidArgumentError: it is empty or too long.
+    """
+    return check.text(value, field, limit=MAX_SOURCE)
+
+
+def version_from(value: int, field: str) -> int:
+    """A table version.
+
+    Raises:
+        InvalidArgumentError: it is negative.
+    """
+    if value < 0:
+        raise InvalidArgumentError(field, "must not be negative")
+    return value
 
 
 def table_to(state: TableState) -> pb.GetTableResponse:

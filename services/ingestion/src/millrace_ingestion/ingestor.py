@@ -373,17 +373,33 @@ class Ingestor:
         async with self._replaying:
             return await asyncio.to_thread(self._held.discard, contract, ids)
 
-    async def table(self, contract: str) -> TableState:
-        """The newest version of a contract's table.
+    def lane(self, contract: str) -> Lane:
+        """The lane of a contract.
 
         Raises:
-            UnavailableError: the lake does not answer.
+            NotFoundError: there is no such contract.
         """
         self.contract(contract)
+        return self._lanes[contract]
 
-        return await self._lanes[contract].use(
-            lambda landing: TableState(contract, landing.table.version, landing.table.url, landing.table.rows())
-        )
+    async def table(self, contract: str, *, version: int | None = None, instant: datetime | None = None) -> TableState:
+        """A contract's table as it was at a version or an instant; without either its newest version.
+
+        Raises:
+            NotFoundError: no such version, or it cannot be read any more.
+            UnavailableError: the lake does not answer.
+        """
+
+        def look(landing: Landing) -> TableState:
+            table = landing.table
+            if version is None and instant is None:
+                return TableState(contract, table.version, table.url, table.rows())
+            found = table.at(version=version, instant=instant)
+            if found.lost:
+                raise NotFoundError("table version", f"{contract}@{found.version}")
+            return TableState(contract, found.version, table.url, found.rows)
+
+        return await self.lane(contract).use(look)
 
 
 def _records_of(batch: HeldBatch, landing: Landing) -> pa.Table:

@@ -9,6 +9,7 @@ commits nothing but the next `WRITER` version, after which no commit that an ear
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -16,10 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.fs as pa_fs
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
-from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.fs import DeltaStorageHandler
 from deltalake.schema import Field, PrimitiveType
-from millrace_kit.errors import UnavailableError
+from millrace_kit.errors import NotFoundError, UnavailableError
 
 from millrace_ingestion.contracts import OFFSET_COLUMN, SOURCE_COLUMN, Contract
 
@@ -38,6 +39,28 @@ class Commit:
     version: int
     group_id: str
     files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A version of the table."""
+
+    version: int
+    rows: int
+    lost: bool
+    """Whether a file of it has been vacuumed, so that it cannot be read."""
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """One version, as the log tells of it."""
+
+    version: int
+    at: datetime
+    operation: str
+    """Delta's name of what was done, for example WRITE or OPTIMIZE."""
+    added_rows: int
+    """Records that it brought; a compaction brings none."""
 
 
 class LakeTable:
@@ -180,7 +203,88 @@ class LakeTable:
     def maintain(self) -> None:
         """Merge small files and load the snapshot anew: both keep the cost of a commit from growing with the table."""
         self._open_table.optimize.compact(target_size=self._compact_target_bytes)
+        self.reload()
+
+    def reload(self) -> None:
+        """Load the newest snapshot."""
         self._table = DeltaTable(self.url, storage_options=self._options)
+
+    def z_order(self, columns: Sequence[str]) -> None:
+        """Rewrite every file, with records near each other whose values in `columns` are; readers that filter by them skip files."""
+        self._open_table.optimize.z_order(columns, target_size=self._compact_target_bytes)
+        self.reload()
+
+    def vacuum(self, retention_h: int, keep: Sequence[int]) -> int:
+        """Delete files that no version of the last `retention_h` hours has, nor one of `keep`; returns how many."""
+        self._set({"delta.deletedFileRetentionDuration": f"interval {retention_h} hours"})
+        versions = list(keep) or None
+        # delta-rs names files that are gone already as long as the log tells of their removal.
+        named = self._open_table.vacuum(
+            retention_h, dry_run=True, enforce_retention_duration=False, keep_versions=versions
+        )
+        there = self._present(named)
+        if there:
+            self._open_table.vacuum(
+                retention_h, dry_run=False, enforce_retention_duration=False, keep_versions=versions
+            )
+            self.reload()
+        return there
+
+    def clean_log(self, retention_h: int) -> None:
+        """Write a checkpoint and delete log entries before it that are older than `retention_h` hours; their versions cannot be read again."""
+        self._set({"delta.logRetentionDuration": f"interval {retention_h} hours"})
+        self._open_table.create_checkpoint()
+        self._open_table.cleanup_metadata()
+
+    def _set(self, properties: dict[str, str]) -> None:
+        present = self._open_table.metadata().configuration
+        if any(present.get(name) != value for name, value in properties.items()):
+            self._open_table.alter.set_table_properties(properties)
+            self.reload()
+
+    def at(self, *, version: int | None = None, instant: datetime | None = None) -> "Snapshot":
+        """The table as it was at a version, or at an instant; without either as it is.
+
+        Raises:
+            NotFoundError: no such version, or it cannot be read any more.
+        """
+        name = self.url.rsplit("/", 1)[-1]
+        wanted = f"{name}@{instant.isoformat() if instant else version}"
+        try:
+            if instant is not None:
+                table = DeltaTable(self.url, storage_options=self._options)
+                table.load_as_version(instant)
+            else:
+                table = DeltaTable(self.url, version=version, storage_options=self._options)
+        except (DeltaError, TableNotFoundError):
+            raise NotFoundError("table version", wanted) from None
+        found = Snapshot(int(table.version()), int(table.count()), self._lost(table))
+        # Delta answers with its first version for an instant before it.
+        if instant is not None and found.version == 0 and (entry := self.entry(0)) is not None and entry.at > instant:
+            raise NotFoundError("table version", wanted)
+        return found
+
+    def _present(self, paths: Sequence[str]) -> int:
+        """How many of these files are there."""
+        assert self._files is not None
+        infos = self._files.get_file_info([unquote(path) for path in paths]) if paths else []
+        return sum(info.type != pa_fs.FileType.NotFound for info in infos)
+
+    def _lost(self, table: DeltaTable) -> bool:
+        """Whether a file of an older snapshot is gone; those that the present one has are there."""
+        present = set(self.files())
+        older = [str(path) for path in table.get_add_actions(flatten=True)["path"].to_pylist()]
+        removed = [path for path in older if path not in present]
+        return self._present(removed) < len(removed)
+
+    def entry(self, version: int) -> "LogEntry | None":
+        """What the log says of one version; None when it does not reach so far (any more)."""
+        assert self._files is not None
+        try:
+            with self._files.open_input_stream(f"_delta_log/{version:020d}.json") as stream:
+                return _entry(version, stream.read())
+        except FileNotFoundError:
+            return None
 
 
 def aligned(rows: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -190,6 +294,18 @@ def aligned(rows: pa.Table, schema: pa.Schema) -> pa.Table:
         for field in schema
     ]
     return pa.table(columns, schema=schema)
+
+
+def _entry(version: int, content: bytes) -> LogEntry:
+    at, operation, rows = datetime.fromtimestamp(0, UTC), "", 0
+    for line in content.splitlines():
+        action = json.loads(line)
+        if "commitInfo" in action:
+            at = datetime.fromtimestamp(int(action["commitInfo"].get("timestamp", 0)) / 1000, UTC)
+            operation = str(action["commitInfo"].get("operation", ""))
+        elif "add" in action and action["add"]["dataChange"]:
+            rows += int(json.loads(action["add"].get("stats") or "{}").get("numRecords", 0))
+    return LogEntry(version, at, operation, rows)
 
 
 def _commit(version: int, content: bytes) -> Commit:

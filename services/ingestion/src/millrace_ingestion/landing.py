@@ -15,6 +15,7 @@ who was never answered, sends its batches again.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,7 @@ from millrace_ingestion.models import Entry, Group, Landed, Outcome, Pending, Pi
 from millrace_ingestion.quarantine import Held, Quarantine
 from millrace_ingestion.store import Store
 
+T = TypeVar("T")
 CrashPoint = Callable[[str], None]
 """Called with the name of each step as it is done; tests end the process there."""
 
@@ -121,9 +123,14 @@ class Landing:
         """Compact the table when it is time."""
         if self._since_maintenance < self._maintain_every:
             return
+        self.keep_up(lambda table: table.maintain())
+
+    def keep_up(self, work: Callable[[LakeTable], T]) -> T:
+        """Do maintenance that commits nothing but itself, and follow it."""
         self._since_maintenance = 0
-        self.table.maintain()
+        done = work(self.table)
         self._catch_up()
+        return done
 
     def last_offset(self, source: str) -> int:
         """Offset of the source's last batch that landed; 0 for none."""

@@ -50,6 +50,16 @@ CHECK_FAILURES = Counter(
     "Records that failed a check, by column or rule, check and policy.",
     ["contract", "subject", "check", "policy"],
 )
+VACUUMED_FILES = Counter("millrace_ingestion_vacuumed_files_total", "Data files that a vacuum deleted.", ["contract"])
+MAINTENANCE_SECONDS = Histogram(
+    "millrace_ingestion_maintenance_seconds",
+    "Time of a scheduled round over one table; its batches wait.",
+    ["contract"],
+    buckets=(0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800),
+)
+MAINTENANCE_FAILURES = Counter(
+    "millrace_ingestion_maintenance_failures_total", "Scheduled rounds over one table that failed.", ["contract"]
+)
 IGNORED_COLUMNS = Counter(
     "millrace_ingestion_ignored_columns_total",
     "Columns of Arrow batches that their contract does not have.",

@@ -191,6 +191,17 @@ class LetterCount:
 
 
 @dataclass(frozen=True)
+class Pin:
+    """Somebody's claim to a table version."""
+
+    contract: str
+    version: int
+    owner: str
+    expires_at: datetime | None
+    """None holds it for ever."""
+
+
+@dataclass(frozen=True)
 class TableState:
     """A lake table as readers open it."""
 

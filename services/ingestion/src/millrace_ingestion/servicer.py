@@ -16,6 +16,7 @@ from millrace_ingestion.ingestor import Ingestor
 from millrace_ingestion.models import Outcome
 from millrace_ingestion.quality_messages import bucket_to
 from millrace_ingestion.quality_monitor import merged
+from millrace_ingestion.table_versions import TableVersions
 
 _Answer = asyncio.Future[Outcome] | Exception | None
 # An answer of `ListDeadLetters` stays below gRPC's message limit whatever the records' size.
@@ -27,10 +28,12 @@ class IngestionServicer(IngestionServiceServicer):
 
     Args:
         ingestor: the domain.
+        versions: versions of the tables.
         stream_window: unanswered batches of one stream.
     """
 
-    def __init__(self, ingestor: Ingestor, *, stream_window: int) -> None:
+    def __init__(self, ingestor: Ingestor, versions: TableVersions, *, stream_window: int) -> None:
+        self._versions = versions
         self._ingestor = ingestor
         self._stream_window = stream_window
 
@@ -189,7 +192,46 @@ class IngestionServicer(IngestionServiceServicer):
         return pb.GetQualityResponse(buckets=map(bucket_to, found))
 
     async def GetTable(self, request: pb.GetTableRequest, context: grpc.aio.ServicerContext) -> pb.GetTableResponse:
-        return convert.table_to(await self._ingestor.table(check.table(request.contract, "contract")))
+        contract = check.table(request.contract, "contract")
+        version, instant = None, None
+        match request.WhichOneof("as_of"):
+            case "version":
+                version = convert.version_from(request.version, "version")
+            case "instant":
+                instant = check.timestamp(request.instant, "instant")
+        return convert.table_to(await self._ingestor.table(contract, version=version, instant=instant))
+
+    async def ListTableVersions(
+        self, request: pb.ListTableVersionsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListTableVersionsResponse:
+        contract = check.table(request.contract, "contract")
+        limit = check.page_size(request.page_size, "page_size")
+        before = check.page_token(request.page_token, "page_token") if request.page_token else None
+        entries, pins = await self._versions.newest(contract, before=before, limit=limit)
+        page = pb.ListTableVersionsResponse(
+            versions=[convert.version_to(entry, pins.get(entry.version, [])) for entry in entries]
+        )
+        if len(entries) == limit and entries[-1].version > 0:
+            page.next_page_token = str(entries[-1].version)
+        return page
+
+    async def PinTableVersion(
+        self, request: pb.PinTableVersionRequest, context: grpc.aio.ServicerContext
+    ) -> pb.PinTableVersionResponse:
+        contract = check.table(request.contract, "contract")
+        owner = convert.owner_from(request.owner, "owner")
+        version = convert.version_from(request.version, "version") if request.HasField("version") else None
+        expires = check.timestamp(request.expires_at, "expires_at") if request.HasField("expires_at") else None
+        pin = await self._versions.pin(contract, version, owner, expires)
+        return pb.PinTableVersionResponse(pin=convert.pin_to(pin))
+
+    async def UnpinTableVersion(
+        self, request: pb.UnpinTableVersionRequest, context: grpc.aio.ServicerContext
+    ) -> pb.UnpinTableVersionResponse:
+        contract = check.table(request.contract, "contract")
+        owner = convert.owner_from(request.owner, "owner")
+        version = convert.version_from(request.version, "version") if request.HasField("version") else None
+        return pb.UnpinTableVersionResponse(removed=await self._versions.unpin(contract, version, owner))
 
 
 async def _next(

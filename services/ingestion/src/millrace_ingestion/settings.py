@@ -1,5 +1,7 @@
 """Settings of the ingestion service; every queue, batch and wait has its limit here."""
 
+from typing import Literal
+
 from millrace_kit.settings import KafkaSecurity, ServiceSettings, Settings
 from pydantic import Field
 
@@ -56,6 +58,15 @@ class IngestionSettings(ServiceSettings):
     """Commits between two compactions of small files; a commit costs about 0.1 ms for each file in the table."""
     compact_target_mib: int = Field(default=32, ge=1, le=1024)
     """Files at least this large are left alone by compaction."""
+    maintenance_every_s: float = Field(default=3_600.0, gt=0, le=604_800)
+    """Between two rounds of scheduled maintenance of every table: compaction, and what the settings below switch on."""
+    z_order: Literal["none", "key", "event_time", "key_and_event_time"] = "none"
+    """Order in which a round rewrites a table that has grown: it costs reading and writing the whole table, with its batches waiting."""
+    vacuum_retention_h: int = Field(default=0, ge=0, le=876_000)
+    """Files that no version of these last hours has are deleted, unless a pin holds a version that has them; 0 deletes none. Training
+    sets name versions: pin them, or leave this at 0."""
+    log_retention_h: int = Field(default=0, ge=0, le=876_000)
+    """Log entries older than this are deleted, and their versions with them, unless a pin holds an older version; 0 deletes none."""
     index_flush_ids: int = Field(default=262_144, ge=1, le=16_777_216)
     """Event ids kept in memory before the duplicate index writes a segment."""
     replay_rows: int = Field(default=5_000, ge=1, le=100_000)

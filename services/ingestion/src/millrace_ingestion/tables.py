@@ -85,6 +85,17 @@ Index(
 Index("ix_dead_letter_contract_time", DEAD_LETTER.c.contract, DEAD_LETTER.c.received_at_us)
 Index("ix_dead_letter_contract_reason", DEAD_LETTER.c.contract, DEAD_LETTER.c.reason, DEAD_LETTER.c.id)
 
+# Table versions that somebody reads; their files and log entries stay until `expires_at_us`, null is for ever.
+PIN = Table(
+    "pin",
+    METADATA,
+    Column("contract", Text, primary_key=True),
+    Column("version", BigInteger, primary_key=True),
+    Column("owner", Text, primary_key=True),
+    Column("expires_at_us", BigInteger),
+    Column("pinned_at_us", BigInteger, nullable=False),
+)
+
 # Quality figures of a contract and a time; see `quality.py`.
 QUALITY = Table(
     "quality",
