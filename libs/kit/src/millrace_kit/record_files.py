@@ -57,6 +57,8 @@ class Chunk:
     json_lines: bytes | None = None
     places: Sequence[int] = ()
     """Number of each record in its file, from 1; of JSON lines the line's."""
+    read_bytes: int = 0
+    """How much of the file was read for it, about; for people who wait."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ def _parquet(file: RecordFile, columns: Mapping[str, str], limits: ChunkLimits, 
         with fs.open(path, "rb", **_plain_cache(fs)) as opened, pq.ParquetFile(opened, pre_buffer=False) as parquet:
             names = [name for name in parquet.schema_arrow.names if name in columns]
             at = 0
+            total = max(1, parquet.metadata.num_rows)
             for group in range(parquet.metadata.num_row_groups):
                 rows = parquet.metadata.row_group(group).num_rows
                 if at + rows <= after:
@@ -171,13 +174,14 @@ def _parquet(file: RecordFile, columns: Mapping[str, str], limits: ChunkLimits, 
                 for batch in parquet.iter_batches(limits.records, row_groups=[group], columns=names):
                     skipped = min(max(0, after - at), batch.num_rows)
                     at += batch.num_rows
-                    yield from _cut(pa.Table.from_batches([batch.slice(skipped)]), at, limits)
+                    read = file.size * at // total
+                    yield from _cut(pa.Table.from_batches([batch.slice(skipped)]), at, limits, read)
     except pa.ArrowException as error:
         raise _unreadable(file, f"row group {group}: {error}") from None
 
 
 def _csv(file: RecordFile, columns: Mapping[str, str], limits: ChunkLimits, after: int) -> Iterator[Chunk]:
-    with _opened(file) as opened:
+    with _opened(file) as (opened, raw):
         try:
             # Without threads the parser numbers its rows; quoted values may hold line ends.
             reader = pa_csv.open_csv(
@@ -214,10 +218,10 @@ def _csv(file: RecordFile, columns: Mapping[str, str], limits: ChunkLimits, afte
                 end = start + first + part.num_rows
                 typed = _typed(part, columns)
                 if typed is not None:
-                    yield from _cut(typed, end, limits)
+                    yield from _cut(typed, end, limits, raw.tell())
                 else:
                     places = range(end - part.num_rows + 1, end + 1)
-                    yield Chunk(end, json_lines=_as_lines(part, columns), places=places)
+                    yield Chunk(end, None, _as_lines(part, columns), places, raw.tell())
 
 
 def _typed(texts: pa.Table, columns: Mapping[str, str]) -> pa.Table | None:
@@ -268,7 +272,7 @@ def _cell(text: str | None, kind: str) -> object:
 def _json_lines(file: RecordFile, columns: Mapping[str, str], limits: ChunkLimits, after: int) -> Iterator[Chunk]:
     """Lines are passed on as they are; empty ones are left out and count, so that a position is a number of lines."""
     del columns
-    with _opened(file) as opened:
+    with _opened(file) as (opened, raw):
         at = size = 0
         lines: list[bytes] = []
         places: list[int] = []
@@ -277,13 +281,13 @@ def _json_lines(file: RecordFile, columns: Mapping[str, str], limits: ChunkLimit
             if at <= after or not line.strip():
                 continue
             if lines and (len(lines) >= limits.records or size + len(line) > limits.bytes):
-                yield Chunk(at - 1, json_lines=b"\n".join(lines), places=places)
+                yield Chunk(at - 1, None, b"\n".join(lines), places, raw.tell())
                 lines, places, size = [], [], 0
             lines.append(line)
             places.append(at)
             size += len(line) + 1
         if lines:
-            yield Chunk(at, json_lines=b"\n".join(lines), places=places)
+            yield Chunk(at, None, b"\n".join(lines), places, raw.tell())
 
 
 def _lines(opened: IO[bytes], file: RecordFile, limit: int) -> Iterator[bytes]:
@@ -313,16 +317,16 @@ def _is_broken_stream(error: OSError) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(file: RecordFile) -> Iterator[Any]:
-    """The file's content as a stream, decompressed."""
+def _opened(file: RecordFile) -> Iterator[tuple[Any, Any]]:
+    """The file's content as a stream, decompressed, and the file itself."""
     fs, path = open_files(file.url)
     compression = next((kind for ending, kind in _COMPRESSIONS.items() if file.url.lower().endswith(ending)), None)
     with fs.open(path, "rb", **_plain_cache(fs)) as opened:
         if compression is None:
-            yield opened
+            yield opened, opened
             return
         with pa.CompressedInputStream(pa.PythonFile(opened, mode="r"), compression) as stream:
-            yield stream
+            yield stream, opened
 
 
 def _plain_cache(fs: Any) -> dict[str, object]:
@@ -331,7 +335,7 @@ def _plain_cache(fs: Any) -> dict[str, object]:
     return {} if {"file", "local", "memory"} & set(protocols) else {"block_size": BLOCK_BYTES}
 
 
-def _cut(table: pa.Table, end: int, limits: ChunkLimits) -> Iterator[Chunk]:
+def _cut(table: pa.Table, end: int, limits: ChunkLimits, read_bytes: int) -> Iterator[Chunk]:
     """The table as chunks; `end` is the position after its last row."""
     if table.num_rows == 0:
         return
@@ -341,7 +345,8 @@ def _cut(table: pa.Table, end: int, limits: ChunkLimits) -> Iterator[Chunk]:
     for start in range(0, table.num_rows, rows):
         part = table.slice(start, rows)
         place = first + start
-        yield Chunk(place + part.num_rows, table=part, places=range(place + 1, place + part.num_rows + 1))
+        places = range(place + 1, place + part.num_rows + 1)
+        yield Chunk(place + part.num_rows, part, None, places, read_bytes)
 
 
 def _unreadable(file: RecordFile, problem: str) -> InvalidArgumentError:

@@ -10,6 +10,7 @@ from millrace_kit.settings import TlsSettings
 from millrace.areas.data import FeatureArea, IngestionArea
 from millrace.areas.lifecycle import RegistryArea, TrainingArea
 from millrace.areas.serving import DriftArea, GatewayArea, PredictionArea, RolloutArea
+from millrace.areas.sources import SourcesArea
 from millrace.endpoints import Endpoints, tls_from_environment
 
 
@@ -35,6 +36,7 @@ class Client:
             for name in ("ingestion", "feature", "registry", "training", "drift", "rollout", "gateway", "gateway_admin")
         }
         self.ingestion = IngestionArea(self._channels["ingestion"])
+        self.sources = SourcesArea(self._channels["ingestion"])
         self.features = FeatureArea(self._channels["feature"])
         self.registry = RegistryArea(self._channels["registry"])
         self.training = TrainingArea(self._channels["training"])

@@ -90,7 +90,14 @@ def process_table(state_dir: Path, port_base: int, lock_file: Path) -> list[Proc
         for area in ("ingestion", "feature", "registry", "training", "drift", "rollout")
     }
     return [
-        service("ingestion", "ingestion", lake_url=lake_url, database_url=database("ingestion")),
+        service(
+            "ingestion",
+            "ingestion",
+            lake_url=lake_url,
+            database_url=database("ingestion"),
+            # Everything here runs as the user who registers sources, and listens on loopback only.
+            source_locations=["file:///", "s3://"],
+        ),
         service(
             "feature",
             "feature",
