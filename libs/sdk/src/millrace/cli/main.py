@@ -6,7 +6,7 @@ import click
 import grpc
 from millrace_kit.errors import MillraceError
 
-from millrace.cli import features, ingest, inspect, local, rollouts
+from millrace.cli import contracts, features, ingest, inspect, local, quality, rollouts
 from millrace.endpoints import PORT_BASE, Endpoints
 
 TIMED_OUT = 3
@@ -48,5 +48,13 @@ def main(ctx: click.Context, port_base: int, state_dir: str) -> None:
     ctx.obj = local.Context(Endpoints.from_environment(environment), port_base, state_dir)
 
 
-for command in (*local.COMMANDS, *rollouts.COMMANDS, *inspect.COMMANDS, *features.COMMANDS, *ingest.COMMANDS):
+for command in (
+    *contracts.COMMANDS,
+    *quality.COMMANDS,
+    *local.COMMANDS,
+    *rollouts.COMMANDS,
+    *inspect.COMMANDS,
+    *features.COMMANDS,
+    *ingest.COMMANDS,
+):
     main.add_command(command)
