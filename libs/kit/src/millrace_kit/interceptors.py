@@ -30,17 +30,24 @@ class ServerEdge(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._max_concurrent = max_concurrent
         self._allowed_clients = frozenset(allowed_clients)
         self._running = 0
+        self._wrapped: dict[str, tuple[grpc.RpcMethodHandler, grpc.RpcMethodHandler]] = {}
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
-        """Wrap the method's handler."""
+        """Wrap the method's handler; once, since a method has the same one at every call."""
         handler = await continuation(handler_call_details)
         method: str = handler_call_details.method
         if handler is None or method.startswith("/grpc."):
             return handler
+        known = self._wrapped.get(method)
+        if known is None or known[0] is not handler:
+            known = self._wrapped[method] = handler, self._wrap(handler, method)
+        return known[1]
+
+    def _wrap(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
         handler = _tolerant(handler)
         if handler.unary_unary:
             return handler._replace(unary_unary=self._unary(handler.unary_unary, method))
@@ -63,6 +70,8 @@ class ServerEdge(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._running += 1
 
     def _unary(self, call: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
+        seconds = functools.cache(lambda code: RPC_SECONDS.labels(method, code.name))
+
         @functools.wraps(call)
         async def wrapped(request: Any, context: grpc.aio.ServicerContext) -> Any:
             started = time.perf_counter()
@@ -79,7 +88,7 @@ class ServerEdge(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 raise
             finally:
                 self._running -= entered
-                RPC_SECONDS.labels(method, code.name).observe(time.perf_counter() - started)
+                seconds(code).observe(time.perf_counter() - started)
 
         return wrapped
 

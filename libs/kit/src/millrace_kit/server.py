@@ -60,6 +60,9 @@ class Service:
     ready: Callable[[], bool] | None = None
     """Whether it takes work now, asked in the event loop a few times a second: it must not wait. Health follows the answer.
     None is ready from start to shutdown."""
+    quiet_methods: frozenset[str] = frozenset()
+    """Methods (`/package.Service/Method`) that begin no trace of their own: a span costs more than they do. A caller's trace is
+    followed into them."""
     linger: Callable[[], Awaitable[None]] | None = None
     """Awaited after SIGTERM while everything still runs and health says no, for a service whose callers have to end first. It has to
     end by itself."""
@@ -79,7 +82,7 @@ async def running(service: Service, settings: ServiceSettings, probes: Probes | 
     stop = asyncio.Event()
     server = grpc.aio.server(
         interceptors=[
-            aio_server_interceptor(),  # type: ignore[no-untyped-call]
+            aio_server_interceptor(filter_=_traced(service.quiet_methods)),  # type: ignore[no-untyped-call]
             ServerEdge(
                 default_deadline_s=settings.default_deadline_s,
                 max_concurrent=settings.max_concurrent_rpcs,
@@ -121,6 +124,19 @@ async def running(service: Service, settings: ServiceSettings, probes: Probes | 
         for result in results:
             if isinstance(result, WorkerFailedError):
                 raise result
+
+
+def _traced(quiet_methods: frozenset[str]) -> Callable[[grpc.HandlerCallDetails], bool]:
+    """Whether a call gets a span: always, but quiet methods only in a trace that the caller records."""
+
+    def is_traced(details: grpc.HandlerCallDetails) -> bool:
+        if details.method not in quiet_methods:
+            return True
+        # The last field of W3C's traceparent holds flags, the lowest bit of which says that the trace is recorded.
+        parent = next((value for key, value in details.invocation_metadata or () if key == "traceparent"), "")
+        return parent[-1:] in set("13579bdf")
+
+    return is_traced
 
 
 class _Pulse:

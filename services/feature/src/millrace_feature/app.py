@@ -21,7 +21,7 @@ from millrace_feature.consistency.samples import Sampler
 from millrace_feature.convert import RowReader
 from millrace_feature.definitions import Applier
 from millrace_feature.embedded import EmbeddedOnlineStore
-from millrace_feature.feast_wire.grpc_edge import FeastGrpc
+from millrace_feature.feast_wire.grpc_edge import READ_METHODS, FeastGrpc
 from millrace_feature.feast_wire.http_edge import FeastHttp
 from millrace_feature.feast_wire.http_server import HttpServer
 from millrace_feature.feast_wire.reads import FeastReads
@@ -36,6 +36,8 @@ from millrace_feature.transformers.service import Transformers
 from millrace_feature.transformers.servicer import TransformerServicer
 from millrace_feature.transformers.store import FittedStore
 from millrace_feature.worker import StreamWorker
+
+NATIVE_READ = "/millrace_api.feature.v1.FeatureService/GetOnlineFeatures"
 
 
 class TopicEnds:
@@ -180,6 +182,7 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
         workers,
         [close],
         lambda: worker.is_following,
+        quiet_methods=frozenset({NATIVE_READ, *READ_METHODS}),
     )
 
 

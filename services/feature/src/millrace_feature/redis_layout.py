@@ -12,6 +12,7 @@ Below one prefix:
 A group's id is new each time it is filled, so what a failed or outdated fill left can never be mistaken for values.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -61,11 +62,12 @@ class Progress:
         """As Redis keeps it."""
         return json.dumps([self.followed.records, self.followed.watermark_us, self.followed.version, self.applied])
 
-    @classmethod
-    def parse(cls, text: bytes) -> "Progress":
-        """What `text` wrote."""
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def parse(text: bytes) -> "Progress":
+        """What `text` wrote; it is the same for many reads."""
         records, watermark_us, version, applied = json.loads(text)
-        return cls(Followed(records, watermark_us, version), applied)
+        return Progress(Followed(records, watermark_us, version), applied)
 
 
 class Keys:

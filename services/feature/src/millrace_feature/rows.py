@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from millrace_feature.tiles import encode_key, event_times
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+_decode = msgspec.json.Decoder(list).decode
 
 Scalar = str | int | float | bool | datetime | None
 
@@ -74,4 +77,8 @@ def from_text(text: str | bytes) -> tuple[Scalar, ...]:
     def scalar(value: Any) -> Scalar:
         return EPOCH + timedelta(microseconds=value["us"]) if isinstance(value, dict) else value
 
-    return tuple(map(scalar, json.loads(text)))
+    try:
+        values = _decode(text)
+    except msgspec.DecodeError:  # infinities, which JSON proper does not have
+        values = json.loads(text)
+    return tuple(map(scalar, values)) if any(type(value) is dict for value in values) else tuple(values)

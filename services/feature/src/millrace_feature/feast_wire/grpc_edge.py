@@ -17,6 +17,7 @@ from millrace_feature.feast_wire.requests import from_message
 SERVING_SERVICE = "feast.serving.ServingService"
 PYTHON_SERVICE = "GrpcFeatureServer"
 """It stands in no package."""
+READ_METHODS = (f"/{SERVING_SERVICE}/GetOnlineFeatures", f"/{PYTHON_SERVICE}/GetOnlineFeatures")
 
 
 def _as_it_is(content: bytes) -> bytes:

@@ -5,6 +5,7 @@ which checks and keeps them, and values are made from there.
 """
 
 import asyncio
+import functools
 import json
 import logging
 import time
@@ -34,6 +35,7 @@ REFUSED = {
     "/materialize-incremental": "views are filled from the lake and follow the bus by themselves; there is nothing to materialize",
 }
 """Paths of Feast's server that this one does not have, and what to do instead."""
+_seconds = functools.cache(lambda status: RPC_SECONDS.labels(READ_PATH, str(status)))
 _JSON = (b"content-type", b"application/json")
 
 
@@ -73,7 +75,7 @@ class FeastHttp:
         started = time.perf_counter()
         status, content = await self._answer(receive)
         await _send(send, status, content)
-        RPC_SECONDS.labels(READ_PATH, str(status)).observe(time.perf_counter() - started)
+        _seconds(status).observe(time.perf_counter() - started)
 
     async def _answer(self, receive: Receive) -> tuple[int, bytes]:
         """(status, body) of one read."""

@@ -31,16 +31,47 @@ class _Server(Server):
         yield
 
 
-def _protocol(allowed_clients: frozenset[str]) -> type[HttpToolsProtocol]:
-    """Uvicorn's protocol, with clients looked at when they connect."""
+class _OneWrite:
+    """A transport that sends what is written in one turn of the event loop together.
 
-    class Checked(HttpToolsProtocol):
+    The server writes head and body one by one, and a system call costs as much as making the answer.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._call_soon = asyncio.get_running_loop().call_soon
+        self._unsent: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send soon."""
+        if not self._unsent:
+            self._call_soon(self._flush)
+        self._unsent.append(data)
+
+    def _flush(self) -> None:
+        unsent, self._unsent = self._unsent, []
+        if unsent and not self._transport.is_closing():
+            self._transport.write(b"".join(unsent))
+
+    def close(self) -> None:
+        """Send what is left, then close."""
+        self._flush()
+        self._transport.close()
+
+
+def _protocol(allowed_clients: frozenset[str]) -> type[HttpToolsProtocol]:
+    """The server's protocol, with one write an answer, and clients looked at when they connect."""
+
+    class Protocol(HttpToolsProtocol):
         def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(transport)
-            if allowed_clients.isdisjoint(_client_names(transport)):
+            super().connection_made(_OneWrite(transport))  # type: ignore[arg-type]
+            if allowed_clients and allowed_clients.isdisjoint(_client_names(transport)):
                 self.app = forbid  # type: ignore[assignment]
 
-    return Checked
+    return Protocol
 
 
 def _client_names(transport: asyncio.Transport) -> list[str]:
@@ -75,10 +106,9 @@ class HttpServer:
             def factory(*_default: object) -> ssl.SSLContext:
                 return certificates.server_context()
 
-        allowed = self._settings.allowed_clients
         return Config(
             self._app,
-            http=_protocol(frozenset(allowed)) if allowed else HttpToolsProtocol,
+            http=_protocol(frozenset(self._settings.allowed_clients)),
             ws="none",
             lifespan="off",
             interface="asgi3",

@@ -1,6 +1,7 @@
 """Answers reads of Feast's clients; the edges convert on both sides."""
 
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -72,22 +73,36 @@ class FeastReads:
             if selection.label:  # features named one by one are no service whose training sets could be compared
                 self._serving.note(service, rows.rows, at_us, partial(service.row_values, parts))
             answer = Answer(selection, rows, parts, request.with_versions)
-            _count(answer)
+            _counters(selection.label or UNNAMED).count(answer)
             return write(answer)
 
         return finish() if len(rows.rows) <= service.rows_on_loop else await asyncio.to_thread(finish)
 
 
-def _count(answer: Answer) -> None:
-    label = answer.selection.label or UNNAMED
-    present = missing = expired = 0
-    for block in answer.selection.blocks:
-        part, width = answer.parts[block.part], len(block.names)
-        absent = sum(values is None for values in part.values)
-        present += (answer.rows - absent) * width
-        expired += len(part.expired) * width
-        missing += (absent - len(part.expired)) * width
-    READ_ROWS.labels(label).inc(answer.rows)
-    for status, count in (("present", present), ("missing", missing), ("expired", expired)):
-        if count:
-            READ_FEATURES.labels(label, status).inc(count)
+class _Counters:
+    """The metrics of one feature service, looked up once."""
+
+    def __init__(self, label: str) -> None:
+        self._rows = READ_ROWS.labels(label)
+        self._present, self._missing, self._expired = (
+            READ_FEATURES.labels(label, status) for status in ("present", "missing", "expired")
+        )
+
+    def count(self, answer: Answer) -> None:
+        """Add one answer."""
+        total = missing = expired = 0
+        for block in answer.selection.blocks:
+            part, width = answer.parts[block.part], len(block.names)
+            total += width * answer.rows
+            if None in part.values:
+                expired += len(part.expired) * width
+                missing += (part.values.count(None) - len(part.expired)) * width
+        self._rows.inc(answer.rows)
+        self._present.inc(total - missing - expired)
+        if missing:
+            self._missing.inc(missing)
+        if expired:
+            self._expired.inc(expired)
+
+
+_counters = functools.lru_cache(maxsize=1024)(_Counters)
