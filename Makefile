@@ -34,8 +34,8 @@ perf: setup ## Measure AREA=gateway|features|ingestion|stream and print the tabl
 	@$(BIN)/python -m tests.perf.$(AREA)
 
 .PHONY: soak
-soak: setup ## kill -9 of ingestion, the feature service, Kafka and Redis at POINTS=20 random points under load (SEED=n)
-	@MILLRACE_KILL_POINTS=$(POINTS) MILLRACE_KILL_SEED=$(SEED) $(BIN)/pytest -q -s tests/chaos/test_data_kill.py
+soak: setup ## kill -9 of ingestion, the feature service, Kafka and Redis at POINTS=20 random points under load (SEED=n); a restore from nothing
+	@MILLRACE_KILL_POINTS=$(POINTS) MILLRACE_KILL_SEED=$(SEED) $(BIN)/pytest -q -s tests/chaos/test_data_kill.py tests/chaos/restore_drill.py
 
 .PHONY: check
 check: setup ## Lint, types and import rules

@@ -188,6 +188,14 @@ class Client(threading.Thread):
     def work(self) -> None:
         raise NotImplementedError
 
+    def set_up(self) -> None:
+        """Register the contract and apply the definitions."""
+        with self.plane.channel("ingestion") as ingestion, self.plane.channel("feature") as feature:
+            register = ingestion_pb2.RegisterContractRequest(contract=contract())
+            self.ask(IngestionServiceStub(ingestion).RegisterContract, register)
+            apply = feature_pb2.ApplyDefinitionsRequest(project="chaos", feast_registry=definitions())
+            self.ask(FeatureServiceStub(feature).ApplyDefinitions, apply)
+
     def ask(self, method: Any, request: Any) -> Any:
         """The answer, or None when told to stop."""
         while not self.stop.is_set():
@@ -223,6 +231,8 @@ class Writer(Client):
         self.source = f"s{number}"
         self.sent: list[pa.Table] = []
         """New events of every batch that was sent, the last perhaps without an answer."""
+        self.batches: list[tuple[ingestion_pb2.RecordBatch, int]] = []
+        """Every batch with the number of its events that had come before."""
         self.chance = random.Random(f"{seed}-{number}")
 
     def work(self) -> None:
@@ -237,11 +247,15 @@ class Writer(Client):
                     contract=CONTRACT, source=self.source, offset=offset, arrow_ipc=arrow_ipc(rows)
                 )
                 self.sent.append(fresh)
+                self.batches.append((batch, int(again)))
                 for _time in range(2 if self.chance.random() < REPEAT_SHARE else 1):
-                    answer = self.finish(stub, batch)
-                    assert (answer.accepted, answer.duplicates, answer.rejected) == (ROWS, int(again), 0), answer
+                    self.land(stub, batch, int(again))
                 self.done += 1
                 self.stop.wait(PACE_S)
+
+    def land(self, stub: IngestionServiceStub, batch: ingestion_pb2.RecordBatch, again: int) -> None:
+        answer = self.finish(stub, batch)
+        assert (answer.accepted, answer.duplicates, answer.rejected) == (ROWS, again, 0), answer
 
     def finish(self, stub: IngestionServiceStub, batch: ingestion_pb2.RecordBatch) -> ingestion_pb2.WriteResponse:
         """Send until it is answered, also after `stop`: what was sent is then known to be in."""
@@ -253,6 +267,20 @@ class Writer(Client):
             if answered is not None:
                 return answered
         return answer
+
+
+class Repeater(Writer):
+    """Sends everything that another writer sent once more, in order."""
+
+    def __init__(self, writer: Writer) -> None:
+        super().__init__(writer.plane, 0, 0)
+        self.sent, self.batches = writer.sent, writer.batches
+
+    def work(self) -> None:
+        with self.plane.channel("ingestion") as channel:
+            for batch, again in self.batches:
+                self.land(IngestionServiceStub(channel), batch, again)
+                self.done += 1
 
 
 class Reader(Client):

@@ -15,10 +15,6 @@ import kafka
 import pyarrow as pa
 import pytest
 from millrace_api.events.v1.events_pb2 import RecordsLanded
-from millrace_api.feature.v1 import feature_pb2
-from millrace_api.feature.v1.feature_pb2_grpc import FeatureServiceStub
-from millrace_api.ingestion.v1 import ingestion_pb2
-from millrace_api.ingestion.v1.ingestion_pb2_grpc import IngestionServiceStub
 from millrace_kit.bus import records_topic
 
 from tests.chaos.data_plane import (
@@ -29,8 +25,6 @@ from tests.chaos.data_plane import (
     Plane,
     Reader,
     Writer,
-    contract,
-    definitions,
     expected,
     oracle,
 )
@@ -74,12 +68,7 @@ def victims(plane: Plane, chance: random.Random) -> list[str]:
 
 
 def test_random_kills(plane: Plane, chance: random.Random) -> None:
-    setup = Client(plane)
-    with plane.channel("ingestion") as ingestion, plane.channel("feature") as feature:
-        register = ingestion_pb2.RegisterContractRequest(contract=contract())
-        setup.ask(IngestionServiceStub(ingestion).RegisterContract, register)
-        apply = feature_pb2.ApplyDefinitionsRequest(project="chaos", feast_registry=definitions())
-        setup.ask(FeatureServiceStub(feature).ApplyDefinitions, apply)
+    Client(plane).set_up()
     writers = [Writer(plane, number, SEED) for number in range(WRITERS)]
     reader = Reader(plane, writers)
     clients: list[Client] = [*writers, reader]

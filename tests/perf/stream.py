@@ -50,6 +50,8 @@ BACKLOG = 500
 """Messages of one round."""
 ROUNDS = 3
 PACED_S, WARM_S = 30.0, 5.0
+DRAIN_S = 600.0
+"""Longest wait for a worker that the paced load was too much for; its freshness then says so."""
 HOP = timedelta(minutes=5)
 LATE_SHARE = 0.01
 """Events up to an hour late; the others lie in the newest hops."""
@@ -256,7 +258,7 @@ def paced(pid: int, source: Source, sent: Sent, place: Place) -> tuple[float, fl
         fresh += [(now - at) * 1000 for at in times[len(fresh) : applied]]
         if len(fresh) == len(times) and now - begin >= PACED_S:
             break
-        if now - begin > PACED_S + 120:
+        if now - begin > PACED_S + DRAIN_S:
             raise TimeoutError(f"{len(times) - len(fresh)} messages are not readable")
         time.sleep(0.001)
     events = (first + len(fresh) - applied_from) * SMALL_EVENTS
@@ -394,6 +396,7 @@ def measure(rig: Rig) -> None:
             print(f"round {number + 1} of {ROUNDS}", file=sys.stderr)
             rate, cpu, beside, steps = backlog_round(rig, source, sent, place)
             full.append((rate, cpu, steps))
+            print(f"  {rate:,.0f} events/s, {1000 / cpu:,.0f} for a second of one core", file=sys.stderr)
             redis_cpu.append(beside)
             consumes.append(floor_round(rig.broker, client, BACKLOG, whole=False))
             floors.append(floor_round(rig.broker, client, BACKLOG, whole=True))
