@@ -291,7 +291,7 @@ class Pipeline:
         self.runner.close()
 
     def apply(self, *messages: Message) -> None:
-        reading = read_messages(messages, self.store.is_seen)
+        reading = read_messages(messages, self.store.seen)
         cuts, followed = self.store.groups(), self.store.followed()
         change = plan_change(reading, DEFINITIONS, cuts=cuts, followed=followed, until_us=1 << 62)
         self.store.apply(replace(change, starts=dict(self.store.positions())))

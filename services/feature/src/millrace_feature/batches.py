@@ -1,7 +1,7 @@
 """From bus messages to one change of the online store: pure, apart from asking which batches were seen."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,13 +14,14 @@ from millrace_kit.bus import Message, TopicPartition, records_topic
 from millrace_feature.metrics import APPLIED_RECORDS, BAD_MESSAGES, LATE_RECORDS, REPEATED_BATCHES
 from millrace_feature.plan import Definitions, LatestView, View, WindowView
 from millrace_feature.rows import Row, pick_rows
-from millrace_feature.store import Change, Followed
+from millrace_feature.store import Change, Followed, Mark
 from millrace_feature.tile_fields import FieldChange, layout_of
 from millrace_feature.tiles import MICROSECONDS, event_times, reduce_rows
 
 log = logging.getLogger(__name__)
 
-IsSeen = Callable[[str, str, int], bool]
+Seen = Callable[[Sequence[Mark]], Collection[Mark]]
+"""Which of some batches were applied before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +36,14 @@ class Batch:
 @dataclass(slots=True)
 class _Reading:
     batches: list[Batch] = field(default_factory=list)
-    seen: list[tuple[str, str, int]] = field(default_factory=list)
+    seen: list[Mark] = field(default_factory=list)
     positions: dict[TopicPartition, int] = field(default_factory=dict)
 
 
-def read_messages(messages: Sequence[Message], is_seen: IsSeen) -> _Reading:
+def read_messages(messages: Sequence[Message], seen: Seen) -> _Reading:
     """Decode `messages`; a batch seen before is left out, and so is a message that cannot be read (it never could be)."""
     reading = _Reading()
-    here: set[tuple[str, str, int]] = set()
+    found: list[tuple[Mark, Batch]] = []
     for message in messages:
         reading.positions[message.place] = message.offset + 1
         contract = message.topic.removeprefix(records_topic(""))
@@ -52,14 +53,16 @@ def read_messages(messages: Sequence[Message], is_seen: IsSeen) -> _Reading:
             BAD_MESSAGES.labels(contract).inc()
             log.error("%s offset %d cannot be read and is passed over: %s", message.topic, message.offset, error)  # noqa: TRY400
             continue
-        mark = (contract, record.source, record.source_offset)
-        if record.source:
-            if mark in here or is_seen(*mark):
-                REPEATED_BATCHES.labels(contract).inc()
+        found.append(((contract, record.source, record.source_offset), Batch(contract, record.table_version, table)))
+    before = set(seen([mark for mark, _batch in found if mark[1]]))
+    for mark, batch in found:
+        if mark[1]:
+            if mark in before:
+                REPEATED_BATCHES.labels(batch.contract).inc()
                 continue
-            here.add(mark)
+            before.add(mark)
             reading.seen.append(mark)
-        reading.batches.append(Batch(contract, record.table_version, table))
+        reading.batches.append(batch)
     return reading
 
 

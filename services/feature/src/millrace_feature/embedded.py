@@ -4,7 +4,7 @@ Every change is one SQLite transaction that also holds the bus positions and the
 its last transaction ended and nothing counts twice. On start the groups are read back into memory.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from millrace_feature.store import (
     Content,
     Followed,
     LatestAsk,
+    Mark,
     NewestRow,
     WindowAsk,
     rows_bound_us,
@@ -169,11 +170,11 @@ class EmbeddedOnlineStore:
             found = connection.exec_driver_sql("SELECT topic, part, next_offset FROM position")
             return {TopicPartition(topic, part): offset for topic, part, offset in found}
 
-    def is_seen(self, contract: str, source: str, source_offset: int) -> bool:
-        """Whether that batch was applied."""
+    def seen(self, marks: Sequence[Mark]) -> Collection[Mark]:
+        """Those of some batches that were applied."""
         query = "SELECT 1 FROM seen WHERE contract = ? AND source = ? AND source_offset = ?"
         with reading(self._engine) as connection:
-            return connection.exec_driver_sql(query, (contract, source, source_offset)).first() is not None
+            return [mark for mark in marks if connection.exec_driver_sql(query, mark).first() is not None]
 
     def apply(self, change: Change) -> None:
         """Commit `change`, then show it to readers."""

@@ -1,6 +1,6 @@
 """One change to the online store in Redis: what it needs to know, and the commands that make it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from millrace_kit.bus import TopicPartition
@@ -14,6 +14,54 @@ SEEN_PER_SOURCE = 10_000
 """Batches remembered per source. Ingestion's offsets rise per source, so an older one than these was applied."""
 COMMANDS = 2_000
 """Commands of one round trip while a change is read or a group is filled."""
+
+FIELDS = 1_000
+"""Fields of one entity that one call of a script names; Lua's stack has a bound."""
+# Loops and nothing else: one command with thousands of keys costs a client a tenth of thousands of commands.
+_GET = """
+local out, at = {}, 1
+for i, key in ipairs(KEYS) do
+  local n = tonumber(ARGV[at])
+  out[i] = redis.call('HMGET', key, unpack(ARGV, at + 1, at + n))
+  at = at + n + 1
+end
+return out"""
+_PUT = """
+local at = 1
+for _, key in ipairs(KEYS) do
+  local n = tonumber(ARGV[at])
+  redis.call('HSET', key, unpack(ARGV, at + 1, at + n))
+  at = at + n + 1
+end"""
+
+
+def get_fields(client: Any, wanted: Iterable[tuple[str, Sequence[str]]]) -> list[list[bytes | None]]:
+    """Some fields of each of some hashes."""
+    out: list[list[bytes | None]] = []
+    for part in in_parts(wanted):
+        pieces = [
+            (i, key, names[at : at + FIELDS])
+            for i, (key, names) in enumerate(part)
+            for at in range(0, len(names), FIELDS)
+        ]
+        arguments = [argument for _i, _key, names in pieces for argument in (len(names), *names)]
+        replies = client.eval(_GET, len(pieces), *(key for _i, key, _names in pieces), *arguments)
+        found: list[list[bytes | None]] = [[] for _item in part]
+        for (i, _key, _names), reply in zip(pieces, replies, strict=True):
+            found[i] += reply
+        out += found
+    return out
+
+
+def put_fields(pipe: Any, fields: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
+    """Add the commands that set some fields of each of some hashes."""
+    for part in in_parts(fields):
+        pieces = []
+        for key, content in part:
+            flat = [argument for pair in content.items() for argument in pair]
+            pieces += [(key, flat[at : at + 2 * FIELDS]) for at in range(0, len(flat), 2 * FIELDS)]
+        arguments = [argument for _key, flat in pieces for argument in (len(flat), *flat)]
+        pipe.eval(_PUT, len(pieces), *(key for key, _flat in pieces), *arguments)
 
 
 def in_parts(items: Iterable[Any], size: int = COMMANDS) -> Iterator[list[Any]]:
@@ -90,12 +138,8 @@ class ChangeWriter:
     def _read_tiles(self) -> None:
         for name, change in self._change.tiles:
             group = self._opened[name]
-            old: list[list[bytes | None]] = []
-            for part in in_parts(zip(change.entities, change.names, strict=True)):
-                pipe = self._client.pipeline(transaction=False)
-                for entity, names in part:
-                    pipe.hmget(self._keys.tiles(group.id, entity), names)
-                old += pipe.execute()
+            named = ((self._keys.tiles(group.id, e), n) for e, n in zip(change.entities, change.names, strict=True))
+            old = get_fields(self._client, named)
             self._tiles.append((group, change.content(old)))
 
     def _read_rows(self) -> None:
@@ -113,8 +157,7 @@ class ChangeWriter:
         """Add the commands to the transaction `pipe`."""
         entities: dict[str, set[str]] = {}
         for group, fields in self._tiles:
-            for entity, content in fields:
-                pipe.hset(self._keys.tiles(group.id, entity), mapping=content)
+            put_fields(pipe, ((self._keys.tiles(group.id, entity), content) for entity, content in fields))
             if fields:
                 entities.setdefault(group.id, set()).update(entity for entity, _content in fields)
         for group, row, loser in self._rows:

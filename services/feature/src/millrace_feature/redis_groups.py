@@ -13,7 +13,7 @@ from redis.exceptions import LockError, RedisError
 
 from millrace_feature.plan import View, WindowView
 from millrace_feature.redis_calls import asked, transaction
-from millrace_feature.redis_changes import in_parts
+from millrace_feature.redis_changes import in_parts, put_fields
 from millrace_feature.redis_layout import Group, Keys, Progress, pack_row, parse_groups
 from millrace_feature.rows import Row
 from millrace_feature.store import Content, Followed, StoreMovedError, rows_of, tiles_of
@@ -134,13 +134,11 @@ class RedisGroups:
 
     def _put(self, group: Group, part: Sequence[tuple[str, dict[str, bytes]] | Row]) -> None:
         pipe = self._client.pipeline(transaction=False)
-        entities: set[str] = set()
+        fields = [item for item in part if isinstance(item, tuple)]
+        put_fields(pipe, [(self._keys.tiles(group.id, entity), content) for entity, content in fields])
+        entities = {entity for entity, _content in fields}
         for item in part:
-            if isinstance(item, tuple):
-                entity, content = item
-                pipe.hset(self._keys.tiles(group.id, entity), mapping=content)
-                entities.add(entity)
-            else:
+            if isinstance(item, Row):
                 key = self._keys.rows(group.id, item.key)
                 pipe.zadd(key, {pack_row(item.time_us, item.values): item.time_us})
                 entities.add(item.key)

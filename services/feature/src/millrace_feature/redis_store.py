@@ -10,7 +10,7 @@ lies in one Redis and goes back in time together, so a Redis that comes up empty
 stands; groups that are missing are filled from the lake. Redis must not evict (`maxmemory-policy noeviction`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -27,7 +27,7 @@ from millrace_feature.redis_layout import Group, Keys, Progress
 from millrace_feature.redis_pipeline import PipelinedRedis
 from millrace_feature.redis_reads import RedisAnswers, RedisReader
 from millrace_feature.settings import RedisSettings
-from millrace_feature.store import Ask, Change, Content, Followed, rows_bound_us
+from millrace_feature.store import Ask, Change, Content, Followed, Mark, rows_bound_us
 from millrace_feature.tile_fields import is_outdated, layout_of
 
 _FORGET_IF_EMPTY = "if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('SREM', KEYS[2], ARGV[1]) end"
@@ -117,18 +117,27 @@ class RedisOnlineStore:
             for partition, offset in found.items()
         }
 
-    def is_seen(self, contract: str, source: str, source_offset: int) -> bool:
-        """Whether that batch was applied, or is older than those remembered."""
-        name = self._keys.seen(contract, source)
+    def seen(self, marks: Sequence[Mark]) -> Collection[Mark]:
+        """Those of some batches that were applied, or are older than those remembered."""
+        sources: dict[tuple[str, str], list[int]] = {}
+        for contract, source, offset in marks:
+            sources.setdefault((contract, source), []).append(offset)
 
-        def read() -> tuple[float | None, list[tuple[bytes, float]], int]:
+        def read() -> list[Any]:
             pipe = self._client.pipeline(transaction=False)
-            pipe.zscore(name, str(source_offset)).zrange(name, 0, 0, withscores=True).zcard(name)
-            score, oldest, count = pipe.execute()
-            return score, oldest, count
+            for (contract, source), offsets in sources.items():
+                name = self._keys.seen(contract, source)
+                pipe.zmscore(name, [str(offset) for offset in offsets]).zrange(name, 0, 0, withscores=True).zcard(name)
+            return list(pipe.execute())
 
-        score, oldest, count = asked(read)
-        return score is not None or (count >= SEEN_PER_SOURCE and source_offset < oldest[0][1])
+        replies = iter(asked(read)) if sources else iter(())
+        found: list[Mark] = []
+        for (contract, source), offsets in sources.items():
+            scores, oldest, count = next(replies), next(replies), next(replies)
+            forgotten = oldest[0][1] if count >= SEEN_PER_SOURCE else float("-inf")
+            applied = zip(offsets, scores, strict=True)
+            found += [(contract, source, at) for at, score in applied if score is not None or at < forgotten]
+        return found
 
     def apply(self, change: Change) -> None:
         """One transaction: the effects, the progress, the batches seen and the positions."""

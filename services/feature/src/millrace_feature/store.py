@@ -1,6 +1,6 @@
 """What the online store must do: `embedded.py` is the one of one machine, `redis_store.py` the one that replicas share."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,6 +20,10 @@ class StoreMovedError(Exception):
 
 class StoreFillingError(Exception):
     """A group of the contract is being filled; nothing was changed. Apply the same again in a moment."""
+
+
+Mark = tuple[str, str, int]
+"""(contract, source, source offset) of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +46,8 @@ class Change:
     """(group, fields that its tiles go into)."""
     rows: Sequence[tuple[str, Sequence[Row]]] = ()
     """(group, rows)."""
-    seen: Sequence[tuple[str, str, int]] = ()
-    """(contract, source, source offset) of every batch inside."""
+    seen: Sequence[Mark] = ()
+    """Every batch inside."""
     positions: Mapping[TopicPartition, int] = field(default_factory=dict)
     starts: Mapping[TopicPartition, int] = field(default_factory=dict)
     """Positions the messages were read from; a shared store refuses the change when they are no longer its own."""
@@ -154,8 +158,8 @@ class OnlineStore(Protocol):
         """Next bus offset to read."""
         ...
 
-    def is_seen(self, contract: str, source: str, source_offset: int) -> bool:
-        """Whether that batch was applied."""
+    def seen(self, marks: Sequence[Mark]) -> Collection[Mark]:
+        """Those of some batches that were applied."""
         ...
 
     def apply(self, change: Change) -> None:

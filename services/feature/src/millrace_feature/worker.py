@@ -334,7 +334,7 @@ class StreamWorker:
 
     def _apply(self, messages: Sequence[Message], definitions: Definitions) -> None:
         self._check_gaps(messages)
-        reading = read_messages(messages, self._store.is_seen)
+        reading = read_messages(messages, self._store.seen)
         change = plan_change(reading, definitions, cuts=self._cuts, followed=self._followed, until_us=self._until_us())
         self._store.apply(replace(change, starts={p: self._positions.get(p, 0) for p in change.positions}))
         self._positions.update(change.positions)
