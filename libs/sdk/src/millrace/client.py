@@ -11,6 +11,7 @@ from millrace.areas.data import FeatureArea, IngestionArea
 from millrace.areas.lifecycle import RegistryArea, TrainingArea
 from millrace.areas.serving import DriftArea, GatewayArea, PredictionArea, RolloutArea
 from millrace.areas.sources import SourcesArea
+from millrace.areas.transformers import TransformerArea
 from millrace.endpoints import Endpoints, tls_from_environment
 
 
@@ -38,6 +39,7 @@ class Client:
         self.ingestion = IngestionArea(self._channels["ingestion"])
         self.sources = SourcesArea(self._channels["ingestion"])
         self.features = FeatureArea(self._channels["feature"])
+        self.transformers = TransformerArea(self._channels["feature"])
         self.registry = RegistryArea(self._channels["registry"])
         self.training = TrainingArea(self._channels["training"])
         self.drift = DriftArea(self._channels["drift"])

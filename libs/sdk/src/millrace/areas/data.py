@@ -141,7 +141,8 @@ class FeatureArea:
     def build_training_set(
         self,
         *,
-        feature_service: str,
+        feature_service: str = "",
+        features: Sequence[str] = (),
         entity_contract: str,
         label_contract: str,
         join_column: str,
@@ -152,9 +153,13 @@ class FeatureArea:
         table_versions: Sequence[TableVersion] = (),
         definitions_hash: str = "",
     ) -> feature.TrainingSet:
-        """Build a point-in-time training set; the same arguments and table versions give the same bytes."""
+        """Build a point-in-time training set; the same arguments and table versions give the same bytes.
+
+        With `features` (`view__feature`) it holds these instead of a feature service's, texts among them.
+        """
         request = feature.BuildTrainingSetRequest(
             feature_service=feature_service,
+            features=features,
             entity_contract=entity_contract,
             label_contract=label_contract,
             join_column=join_column,

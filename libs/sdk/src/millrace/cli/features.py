@@ -9,6 +9,7 @@ import click
 from google.protobuf.json_format import MessageToDict
 from millrace_api.feature.v1.feature_pb2 import ConsistencyFinding, ConsistencyKind, ConsistencyWindow
 
+from millrace.cli import transformers
 from millrace.cli.local import Context
 from millrace.values import from_value
 from millrace.view import table
@@ -80,5 +81,8 @@ def _sentence(finding: ConsistencyFinding) -> str:
         f"served {finding.served:g}, the lake says {finding.expected:g}"
     )
 
+
+for command in transformers.COMMANDS:
+    features.add_command(command)
 
 COMMANDS = (features,)
