@@ -17,10 +17,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from millrace_api.common.v1 import common_pb2
 from millrace_api.feature.v1 import feature_pb2, feature_pb2_grpc, transformers_pb2, transformers_pb2_grpc
 from millrace_feature.app import build
+from millrace_feature.compiler import compile_registry
+from millrace_feature.plan import Transform
+from millrace_feature.transforms import TransformRunner
 from millrace_kit.client import open_channel
 from millrace_kit.clock import FakeClock
 from millrace_kit.content import ContentStore
-from millrace_kit.errors import MillraceError
+from millrace_kit.errors import FailedPreconditionError, InvalidArgumentError, MillraceError
 from millrace_kit.server import running
 
 BASE = datetime(2013, 5, 1, 12, 0, tzinfo=UTC)
@@ -286,3 +289,46 @@ async def test_a_selection_is_kept_and_narrows_a_vector(world, make_registry) ->
         unknown = transformers_pb2.Selection(name="best", training_set=built.digest, features=scores)
         await calls.fitted.RecordSelection(transformers_pb2.RecordSelectionRequest(selection=unknown))
         assert "nobody__knows" in (await failure(calls.apply(narrow={"millrace.selection": "best@2"}))).message
+
+
+def test_a_function_that_exits_is_an_error_of_its_view() -> None:
+    import dill
+
+    def leaves(_inputs: dict) -> dict:
+        raise SystemExit(3)
+
+    body = dill.dumps(leaves, recurse=True)
+    runner = TransformRunner(Transform("view", (), ("a",), ("out",), singleton=False, body=body))
+    with pytest.raises(FailedPreconditionError, match="'view' failed: SystemExit"):
+        runner.run({}, {"a": [1.0]}, 1)
+
+
+def test_a_short_name_of_two_views_is_no_input() -> None:
+    import dill
+
+    body = dill.dumps(lambda inputs: {"out": inputs["x"]}, recurse=True)
+    pairs = (("first", "x"), ("second", "x"))
+    runner = TransformRunner(Transform("view", pairs, (), ("out",), singleton=False, body=body))
+    with pytest.raises(FailedPreconditionError, match="KeyError: 'x'"):
+        runner.run({("first", "x"): [1.0], ("second", "x"): [2.0]}, {}, 1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "output", "problem"), [("pandas", "room", "not pandas"), ("python", "limit", "'limit', which is")]
+)
+def test_functions_that_feast_would_skip_or_run_in_pandas_are_refused(make_registry, mode, output, problem) -> None:
+    from feast import Field, RequestSource
+    from feast.on_demand_feature_view import on_demand_feature_view
+    from feast.types import Float64
+
+    request = RequestSource(name="asked", schema=[Field(name="limit", dtype=Float64)])
+
+    @on_demand_feature_view(sources=[request], mode=mode, schema=[Field(name=output, dtype=Float64)])
+    def twice(inputs):
+        return {"room": inputs["limit"], "limit": inputs["limit"]}
+
+    from feast import FeatureService
+
+    registry = make_registry([twice, FeatureService(name="s", features=[twice])])
+    with pytest.raises(InvalidArgumentError, match=f"'twice'.*{problem}"):
+        compile_registry("test", registry)

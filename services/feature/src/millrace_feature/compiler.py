@@ -418,9 +418,8 @@ class _Compiler:
     def _transform(self, spec: Any, uses: dict[str, ViewUse], request: dict[str, ValueType]) -> Transform:
         function = spec.feature_transformation.user_defined_function
         if spec.mode != "python" or not function.body or spec.aggregations:
-            raise InvalidArgumentError(
-                FIELD, f"on-demand view {spec.name!r} must be a Python-mode function (mode='python')"
-            )
+            problem = f"must be a Python-mode function (mode='python'), not {spec.mode or 'pandas'}"
+            raise InvalidArgumentError(FIELD, f"on-demand view {spec.name!r} {problem}")
         inputs: list[tuple[str, str]] = []
         fields: list[str] = []
         for _name, source in sorted(spec.sources.items()):
@@ -446,6 +445,12 @@ class _Compiler:
         outputs = tuple(
             f.name for f in spec.features if _type_name(f.value_type) in {"INT32", "INT64", "FLOAT", "DOUBLE", "BOOL"}
         )
+        if clash := sorted({f.name for f in spec.features} & {*fields, *(feature for _alias, feature in inputs)}):
+            # Feast skips such a function without a word where a column of that name is there already (feast-dev/feast#5534).
+            problem = (
+                f"computes {clash[0]!r}, which is the name of one of its inputs; give the output a name of its own"
+            )
+            raise InvalidArgumentError(FIELD, f"on-demand view {spec.name!r} {problem}")
         return Transform(spec.name, tuple(inputs), tuple(_once(fields)), outputs, spec.singleton, function.body)
 
 

@@ -1,7 +1,7 @@
 """Computed features: the user's own functions on columns and fitted transformers, the same call for one request row and for a training set.
 
-A function gets lists by name and gives lists by name. A stored feature is named `feature` and `view__feature`; where a request field has
-the short name too, the request field keeps it. A missing value is None. A function runs in the service's own threads: what it raises is
+A function gets lists by name and gives lists by name. A stored feature is named `view__feature`, and `feature` too where no request field
+and no other view has that name. A missing value is None. A function runs in the service's own threads: what it raises is
 the caller's error and names the view, but one that never returns cannot be stopped.
 """
 
@@ -53,7 +53,10 @@ class TransformRunner:
         """
         try:
             return self._run(stored, request, rows, labelled)
-        except Exception as error:  # whatever a user's function raises
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # whatever a user's function raises; `exit()` in it must not end the service
             kind = "transformer" if self.plan.fitted else "on-demand view"
             notes = "".join(f", {note}" for note in getattr(error, "__notes__", ()))
             message = f"{kind} {self.plan.name!r} failed: {type(error).__name__}: {error}{notes}"
@@ -84,6 +87,8 @@ def _python(plan: Transform) -> Run:
     import dill
 
     function: Callable[[Any], Any] = dill.loads(plan.body)  # noqa: S301 - see compiler.py
+    known = [*plan.request_fields, *(feature for _alias, feature in plan.inputs)]
+    short = {name for name in known if known.count(name) == 1} - set(plan.request_fields)
 
     def run(stored: Stored, request: Columns, rows: int, labelled: Labelled | None) -> list[Sequence[float]]:
         del labelled
@@ -91,7 +96,8 @@ def _python(plan: Transform) -> Run:
         for alias, feature in plan.inputs:
             values = list(stored[alias, feature])
             inputs[f"{alias}__{feature}"] = values
-            inputs.setdefault(feature, values)
+            if feature in short:
+                inputs[feature] = values
         outputs = _by_row(function, plan.outputs, inputs, rows) if plan.singleton else function(inputs)
         return [_floats(outputs[name], rows) for name in plan.outputs]
 
