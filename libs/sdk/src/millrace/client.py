@@ -8,6 +8,7 @@ from millrace_kit.client import open_sync_channel
 from millrace_kit.settings import TlsSettings
 
 from millrace.areas.data import FeatureArea, IngestionArea
+from millrace.areas.definitions import DefinitionsArea
 from millrace.areas.lifecycle import RegistryArea, TrainingArea
 from millrace.areas.serving import DriftArea, GatewayArea, PredictionArea, RolloutArea
 from millrace.areas.sources import SourcesArea
@@ -40,6 +41,7 @@ class Client:
         self.sources = SourcesArea(self._channels["ingestion"])
         self.features = FeatureArea(self._channels["feature"])
         self.transformers = TransformerArea(self._channels["feature"])
+        self.definitions = DefinitionsArea(self._channels["feature"])
         self.registry = RegistryArea(self._channels["registry"])
         self.training = TrainingArea(self._channels["training"])
         self.drift = DriftArea(self._channels["drift"])

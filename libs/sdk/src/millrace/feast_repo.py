@@ -43,8 +43,9 @@ def registry_from_repo(path: Path) -> tuple[str, bytes]:
     if not isinstance(project, str) or not project:
         raise ValueError(f"{root / CONFIG_FILE} names no project")
     contents = _parse(root)
-    if contents.label_views or contents.permissions:
-        raise ValueError("label views and permissions are not supported")
+    if contents.label_views:
+        raise ValueError("label views are not supported")
+    _refuse_lost_aggregations(contents.feature_views)
     from feast.protos.feast.core.Registry_pb2 import Registry
 
     registry = Registry(registry_schema_version="1")
@@ -65,7 +66,24 @@ def registry_from_repo(path: Path) -> tuple[str, bytes]:
             protos.append(proto)
         protos.sort(key=lambda p: p.name if kind == "data_sources" else p.spec.name)
         getattr(registry, kind).extend(protos)
+    for permission in sorted(contents.permissions, key=lambda p: str(p.name)):
+        proto = permission.to_proto()
+        _forget_times(proto)
+        registry.permissions.append(proto)
     return project, registry.SerializeToString(deterministic=True)
+
+
+def _refuse_lost_aggregations(views: list[Any]) -> None:
+    """Refuse batch views with aggregations.
+
+    Feast 0.67 loses them where a BatchFeatureView is written to a registry, so what came back would be another view.
+    """
+    for view in views:
+        if getattr(view, "aggregations", None):
+            raise ValueError(
+                f"{type(view).__name__} {view.name!r} has aggregations, which Feast loses in its registry; make it a StreamFeatureView with "
+                "a PushSource over the same batch source"
+            )
 
 
 def _parse(root: Path) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import grpc.aio
-from millrace_api.feature.v1 import feature_pb2_grpc, transformers_pb2_grpc
+from millrace_api.feature.v1 import feature_pb2_grpc, offline_pb2_grpc, transformers_pb2_grpc, versions_pb2_grpc
 from millrace_kit.bus import Bus, Subscription, TopicPartition, open_bus, records_topic
 from millrace_kit.clock import Clock, SystemClock
 from millrace_kit.content import ContentStore
@@ -28,6 +28,7 @@ from millrace_feature.feast_wire.reads import FeastReads
 from millrace_feature.following import DefinitionsFollower
 from millrace_feature.lag import LagMeter
 from millrace_feature.lake import Lake, Limits
+from millrace_feature.offline.servicer import OfflineServicer
 from millrace_feature.servicer import FeatureServicer
 from millrace_feature.serving import Serving
 from millrace_feature.settings import FeatureSettings
@@ -35,6 +36,9 @@ from millrace_feature.store import OnlineStore
 from millrace_feature.transformers.service import Transformers
 from millrace_feature.transformers.servicer import TransformerServicer
 from millrace_feature.transformers.store import FittedStore
+from millrace_feature.versioning.access import Access, Audit
+from millrace_feature.versioning.history import Versions
+from millrace_feature.versioning.servicer import DefinitionsServicer
 from millrace_feature.worker import StreamWorker
 
 NATIVE_READ = "/millrace_api.feature.v1.FeatureService/GetOnlineFeatures"
@@ -100,6 +104,16 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
     store = await asyncio.to_thread(open_store, settings, state)
     engine = open_engine(settings.database_url or f"sqlite:///{state / 'feature.sqlite'}")
     catalog = await asyncio.to_thread(Catalog, engine)
+    versions = Versions(engine)
+    audit = Audit(engine, clock, settings.access.audit_rows)
+    access = await asyncio.to_thread(
+        Access,
+        engine,
+        audit,
+        settings.access,
+        clock,
+        lambda: current.registry if (current := catalog.current()) else None,
+    )
     lake = Lake(settings.lake_url, Limits(settings.build_memory_mib, settings.build_threads, state / "spill"))
     bus = await open_bus(settings.bus)
     sampling = settings.consistency
@@ -127,32 +141,45 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
         serving=serving,
         settings=settings,
         clock=clock,
-        current=catalog.current_digest,
+        current=versions.live,
     )
-    current = await asyncio.to_thread(catalog.current)
-    if current is not None:
-        worker.switch(current.definitions)
     ends = TopicEnds(bus, worker)
     content = ContentStore(settings.training_sets_url)
     transformers = Transformers(
         store=FittedStore(engine), catalog=catalog, content=content, settings=settings, clock=clock
     )
+    applier = Applier(
+        catalog=catalog,
+        lake=lake,
+        worker=worker,
+        pinned=transformers.pinned,
+        versions=versions,
+        access=access,
+        audit=audit,
+        settings=settings,
+        clock=clock,
+    )
+    await applier.refresh()
     servicer = FeatureServicer(
-        applier=Applier(
-            catalog=catalog, lake=lake, worker=worker, pinned=transformers.pinned, settings=settings, clock=clock
-        ),
+        applier=applier,
         builder=Builder(lake=lake, catalog=catalog, content=content, settings=settings, clock=clock),
         catalog=catalog,
         serving=serving,
         worker=worker,
         ends=ends,
         consistency=consistency,
+        access=access,
         clock=clock,
     )
+    definitions = DefinitionsServicer(applier=applier, catalog=catalog, versions=versions, audit=audit)
+    offline = OfflineServicer(catalog=catalog, lake=lake, access=access, settings=settings)
+    follower = DefinitionsFollower(applier=applier, versions=versions, access=access, settings=settings, clock=clock)
 
     reads = FeastReads(serving, clock)
     add_servicers: list[Callable[[grpc.aio.Server], None]] = [
         lambda server: feature_pb2_grpc.add_FeatureServiceServicer_to_server(servicer, server),
+        lambda server: offline_pb2_grpc.add_OfflineServiceServicer_to_server(offline, server),
+        lambda server: versions_pb2_grpc.add_DefinitionsServiceServicer_to_server(definitions, server),
         lambda server: transformers_pb2_grpc.add_TransformerServiceServicer_to_server(
             TransformerServicer(transformers), server
         ),
@@ -161,7 +188,7 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
         add_servicers.append(FeastGrpc(reads).add_to)
     workers = [
         Worker("stream", worker.run),
-        Worker("definitions", DefinitionsFollower(catalog, worker, settings).run),
+        Worker("definitions", follower.run),
         Worker("lag", LagMeter(store, worker, ends).run),
         Worker("consistency-log", checker.log_samples),
         Worker("consistency-check", checker.check_settled),
@@ -178,7 +205,12 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
     return Service(
         "feature",
         add_servicers,
-        ["millrace_api.feature.v1.FeatureService", "millrace_api.feature.v1.TransformerService"],
+        [
+            "millrace_api.feature.v1.FeatureService",
+            "millrace_api.feature.v1.TransformerService",
+            "millrace_api.feature.v1.DefinitionsService",
+            "millrace_api.feature.v1.OfflineService",
+        ],
         workers,
         [close],
         lambda: worker.is_following,

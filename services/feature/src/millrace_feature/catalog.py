@@ -8,49 +8,16 @@ from pathlib import Path
 
 from millrace_kit.errors import NotFoundError, UnavailableError
 from millrace_kit.sql import migrate, reading
-from sqlalchemy import (
-    Column,
-    Connection,
-    DateTime,
-    Engine,
-    Integer,
-    LargeBinary,
-    MetaData,
-    String,
-    Table,
-    Text,
-    insert,
-    select,
-)
+from sqlalchemy import Connection, Engine, insert, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from millrace_feature.compiler import compile_registry
 from millrace_feature.plan import Definitions, from_json, to_json
+from millrace_feature.tables import applied_table, definitions_table, metadata, training_sets_table
+from millrace_feature.versioning.history import keep_previous
 
-metadata = MetaData()
-definitions_table = Table(
-    "definitions",
-    metadata,
-    Column("digest", String(64), primary_key=True),
-    Column("project", String(256), nullable=False),
-    Column("registry", LargeBinary, nullable=False),
-    Column("plan", Text, nullable=False),
-)
-applied_table = Table(
-    "applied",
-    metadata,
-    Column("id", Integer, primary_key=True, autoincrement=True),
-    Column("digest", String(64), nullable=False),
-    Column("at", DateTime(timezone=True), nullable=False),
-)
-training_sets_table = Table(
-    "training_sets",
-    metadata,
-    Column("digest", String(64), primary_key=True),
-    Column("record", LargeBinary, nullable=False),
-)
-
+__all__ = ["Catalog", "Stored", "metadata"]
 SCRIPTS = Path(__file__).parent / "migrations"
 
 
@@ -85,8 +52,10 @@ class Catalog:
         except (OperationalError, PoolTimeoutError) as error:
             raise UnavailableError("DATABASE_UNAVAILABLE", "the database did not answer") from error
 
-    def apply(self, definitions: Definitions, registry: bytes, at: datetime) -> bool:
-        """Make `definitions` current; False when they were."""
+    def apply(
+        self, definitions: Definitions, registry: bytes, at: datetime, *, author: str = "", kept_s: int = 0
+    ) -> bool:
+        """Make `definitions` current; False when they were. Those that were stay pinned for `kept_s`."""
         with self._writing() as connection:
             newest = connection.execute(
                 select(applied_table.c.digest).order_by(applied_table.c.id.desc()).limit(1)
@@ -102,7 +71,9 @@ class Catalog:
                     "plan": to_json(definitions),
                 }
                 connection.execute(insert(definitions_table).values(row))
-            connection.execute(insert(applied_table).values(digest=definitions.digest, at=at))
+            connection.execute(insert(applied_table).values(digest=definitions.digest, at=at, author=author))
+            if newest is not None:
+                keep_previous(connection, newest, at, kept_s)
             return True
 
     def current_digest(self) -> str | None:

@@ -26,6 +26,8 @@ from millrace_feature.definitions import Applier
 from millrace_feature.metrics import READ_FEATURES, READ_ROWS
 from millrace_feature.serving import MISSING, PRESENT, Serving, Vector
 from millrace_feature.store import Followed
+from millrace_feature.versioning.access import Access
+from millrace_feature.versioning.servicer import caller_of
 from millrace_feature.worker import StreamWorker, to_us
 
 Ends = Callable[[], Awaitable[Mapping[TopicPartition, int]]]
@@ -44,6 +46,7 @@ class FeatureServicer(feature_pb2_grpc.FeatureServiceServicer):
         worker: StreamWorker,
         ends: Ends,
         consistency: ConsistencyLog,
+        access: Access,
         clock: Clock,
     ) -> None:
         self._applier = applier
@@ -53,13 +56,14 @@ class FeatureServicer(feature_pb2_grpc.FeatureServiceServicer):
         self._worker = worker
         self._ends = ends
         self._consistency = consistency
+        self._access = access
         self._clock = clock
 
     async def ApplyDefinitions(
         self, request: feature_pb2.ApplyDefinitionsRequest, context: grpc.aio.ServicerContext
     ) -> feature_pb2.ApplyDefinitionsResponse:
         project = check.name(request.project, "project")
-        digest, changed = await self._applier.apply(project, request.feast_registry)
+        digest, changed = await self._applier.apply(project, request.feast_registry, caller_of(context))
         return feature_pb2.ApplyDefinitionsResponse(definitions_hash=digest, changed=changed)
 
     async def GetDefinitions(
@@ -85,11 +89,12 @@ class FeatureServicer(feature_pb2_grpc.FeatureServiceServicer):
         self, request: feature_pb2.GetOnlineFeaturesRequest, context: grpc.aio.ServicerContext
     ) -> feature_pb2.GetOnlineFeaturesResponse:
         name = check.text(request.feature_service, "feature_service", limit=256)
+        await self._may_read(context, "read_online", name)
         rows_in_bounds(request.rows)
         at_us = optional_us(request, "event_time", "event_time")
         if at_us is None:
             at_us = to_us(self._clock.now())
-        ready = self._serving.service(name)
+        ready = self._serving.service(name, request.definitions_hash)
         service, entities = ready.service, ready.reader.read(request.rows)
         vectors = await self._serving.read(service, entities, at_us)
         _count(name, vectors)
@@ -100,7 +105,15 @@ class FeatureServicer(feature_pb2_grpc.FeatureServiceServicer):
     async def BuildTrainingSet(
         self, request: feature_pb2.BuildTrainingSetRequest, context: grpc.aio.ServicerContext
     ) -> feature_pb2.BuildTrainingSetResponse:
+        if request.feature_service:
+            await self._may_read(context, "read_offline", request.feature_service)
+        if request.features and not self._access.is_open:
+            await asyncio.to_thread(self._access.check_features, caller_of(context), request.features)
         return feature_pb2.BuildTrainingSetResponse(training_set=await self._builder.build(request))
+
+    async def _may_read(self, context: grpc.aio.ServicerContext, action: str, name: str) -> None:
+        if not self._access.is_open:
+            await asyncio.to_thread(self._access.check, caller_of(context), action, "FeatureService", name)
 
     async def GetTrainingSet(
         self, request: feature_pb2.GetTrainingSetRequest, context: grpc.aio.ServicerContext

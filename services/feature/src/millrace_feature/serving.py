@@ -246,6 +246,8 @@ class Serving(Generic[R]):
         self._head_behind_us = head_behind_us
         self._reader_of = reader_of
         self._services: dict[str, Ready[R]] | None = None
+        self._kept: dict[str, dict[str, Ready[R]]] = {}
+        """Services of definitions that are served when their hash is named, by hash."""
         self.definitions: Definitions | None = None
         """What reads are answered with."""
 
@@ -254,24 +256,34 @@ class Serving(Generic[R]):
         """Whether reads are answered."""
         return self._services is not None
 
-    def activate(self, definitions: Definitions) -> None:
-        """Answer with `definitions` from now on."""
-        self._services = {
+    def activate(self, definitions: Definitions, kept: Sequence[Definitions] = ()) -> None:
+        """Answer with `definitions` from now on, and with `kept` who names their hash."""
+        others = {other.digest: self._compiled(other) for other in kept}
+        services = self._compiled(definitions)
+        self._services, self._kept = services, {**others, definitions.digest: services}
+        self.definitions = definitions
+
+    def _compiled(self, definitions: Definitions) -> dict[str, Ready[R]]:
+        return {
             plan.name: Ready(CompiledService(plan, definitions), self._reader_of(plan, definitions), definitions.digest)
             for plan in definitions.services
         }
-        self.definitions = definitions
 
-    def service(self, name: str) -> Ready[R]:
-        """The service called `name`.
+    def service(self, name: str, digest: str = "") -> Ready[R]:
+        """The service called `name`, of the definitions with the hash `digest` when one is given.
 
         Raises:
             UnavailableError: no definitions are ready yet.
+            FailedPreconditionError: those definitions are not served.
             NotFoundError: the definitions hold no such service.
         """
         if self._services is None:
             raise UnavailableError("DEFINITIONS_NOT_READY", "no definitions are applied, or their backfill is running")
-        service = self._services.get(name)
+        services = self._kept.get(digest) if digest else self._services
+        if services is None:
+            message = f"definitions {digest} are neither in force nor pinned; PinDefinitions has them served"
+            raise FailedPreconditionError("DEFINITIONS_NOT_SERVED", message, {"definitions_hash": digest})
+        service = services.get(name)
         if service is None:
             raise NotFoundError("feature service", name)
         return service

@@ -75,6 +75,17 @@ class FeastSettings(Settings):
     """Whether the gRPC server answers Feast's `feast.serving.ServingService` and `GrpcFeatureServer` too."""
 
 
+class AccessSettings(Settings):
+    """Who is who for the Feast permissions that are applied with definitions; without permissions everybody may do everything."""
+
+    administrators: tuple[str, ...] = ()
+    """Names in client certificates that may do everything whatever the permissions say, so that nobody is locked out."""
+    roles: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Role -> names in client certificates that have it. A name in a certificate is a role by itself too."""
+    audit_rows: int = Field(default=100_000, ge=1000, le=100_000_000)
+    """Newest changes and refusals that are kept."""
+
+
 class FeatureSettings(ServiceSettings):
     """One feature service: definitions, online values and training sets."""
 
@@ -104,6 +115,10 @@ class FeatureSettings(ServiceSettings):
     """Most bus messages applied in one transaction."""
     fetch_wait_s: float = Field(default=0.2, gt=0, le=10)
     """Longest wait of one poll of the bus; also the longest delay before new definitions are noticed."""
+    previous_kept_s: int = Field(default=3600, ge=0, le=365 * DAY_S)
+    """How long definitions stay served beside those that replaced them, so that a rollback needs no filling; 0 drops them at once."""
+    access: AccessSettings = AccessSettings()
+    """Who is who for Feast's permissions."""
     apply_wait_s: float = Field(default=5.0, ge=0, le=300)
     """How long ApplyDefinitions waits for the backfill of new views before it answers all the same."""
     max_registry_mib: int = Field(default=8, ge=1, le=64)

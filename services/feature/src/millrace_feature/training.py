@@ -143,6 +143,11 @@ class Build:
         with self._open(versions) as query:
             return self._features(query, rows)
 
+    def columns(self, versions: Mapping[str, int], rows: pa.Table) -> dict[str, Any]:
+        """The same with texts and times: numbers as float64 arrays, everything else as Arrow columns."""
+        found: dict[str, Any] = dict(self.features(versions, rows))
+        return {**found, **self._others}
+
     def _collect(self, query: Query) -> tuple[int, int]:
         """Make table `labels`, one row per labelled entity row in its final order; returns (rows, rows without a label)."""
         spec = self._labels

@@ -55,7 +55,21 @@ class Wanted:
     """Definitions to switch to, and who waits for it."""
 
     definitions: Definitions
+    kept: tuple[Definitions, ...] = ()
+    """Others that are followed and served too."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
+    followed: Definitions = field(init=False)
+    """The definitions with the views of the others that keep something else."""
+
+    def __post_init__(self) -> None:
+        groups = {view.group for view in self.definitions.views}
+        others = {v.group: v for kept in self.kept for v in kept.views if v.group not in groups}
+        self.followed = replace(self.definitions, views=(*self.definitions.views, *others.values()))
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Hashes of all, those to switch to first."""
+        return (self.definitions.digest, *(kept.digest for kept in self.kept))
 
 
 class _GapError(Exception):
@@ -78,7 +92,7 @@ class StreamWorker:
         serving: told which definitions can be answered with.
         settings: limits and waits.
         clock: wall clock.
-        current: hash of the definitions in force, whichever replica applied them.
+        current: hashes of the definitions in force and of those that are kept, whichever replica applied them.
     """
 
     def __init__(
@@ -90,7 +104,7 @@ class StreamWorker:
         serving: Serving[Any],
         settings: FeatureSettings,
         clock: Clock,
-        current: Callable[[], str | None],
+        current: Callable[[], Sequence[str]],
     ) -> None:
         self._store = store
         self._lake = lake
@@ -112,17 +126,20 @@ class StreamWorker:
         self._next_look = 0.0
         self._next_tidy = 0.0
 
-    def switch(self, definitions: Definitions) -> asyncio.Event:
-        """Ask for `definitions`; the event is set once reads are answered with them, or once others are asked for."""
+    def switch(self, definitions: Definitions, kept: Sequence[Definitions] = ()) -> asyncio.Event:
+        """Ask for `definitions`, and for `kept` to be served beside them.
+
+        The event is set once reads are answered with them, or once others are asked for.
+        """
         if self._wanted is not None:
             self._wanted.done.set()
-        self._wanted = Wanted(definitions)
+        self._wanted = Wanted(definitions, tuple(kept))
         return self._wanted.done
 
     @property
-    def wanted_digest(self) -> str | None:
-        """Hash of the definitions asked for last."""
-        return self._wanted.definitions.digest if self._wanted is not None else None
+    def wanted_digests(self) -> tuple[str, ...]:
+        """Hashes of the definitions asked for last, those in force first; empty before any were."""
+        return self._wanted.digests if self._wanted is not None else ()
 
     @property
     def is_following(self) -> bool:
@@ -162,9 +179,9 @@ class StreamWorker:
 
     async def _turn(self, stop: asyncio.Event) -> None:
         wanted = self._wanted
-        if wanted is not None and wanted.definitions is not self._definitions:
+        if wanted is not None and wanted.followed is not self._definitions:
             try:
-                await self._follow(wanted.definitions)
+                await self._follow(wanted)
             except MillraceError as error:
                 if isinstance(error, UnavailableError):
                     raise
@@ -239,22 +256,22 @@ class StreamWorker:
             else:
                 return
 
-    async def _follow(self, definitions: Definitions) -> None:
-        """Fill what is new, answer with `definitions`, forget what they no longer name."""
-        groups = {view.group: view for view in definitions.views}
-        await asyncio.to_thread(self._fill_missing, definitions, groups)
+    async def _follow(self, wanted: Wanted) -> None:
+        """Fill what is new, answer with what is wanted, forget what that no longer names."""
+        groups = {view.group: view for view in wanted.followed.views}
+        await asyncio.to_thread(self._fill_missing, wanted, groups)
         self._cuts = dict(await asyncio.to_thread(self._store.groups))
         if not self._cuts.keys() >= groups.keys():
             raise StoreMovedError("groups went while they were followed")
         self._followed = dict(await asyncio.to_thread(self._store.followed))
-        await asyncio.to_thread(self._serving.activate, definitions)
-        self._definitions = definitions
+        await asyncio.to_thread(self._serving.activate, wanted.definitions, wanted.kept)
+        self._definitions = wanted.followed
         self._is_lost = False
         await self._close()
 
-    def _fill_missing(self, definitions: Definitions, groups: Mapping[str, View]) -> None:
+    def _fill_missing(self, wanted: Wanted, groups: Mapping[str, View]) -> None:
         with self._store.exclusive():
-            if self._store.is_shared and self._current() != definitions.digest:
+            if self._store.is_shared and tuple(self._current()) != wanted.digests:
                 raise UnavailableError("DEFINITIONS_OUTDATED", "other definitions were applied meanwhile")
             filled = dict(self._store.groups())
             known = {view.contract for view in groups.values() if view.group in filled}

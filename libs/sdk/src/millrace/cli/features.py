@@ -10,6 +10,7 @@ from google.protobuf.json_format import MessageToDict
 from millrace_api.feature.v1.feature_pb2 import ConsistencyFinding, ConsistencyKind, ConsistencyWindow
 
 from millrace.cli import transformers
+from millrace.cli import definitions
 from millrace.cli.local import Context
 from millrace.values import from_value
 from millrace.view import table
@@ -19,7 +20,7 @@ ALARM = 0.01
 
 @click.group()
 def features() -> None:
-    """Look after online features."""
+    """Definitions of features, their versions, and how the online values are doing."""
 
 
 @features.command()
@@ -83,6 +84,9 @@ def _sentence(finding: ConsistencyFinding) -> str:
 
 
 for command in transformers.COMMANDS:
+    features.add_command(command)
+
+for command in definitions.COMMANDS:
     features.add_command(command)
 
 COMMANDS = (features,)

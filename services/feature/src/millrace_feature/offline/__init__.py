@@ -1,0 +1,1 @@
+"""Historical features over gRPC."""
