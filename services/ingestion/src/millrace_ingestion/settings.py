@@ -116,6 +116,8 @@ class IngestionSettings(ServiceSettings):
     """Attempts of one look for files before it waits for its next tick."""
     source_poll_s: float = Field(default=2.0, gt=0, le=300)
     """Time between two looks at what is registered; other processes' changes are learnt by it."""
+    source_lease_s: float = Field(default=15.0, gt=0, le=600)
+    """Silence after which a process that read the sources is taken for dead, and another reads them; more than `source_poll_s`."""
     max_source_files: int = Field(default=100_000, ge=1, le=10_000_000)
     """Files that one source's globs may match; more is an error, none is left out silently."""
     max_schemas: int = Field(default=1_000, ge=1, le=100_000)

@@ -18,6 +18,7 @@ from millrace_kit.errors import (
 )
 
 from millrace_ingestion import metrics
+from millrace_ingestion.sources.lease import Lease
 from millrace_ingestion.sources.specs import FileSpec, Progress, Source, Standing, State
 from millrace_ingestion.sources.store import SourceStore
 
@@ -59,6 +60,7 @@ class Supervisor:
 
     Args:
         store: what is registered.
+        lease: whether this process may read.
         check: whether a source can be read with this service's settings, and its contract is there; raises when not.
         make_runner: makes one attempt.
         limits: sizes and waits.
@@ -67,12 +69,14 @@ class Supervisor:
     def __init__(
         self,
         store: SourceStore,
+        lease: Lease,
         *,
         check: Callable[[Source], None],
         make_runner: Callable[[Source, Standing, Progress], Runner],
         limits: SupervisorLimits,
     ) -> None:
         self._store = store
+        self._lease = lease
         self._check = check
         self._make_runner = make_runner
         self._limits = limits
@@ -97,10 +101,12 @@ class Supervisor:
         finally:
             stopping.cancel()
             await asyncio.gather(*(self._end(one) for one in list(self._running.values())))
+            with contextlib.suppress(UnavailableError):
+                await asyncio.to_thread(self._lease.release)
 
     async def _follow(self) -> None:
         """Let run exactly what should."""
-        wanted = await asyncio.to_thread(self._store.sources)
+        wanted = await asyncio.to_thread(self._store.sources) if await asyncio.to_thread(self._lease.hold) else {}
         for name, one in list(self._running.items()):
             found = wanted.get(name)
             over = found is None or found[1].state is not State.RUNNING
@@ -196,8 +202,9 @@ class Supervisor:
         ]
 
     async def pause(self, name: str) -> None:
-        """Stop reading until it is resumed."""
+        """Stop reading until it is resumed; where this process reads it, nothing lands once this returns."""
         await self._set(name, State.PAUSED)
+        await self._end_now(name)
 
     async def resume(self, name: str) -> None:
         """Read on; what failed is tried again."""
@@ -220,6 +227,11 @@ class Supervisor:
     async def remove(self, name: str) -> None:
         """Forget a source. What it landed stays, and how far it read: under the same name it goes on there."""
         await self._set(name, State.REMOVED)
+        await self._end_now(name)
+
+    async def _end_now(self, name: str) -> None:
+        if name in self._running:
+            await asyncio.shield(self._end(self._running[name]))
 
     async def _set(self, name: str, state: State, *, turn: bool = False) -> None:
         await asyncio.to_thread(lambda: self._store.set_state(name, state, turn=turn))

@@ -47,3 +47,12 @@ SOURCE_FILE = Table(
     Column("error", Text, nullable=False, server_default=""),
     Column("finished_at_us", BigInteger, nullable=False),
 )
+
+# Which process reads sources: one row, see `lease.py`.
+SOURCE_LEASE = Table(
+    "source_lease",
+    METADATA,
+    Column("id", Integer, primary_key=True),
+    Column("holder", Text, nullable=False),
+    Column("beat", BigInteger, nullable=False),
+)

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from millrace_kit.clock import Clock
+from millrace_kit.clock import Clock, uuid7
 from sqlalchemy import Engine
 
 from millrace_ingestion.settings import IngestionSettings
 from millrace_ingestion.sources.connections import Connections
 from millrace_ingestion.sources.file_source import FileLimits, FileSource
+from millrace_ingestion.sources.lease import Lease
 from millrace_ingestion.sources.specs import Progress, Source, Standing, TopicSpec
 from millrace_ingestion.sources.store import SourceStore
 from millrace_ingestion.sources.supervisor import Runner, Supervisor, SupervisorLimits
@@ -84,4 +85,5 @@ def make_supervisor(settings: IngestionSettings, engine: Engine, lanes: Lanes, c
         )
 
     limits = SupervisorLimits(settings.max_sources, settings.source_poll_s, settings.source_retry_max_s)
-    return Supervisor(store, check=check, make_runner=make_runner, limits=limits)
+    lease = Lease(engine, uuid7(), clock, settings.source_lease_s)
+    return Supervisor(store, lease, check=check, make_runner=make_runner, limits=limits)
