@@ -30,7 +30,7 @@ test-unit: setup ## Only the tests that need nothing but Python
 	@$(BIN)/pytest -q libs services -m "not kafka and not postgres and not redis and not browser and not slow"
 
 .PHONY: perf
-perf: setup ## Measure AREA=gateway|features|ingestion|stream and print the table (build/perf/<area>.json)
+perf: setup ## Measure AREA=gateway|features|ingestion|point_in_time|stream and print the table (build/perf/<area>.json)
 	@$(BIN)/python -m tests.perf.$(AREA)
 
 .PHONY: soak

@@ -9,8 +9,7 @@ import click
 from google.protobuf.json_format import MessageToDict
 from millrace_api.feature.v1.feature_pb2 import ConsistencyFinding, ConsistencyKind, ConsistencyWindow
 
-from millrace.cli import transformers
-from millrace.cli import definitions
+from millrace.cli import definitions, transformers
 from millrace.cli.local import Context
 from millrace.values import from_value
 from millrace.view import table
