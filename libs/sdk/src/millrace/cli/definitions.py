@@ -84,7 +84,10 @@ def list_services(context: Context) -> None:
     """List the feature services in force."""
     with context.client() as client:
         found = client.features.definitions()
-    rows = [(s.name, str(len(s.features)), ", ".join(s.join_keys), ", ".join(s.request_fields) or "-") for s in found.feature_services]
+    rows = [
+        (s.name, str(len(s.features)), ", ".join(s.join_keys), ", ".join(s.request_fields) or "-")
+        for s in found.feature_services
+    ]
     click.echo(table(("SERVICE", "FEATURES", "JOIN KEYS", "REQUEST FIELDS"), rows))
 
 
@@ -157,7 +160,8 @@ def audit(context: Context, denied: bool, number: int) -> None:
     with context.client() as client:
         entries = list(islice(client.definitions.audit(denied_only=denied), number))
     rows = [
-        (_when(e.at), e.caller or "-", e.action, e.resource, "yes" if e.allowed else "NO", e.detail or "-") for e in entries
+        (_when(e.at), e.caller or "-", e.action, e.resource, "yes" if e.allowed else "NO", e.detail or "-")
+        for e in entries
     ]
     click.echo(table(("AT", "CALLER", "ACTION", "RESOURCE", "ALLOWED", "DETAIL"), rows))
 
