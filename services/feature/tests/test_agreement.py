@@ -4,7 +4,7 @@ import asyncio
 import math
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,10 +26,12 @@ from millrace_feature.redis_store import RedisOnlineStore
 from millrace_feature.rows import order_of
 from millrace_feature.serving import Serving
 from millrace_feature.settings import RedisSettings
-from millrace_feature.store import OnlineStore
+from millrace_feature.store import Content, OnlineStore
 from millrace_feature.training import Build, Labels
 from millrace_feature.windows import WindowReader
+from millrace_feature.worker import tiles_to_fill
 from millrace_kit.bus import Message, records_topic
+from millrace_kit.errors import FailedPreconditionError
 
 BASE = datetime(2013, 3, 10, 4, 30, tzinfo=UTC)
 BASE_US = int(BASE.timestamp()) * 1_000_000
@@ -270,8 +272,9 @@ def check_same(online: list[float], offline: list[float], scale: float) -> None:
 class Pipeline:
     """The stream side, restartable: what the worker does without its loop."""
 
-    def __init__(self, make_store: Callable[[], OnlineStore]) -> None:
+    def __init__(self, make_store: Callable[[], OnlineStore], contents: Mapping[str, Content] | None = None) -> None:
         self._make_store = make_store
+        self._contents = contents or {}
         self.runner = asyncio.Runner()
         self.restart()
 
@@ -281,7 +284,7 @@ class Pipeline:
         if not self.store.groups():
             for view in views.values():
                 assert self.store.reserve(view, -1)
-                self.store.fill(view, [], version=-1, followed=None)
+                self.store.fill(view, self._contents.get(view.group, []), version=-1, followed=None)
         self.store.open(views.values())
         self.serving = Serving(self.store, read_behind_us=10**15, head_behind_us=10**15, reader_of=lambda *_: None)
         self.serving.activate(DEFINITIONS)
@@ -297,6 +300,17 @@ class Pipeline:
         self.store.apply(replace(change, starts=dict(self.store.positions())))
 
 
+def from_lake(lake: Lake, version: int, oldest_us: int) -> dict[str, Content]:
+    """What a fill puts into each group; heads reach back to the oldest question."""
+    with lake.query({"events": version}) as query:
+        return {
+            view.group: query.rows(view, None)
+            if isinstance(view, LatestView)
+            else tiles_to_fill(query, view, None, oldest_us)
+            for view in DEFINITIONS.views
+        }
+
+
 STORES = pytest.mark.parametrize("store_kind", ["embedded", pytest.param("redis", marks=pytest.mark.redis)])
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
 """Examples are small as they are; shrinking one would take longer than CI has."""
@@ -310,15 +324,16 @@ def open_store(store_kind: str, request: pytest.FixtureRequest) -> Callable[[Pat
 
     def of(folder: Path) -> Callable[[], OnlineStore]:
         if url:
-            chosen = RedisSettings(url=url, prefix=f"{folder.name}:", read_timeout_s=5)
+            chosen = RedisSettings(url=url, prefix=f"{folder.parent.name}{folder.name}:", read_timeout_s=5)
             return lambda: RedisOnlineStore(chosen)
+        folder.mkdir(exist_ok=True)
         return lambda: EmbeddedOnlineStore(folder / "online.sqlite")
 
     return of
 
 
 @STORES
-@settings(max_examples=10, deadline=None, phases=PHASES, suppress_health_check=SLACK)
+@settings(max_examples=8, deadline=None, phases=PHASES, suppress_health_check=SLACK)
 @given(given_batches=batches, given_asks=asks)
 def test_stream_lake_and_definition_agree(open_store, given_batches, given_asks) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -346,15 +361,21 @@ def test_stream_lake_and_definition_agree(open_store, given_batches, given_asks)
         build = Build(lake, PLAN, DEFINITIONS, labels, max_rows=1000)
         build.run({"asks": 0, "events": len(given_batches) - 1}, root / "set.parquet")
         offline = {row["y"]: row for row in pq.read_table(root / "set.parquet").to_pylist()}
-        service = pipeline.serving.service("s").service
+        oldest = min(at for at, _user, _shop in given_asks)
+        contents = from_lake(lake, len(given_batches) - 1, oldest)
+        filled = Pipeline(open_store(root / "filled"), contents)
+        service, other = pipeline.serving.service("s").service, filled.serving.service("s").service
         scale = max(abs(v) for r in rows for v in (r["amount"] or 0, r["ratio"] or 0, 1) if not math.isnan(v))
         for i, (at, user, shop) in enumerate(given_asks):
             keys = {"user": user, "shop": shop}
             (vector,) = pipeline.runner.run(pipeline.serving.read(service, [keys], at))
             check_by_definition(vector.values, rows, at, keys)
-            from_lake = [offline[i][name] for name in PLAN.features]
-            check_by_definition(from_lake, rows, at, keys)
-            check_same(vector.values, from_lake, scale)
+            trained = [offline[i][name] for name in PLAN.features]
+            check_by_definition(trained, rows, at, keys)
+            check_same(vector.values, trained, scale)
+            (vector,) = filled.runner.run(filled.serving.read(other, [keys], at))
+            check_same(vector.values, trained, scale)
+        filled.close()
         pipeline.close()
 
 
@@ -381,6 +402,20 @@ def test_pruning_changes_no_answer_it_may_not(open_store, given_batches, hops, b
             pipeline.runner.run(pipeline.store.close())
             pipeline.restart()
         pipeline.close()
+
+
+def test_a_fresh_head_is_asked_no_further_back_than_it_is_kept(tmp_path: Path) -> None:
+    pipeline = Pipeline(lambda: EmbeddedOnlineStore(tmp_path / "online.sqlite"))
+    row = {"at": BASE_US, "user": "a", "shop": 1, "amount": 1, "flag": None, "text": None, "ratio": None, "late": None}
+    pipeline.apply(message(table_of([row]), 1, 0, 0))
+    serving = Serving(pipeline.store, read_behind_us=10**15, head_behind_us=MINUTE_US, reader_of=lambda *_: None)
+    serving.activate(DEFINITIONS)
+    service = serving.service("s").service
+    keys = [{"user": "a", "shop": 1}]
+    assert len(pipeline.runner.run(serving.read(service, keys, BASE_US - MINUTE_US))) == 1
+    with pytest.raises(FailedPreconditionError, match="head_behind_s"):
+        pipeline.runner.run(serving.read(service, keys, BASE_US - MINUTE_US - 1))
+    pipeline.close()
 
 
 def test_a_reader_gives_empty_windows_for_an_unknown_entity() -> None:

@@ -109,3 +109,10 @@ class Schema:
     def is_plain(self) -> bool:
         """Whether tiles hold nothing but count, sum, smallest and largest value."""
         return not (self.spread or self.first or self.last or self.sketches)
+
+
+def columns_with(schema: Schema, part: Part) -> list[int]:
+    """The columns whose tiles hold `part`."""
+    if part in {"distinct", "percentile"}:
+        return [column for column, kind in schema.sketches if kind == part]
+    return list({"spread": schema.spread, "first": schema.first, "last": schema.last}[part])

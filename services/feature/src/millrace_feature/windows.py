@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from millrace_feature.cells import Cells
-from millrace_feature.functions import ZERO_WHEN_EMPTY, Schema, quantile_of
+from millrace_feature.functions import ZERO_WHEN_EMPTY, Schema, columns_with, part_of, quantile_of
 from millrace_feature.plan import WindowView
 from millrace_feature.sketches import bucket_values, distinct_counts
 from millrace_feature.tile_fields import Layout, Level, StoredLevel, layout_of
@@ -50,11 +50,13 @@ class WindowReader:
         """Whether events behind the last complete slide count."""
         self._hop = view.hop_us // view.step_us
         self._windows = [(width // view.step_us, slide // view.step_us) for width, slide in view.windows_us]
-        self._columns = view.columns
-        self._wanted = [
-            (a.function, view.columns.index(a.column), view.windows_us.index((a.window_us, a.slide_us or view.hop_us)))
-            for a in view.aggregates
-        ]
+        windows, columns = view.windows_us, view.columns
+        self._wanted: list[tuple[str, int, int]] = []
+        """(function, row among the columns it is computed for, window) per feature."""
+        for a in view.aggregates:
+            column, part = columns.index(a.column), part_of(a.function)
+            row = column if part is None else columns_with(self.schema, part).index(column)
+            self._wanted.append((a.function, row, windows.index((a.window_us, a.slide_us or view.hop_us))))
         self._functions = frozenset(a.function for a in view.aggregates)
         self._fetched: tuple[int, FieldNames] | None = None
 
@@ -123,7 +125,11 @@ class WindowReader:
         stops = np.tile(ends, len(edges)) if self.is_fresh else lasts
         split = self._split(starts, lasts, stops, levels)
         merged = self._merged(stored, np.tile(codes, len(edges)), split)
-        return np.stack([merged.finish(f, c, slice(w * size, (w + 1) * size)) for f, c, w in self._wanted])
+        finished = {function: merged.finish(function) for function in self._functions}
+        out = np.empty((len(self._wanted), size))
+        for row, (function, column, window) in zip(out, self._wanted, strict=True):
+            row[:] = finished[function][column, window * size : (window + 1) * size]
+        return out
 
     def _split(self, starts: Ints, lasts: Ints, ends: Ints, levels: Sequence[Level]) -> list[tuple[Level, Ints, Ints]]:
         """What of each level windows are made of, in order of time: (level, first tile, tile after the last one).
@@ -178,48 +184,49 @@ class MergedWindows:
     stats: Stats
     cells: Cells
 
-    def finish(self, function: str, column: int, part: slice) -> Floats:
-        """One feature of the windows `part`."""
-        stats, schema = self.stats, self.schema
-        counts = stats.counts[column, part]
+    def finish(self, function: str) -> Floats:
+        """One function of every column that has what it needs: [columns, windows]."""
+        stats, part = self.stats, part_of(function)
+        of = list(range(len(self.schema.columns))) if part is None else columns_with(self.schema, part)
+        counts = stats.counts[of]
         found: Floats
         with np.errstate(invalid="ignore", divide="ignore"):
             match function:
                 case "count":
-                    return counts
+                    return stats.counts
                 case "sum":
-                    found = stats.sums[column, part]
+                    found = stats.sums
                 case "mean":
-                    found = stats.sums[column, part] / counts
+                    found = stats.sums / counts
                 case "min":
-                    found = stats.lows[column, part]
+                    found = stats.lows
                 case "max":
-                    found = stats.highs[column, part]
+                    found = stats.highs
                 case "first":
-                    found = stats.firsts[schema.first.index(column), part]
+                    found = stats.firsts
                 case "last":
-                    found = stats.lasts[schema.last.index(column), part]
+                    found = stats.lasts
                 case "var_pop" | "std_pop":
-                    found = stats.spreads[schema.spread.index(column), part] / counts
+                    found = stats.spreads / counts
                 case "var" | "std":
-                    found = stats.spreads[schema.spread.index(column), part] / (counts - 1)
-                    found = np.where(counts > 1, found, NAN)
+                    found = np.where(counts > 1, stats.spreads / (counts - 1), NAN)
                 case "distinct":
-                    return self._distinct(column, part)
+                    return np.stack([self._distinct(column) for column in of])
                 case _:
-                    found = self._percentile(quantile_of(function), column, part)
+                    quantile = quantile_of(function)
+                    found = np.stack([self._percentile(quantile, column) for column in of])
             if function.startswith("std"):
                 found = np.sqrt(found)
         return np.where(counts > 0, found, NAN)
 
-    def _distinct(self, column: int, part: slice) -> Floats:
-        points, _registers, ranks = self._sketch(self.schema.sketches.index((column, "distinct")), part)
-        return distinct_counts(points, ranks, part.stop - part.start)
+    def _distinct(self, column: int) -> Floats:
+        points, _registers, ranks = self.cells.of_sketch(self.schema.sketches.index((column, "distinct")))
+        return distinct_counts(points, ranks, self.stats.counts.shape[1])
 
-    def _percentile(self, quantile: float, column: int, part: slice) -> Floats:
+    def _percentile(self, quantile: float, column: int) -> Floats:
         """The bucket that holds the value of rank floor(q (n - 1)); never outside the values seen."""
-        points, cells, weights = self._sketch(self.schema.sketches.index((column, "percentile")), part)
-        size = part.stop - part.start
+        points, cells, weights = self.cells.of_sketch(self.schema.sketches.index((column, "percentile")))
+        size = self.stats.counts.shape[1]
         if not len(points):
             return np.full(size, NAN)
         sums = np.cumsum(weights)
@@ -228,13 +235,8 @@ class MergedWindows:
         totals = np.r_[before[1:], sums[-1]] - before
         ranks = np.floor(quantile * np.maximum(totals - 1, 0)).astype(np.int64)
         places = np.minimum(sums.searchsorted(before + ranks, side="right"), len(cells) - 1)
-        lows, highs = self.stats.lows[column, part], self.stats.highs[column, part]
+        lows, highs = self.stats.lows[column], self.stats.highs[column]
         return np.clip(bucket_values(cells[places]), lows, np.maximum(lows, highs))
-
-    def _sketch(self, number: int, part: slice) -> tuple[Ints, Ints, Ints]:
-        found = self.cells.between(part.start, part.stop)
-        places, cells, weights = found.of_sketch(number)
-        return places - part.start, cells, weights
 
 
 def _ranges(stored: StoredLevel, codes: Ints, first: Ints, last: Ints) -> tuple[Ints, Ints]:

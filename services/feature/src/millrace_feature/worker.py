@@ -301,21 +301,15 @@ class StreamWorker:
                 if first:
                     followed = Followed(rows, watermark_us, version)
                 since_us = self._oldest_us(view, watermark_us)
+                head_us = self._head_before_us(watermark_us) if watermark_us is not None else None
                 content = (
-                    self._tiles(query, view, since_us, watermark_us)
+                    tiles_to_fill(query, view, since_us, head_us)
                     if isinstance(view, WindowView)
                     else query.rows(view, since_us)
                 )
                 self._store.fill(view, content, version=version, followed=followed)
             log.info("view %s is filled from %s@%d (%d rows)", view.name, view.contract, version, rows)
         FILL_SECONDS.observe(time.perf_counter() - started)
-
-    def _tiles(self, query: Query, view: WindowView, since_us: int | None, watermark_us: int | None) -> list[Tiles]:
-        """The view's tiles: of whole hops, and finer ones where a fresh head may be asked for."""
-        if not view.head_us or watermark_us is None:
-            return [query.tiles(view, since_us, None, view.hop_us)]
-        head_us = self._head_before_us(watermark_us) // view.hop_us * view.hop_us
-        return [query.tiles(view, since_us, head_us, view.hop_us), query.tiles(view, head_us, None)]
 
     def _head_before_us(self, watermark_us: int) -> int:
         behind_s = min(self._settings.head_behind_s, self._settings.read_behind_s)
@@ -391,6 +385,14 @@ class StreamWorker:
         if self._subscription is not None:
             subscription, self._subscription = self._subscription, None
             await subscription.close()
+
+
+def tiles_to_fill(query: Query, view: WindowView, since_us: int | None, head_us: int | None) -> list[Tiles]:
+    """The view's tiles: of whole hops, and finer ones from `head_us` on where a fresh head may be asked for."""
+    if not view.head_us or head_us is None:
+        return [query.tiles(view, since_us, None, view.hop_us)]
+    edge_us = head_us // view.hop_us * view.hop_us
+    return [query.tiles(view, since_us, edge_us, view.hop_us), query.tiles(view, edge_us, None)]
 
 
 async def _pause(stop: asyncio.Event, seconds: float) -> None:
