@@ -18,8 +18,9 @@ listen: 0.0.0.0:{{ $component.port }}
 state_dir: /var/lib/millrace
 drain_s: {{ $values.drainSeconds }}
 shutdown_delay_s: {{ $values.shutdownDelaySeconds }}
-# Behind a ClusterIP a gRPC client stays with one pod for as long as its connection lives.
-max_connection_age_s: 300
+# Behind a ClusterIP a gRPC client stays with one pod for as long as its connection lives. The controller's Service leads to its leader
+# alone, and whoever is still connected to the one before has to notice soon; a watch under way stays.
+max_connection_age_s: {{ ternary 5 300 (eq .key "rolloutController") }}
 bus:
   {{- include "millrace.bus" (dict "root" .root "secured" (has "kafka" $component.uses)) | nindent 2 }}
 {{- end }}

@@ -23,6 +23,9 @@ def slice_of(
     }
 
 
+LISTED = "10.9.9.99"
+
+
 def pod(address: str, **conditions: bool) -> dict:
     return {"addresses": [address], "conditions": conditions}
 
@@ -43,26 +46,28 @@ def served(source: SliceEndpoints, *listed: str, service: Service | None = SERVI
             [pod("10.0.0.1", ready=True), pod("10.0.0.2", ready=False, serving=True, terminating=True)],
             ["10.0.0.1"],
         ),
-        # None is ready: those that still serve.
+        # None is ready: those that still serve, and what the controller may have heard of first.
         (
             [
                 pod("10.0.0.1", ready=False, serving=False),
                 pod("10.0.0.2", ready=False, serving=True, terminating=True),
                 pod("10.0.0.3", ready=False, serving=False, terminating=True),
             ],
-            ["10.0.0.2"],
+            ["10.0.0.2", LISTED],
         ),
         # A node out of touch: all of it unready, and Envoy's health checks decide.
-        ([pod("10.0.0.1", ready=False, serving=False), pod("10.0.0.2", ready=False)], ["10.0.0.1", "10.0.0.2"]),
-        ([pod("10.0.0.3", ready=False, serving=False, terminating=True)], []),
+        ([pod("10.0.0.1", ready=False, serving=False), pod("10.0.0.2", ready=False)], ["10.0.0.1", "10.0.0.2", LISTED]),
+        ([pod("10.0.0.3", ready=False, serving=False, terminating=True)], [LISTED]),
+        # One that is known to end is not served because the route still lists it.
+        ([pod(LISTED, ready=False, serving=False, terminating=True)], []),
         ([pod("nonsense"), {"addresses": []}, pod("10.0.0.1")], ["10.0.0.1"]),
-        ([], []),
+        ([], [LISTED]),
     ],
 )
 def test_conditions(endpoints: list[dict], wanted: list[str]) -> None:
     source = SliceEndpoints("ml")
     source.put(slice_of("a", *endpoints))
-    assert served(source, "192.0.2.99") == [f"{address}:8001" for address in wanted]
+    assert served(source, LISTED) == [f"{address}:8001" for address in wanted]
 
 
 def test_a_service_of_two_families_has_every_pod_once() -> None:

@@ -139,7 +139,8 @@ class SliceEndpoints:
     """What is known of the EndpointSlices of one namespace.
 
     A Service of which no slice was seen yet, or none is left, is served from what the route lists and from `remembered`, the servers
-    of the last run: that is all there is while the API server is away, and Envoy's health checks sort out the dead.
+    of the last run: that is all there is while the API server is away, and Envoy's health checks sort out the dead. So are, besides what
+    the slices say, Services that have no ready pod there.
     """
 
     namespace: str
@@ -157,9 +158,22 @@ class SliceEndpoints:
             return arm.endpoints
         pods = self._rotation.get(service.name)
         if pods is not None:
-            return tuple(dict.fromkeys(Endpoint(address, pod_port(ports, service.port)) for address, ports in pods))
+            followed = tuple(Endpoint(address, pod_port(ports, service.port)) for address, ports in pods)
+            return tuple(dict.fromkeys((*followed, *self._unheard(service.name, arm))))
         remembered = () if self.synced else self.remembered.get(service, ())
         return tuple(dict.fromkeys((*arm.endpoints, *remembered)))
+
+    def _unheard(self, service: str, arm: Arm) -> tuple[Endpoint, ...]:
+        """What the route lists and no slice speaks of, while no pod of the slices is ready.
+
+        The controller may have heard of new pods before this gateway did, and a route to a Service without servers fails its calls;
+        Envoy's health checks sort out those that are long gone.
+        """
+        mine = [each for each in self._slices.values() if each.service == service]
+        if any(_rank(pod) == 0 for each in mine for pod in each.pods.values()):
+            return ()
+        known = {address for each in mine for address in each.pods}
+        return tuple(endpoint for endpoint in arm.endpoints if endpoint.host not in known)
 
     def on_changed(self, listener: Callable[[], None]) -> None:
         """Have `listener` called after a change."""

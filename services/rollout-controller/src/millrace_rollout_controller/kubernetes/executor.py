@@ -50,7 +50,7 @@ class KubernetesExecutor:
         self._pods = Mirror(cluster, f"{core}/pods", selector=names.SELECTOR, keep=_pod, changed=note)
         # The endpoint controller copies a Service's labels to its slices.
         self._slices = Mirror(cluster, f"{discovery}/endpointslices", selector=names.SELECTOR, changed=note)
-        self._owned = Owned(cluster, self._watched, parallel=settings.parallel_writes)
+        self._owned = Owned(cluster, self._watched, parallel=settings.parallel_writes, going=self._forget_seen)
         self._tasks: list[asyncio.Task[None]] = []
         self._wanted: Mapping[Key, tuple[Object, int | None]] = {}
         self._seen: Mapping[tuple[str, str], ArmSeen] | None = None
@@ -88,7 +88,9 @@ class KubernetesExecutor:
     def seen(self) -> Mapping[tuple[str, str], ArmSeen]:
         """See `Executor.seen`."""
         if self._seen is None:
-            workloads = self._watched["Deployment"].objects
+            going = self._owned.going
+            objects_ = self._watched["Deployment"].objects
+            workloads = {name: item for name, item in objects_.items() if ("Deployment", name) not in going}
             self._seen = observing.arms(self._cluster.namespace, workloads, self._pods.objects, self._slices.objects)
         return self._with_problems(dict(self._seen)) if self._owned.problems else self._seen
 
@@ -103,6 +105,9 @@ class KubernetesExecutor:
             refusal = arm.refusal or Refusal("ObjectRefused", f"{key[0]} {key[1]}: {problem}", permanent=False)
             found[name] = ArmSeen(arm.ready, arm.servers, refusal, arm.service)
         return found
+
+    def _forget_seen(self) -> None:
+        self._seen = None
 
     def _note(self, _name: str) -> None:
         self._seen = None
@@ -126,7 +131,7 @@ class KubernetesExecutor:
 def _pod(item: Object) -> Object:
     """Only what `observing` reads: pods are the many."""
     metadata, status = item["metadata"], item.get("status", {})
-    kept = ("name", "labels", "annotations", "uid", "resourceVersion", "deletionTimestamp")
+    kept = ("name", "labels", "annotations", "uid", "resourceVersion", "creationTimestamp", "deletionTimestamp")
     parts = ("phase", "conditions", "initContainerStatuses", "containerStatuses")
     return {
         "metadata": {key: metadata[key] for key in kept if key in metadata},

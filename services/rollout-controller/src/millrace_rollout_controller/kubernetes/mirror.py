@@ -99,7 +99,9 @@ class Mirror:
             return
         name = item["metadata"]["name"]
         if event["type"] == "DELETED":
-            self.objects.pop(name, None)
+            # One of the same name may have been made since.
+            if version_of(item) >= version_of(self.objects.get(name)):
+                self.objects.pop(name, None)
         elif version_of(item) >= version_of(self.objects.get(name)):
             self.objects[name] = self._keep(item)
         self._changed(name)
@@ -116,6 +118,13 @@ class Mirror:
         name = item["metadata"]["name"]
         if version_of(item) > max(self._seen, version_of(self.objects.get(name))):
             self.objects[name] = self._keep(item)
+
+    def drop(self, item: Object) -> None:
+        """Forget an object that was deleted before the watch says so."""
+        name = item["metadata"]["name"]
+        known = self.objects.get(name)
+        if known is not None and known["metadata"]["uid"] == item["metadata"]["uid"]:
+            del self.objects[name]
 
     async def start(self, tasks: list[asyncio.Task[None]], timeout_s: float) -> None:
         """Begin to follow; returns when the first list is here, or after `timeout_s`."""

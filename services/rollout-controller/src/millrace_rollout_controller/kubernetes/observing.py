@@ -37,7 +37,7 @@ def arms(
         name = _name(pod)
         if name is not None and pod.get("status", {}).get("phase") not in {"Succeeded", "Failed"}:
             found.setdefault(name, []).append(pod)
-    ready = _ready(slices.values())
+    ready = _ready(slices.values(), _leaving(workloads, pods))
     by_name = {_name(item): item for item in workloads.values()}
     result = {}
     for name, own in found.items():
@@ -56,7 +56,26 @@ def _name(item: Object) -> Name | None:
     return (deployment, version) if deployment and version else None
 
 
-def _ready(slices: Iterable[Object]) -> dict[str, tuple[str, ...]]:
+def _leaving(workloads: Mapping[str, Object], pods: Mapping[str, Object]) -> set[str]:
+    """Names of pods that are on their way out, whatever their slices say: slices follow a moment later.
+
+    A version that comes again finds the pods of its Deployment before, which was deleted, still ready for some seconds.
+    """
+    began = {
+        name: item["metadata"].get("creationTimestamp", "")
+        for item in workloads.values()
+        if not item["metadata"].get("deletionTimestamp") and (name := _name(item)) is not None
+    }
+    leaving = set()
+    for pod in pods.values():
+        metadata = pod["metadata"]
+        since = began.get(_name(pod) or ("", ""))
+        if metadata.get("deletionTimestamp") or since is None or metadata.get("creationTimestamp", since) < since:
+            leaving.add(metadata["name"])
+    return leaving
+
+
+def _ready(slices: Iterable[Object], leaving: set[str]) -> dict[str, tuple[str, ...]]:
     """Ready addresses by Service; a slice without a condition is ready, says the API."""
     found: dict[str, set[str]] = {}
     for item in slices:
@@ -64,6 +83,8 @@ def _ready(slices: Iterable[Object]) -> dict[str, tuple[str, ...]]:
         port = next((p["port"] for p in item.get("ports") or () if p.get("name") == "grpc"), names.GRPC)
         for endpoint in item.get("endpoints") or ():
             conditions = endpoint.get("conditions") or {}
+            if (endpoint.get("targetRef") or {}).get("name") in leaving:
+                continue
             if conditions.get("ready", True) and not conditions.get("terminating", False):
                 found.setdefault(service, set()).update(f"{_host(one)}:{port}" for one in endpoint["addresses"])
     return {service: tuple(sorted(endpoints)) for service, endpoints in found.items()}

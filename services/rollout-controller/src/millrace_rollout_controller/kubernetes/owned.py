@@ -48,9 +48,12 @@ class Owned:
         cluster: the API server.
         watched: mirrors of every kind in `PATHS`.
         parallel: writes under way at once.
+        going: called when the deletion of an object begins.
     """
 
-    def __init__(self, cluster: Cluster, watched: Mapping[str, Mirror], *, parallel: int) -> None:
+    def __init__(
+        self, cluster: Cluster, watched: Mapping[str, Mirror], *, parallel: int, going: Callable[[], None]
+    ) -> None:
         self._cluster = cluster
         self._watched = watched
         self._wanted: dict[Key, tuple[Object, int | None]] = {}
@@ -58,6 +61,9 @@ class Owned:
         self._applied: dict[Key, _Applied] = {}
         self._busy: dict[Key, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(parallel)
+        self._begins = going
+        self.going: set[Key] = set()
+        """Objects whose deletion is under way: what still stands of them is of no use to anybody."""
         self.problems: dict[Key, str] = {}
         """Objects the API server refuses, and why."""
 
@@ -153,10 +159,19 @@ class Owned:
 
     async def _delete(self, key: Key) -> None:
         kind, name = key
-        item = self._watched[kind].objects.get(name)
-        if item is not None:
-            await self._cluster.delete(f"{self._watched[kind].path}/{name}", uid=item["metadata"]["uid"])
+        mirror = self._watched[kind]
+        item = mirror.objects.get(name)
+        if item is None:
+            return
+        self.going.add(key)
+        self._begins()
+        try:
+            await self._cluster.delete(f"{mirror.path}/{name}", uid=item["metadata"]["uid"])
+            mirror.drop(item)
             log.info("%s %s is deleted", kind, name)
+        finally:
+            self.going.discard(key)
+            self._begins()
 
     async def close(self) -> None:
         """End what is under way."""
