@@ -332,3 +332,36 @@ def test_functions_that_feast_would_skip_or_run_in_pandas_are_refused(make_regis
     registry = make_registry([twice, FeatureService(name="s", features=[twice])])
     with pytest.raises(InvalidArgumentError, match=f"'twice'.*{problem}"):
         compile_registry("test", registry)
+
+
+async def test_what_was_learned_is_for_those_who_may_read_what_it_was_learned_from(world, make_registry) -> None:
+    from feast import Entity
+    from feast.permissions.action import AuthzedAction
+    from feast.permissions.permission import Permission
+    from feast.permissions.policy import RoleBasedPolicy
+    from feast.protos.feast.core.Registry_pb2 import Registry
+
+    land(world)
+    async with serving(world, make_registry) as calls:
+        await calls.apply(plain={})
+        raw = await calls.training_set(features=RAW)
+        await calls.fit(step("onehot", "newest__note"), training_set=raw.digest)
+        score = transformers_pb2.FeatureScore(feature="newest__amount", selected=True)
+        asked = transformers_pb2.Selection(name="best", training_set=raw.digest, features=[score])
+        await calls.fitted.RecordSelection(transformers_pb2.RecordSelectionRequest(selection=asked))
+        rules = Registry.FromString(make_registry(objects(plain={})))
+        policy = RoleBasedPolicy(roles=["somebody"])
+        rule = Permission(name="entities", types=Entity, actions=[AuthzedAction.DESCRIBE], policy=policy)
+        rules.permissions.append(rule.to_proto())
+        request = feature_pb2.ApplyDefinitionsRequest(project="test", feast_registry=rules.SerializeToString())
+        await calls.features.ApplyDefinitions(request)
+        pb = transformers_pb2
+        for call in (
+            calls.fit(step("onehot", "newest__note"), training_set=raw.digest),
+            calls.fitted.GetTransformer(pb.GetTransformerRequest(name="encoding")),
+            calls.fitted.RecordSelection(pb.RecordSelectionRequest(selection=asked)),
+            calls.fitted.GetSelection(pb.GetSelectionRequest(name="best")),
+        ):
+            assert (await failure(call)).reason == "FEATURE_ACCESS_DENIED"
+        assert not (await calls.fitted.ListTransformers(pb.ListTransformersRequest())).transformers
+        assert not (await calls.fitted.ListSelections(pb.ListSelectionsRequest())).selections

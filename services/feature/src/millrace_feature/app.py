@@ -33,6 +33,7 @@ from millrace_feature.servicer import FeatureServicer
 from millrace_feature.serving import Serving
 from millrace_feature.settings import FeatureSettings
 from millrace_feature.store import OnlineStore
+from millrace_feature.transformers.rights import Rights
 from millrace_feature.transformers.service import Transformers
 from millrace_feature.transformers.servicer import TransformerServicer
 from millrace_feature.transformers.store import FittedStore
@@ -181,7 +182,7 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
         lambda server: offline_pb2_grpc.add_OfflineServiceServicer_to_server(offline, server),
         lambda server: versions_pb2_grpc.add_DefinitionsServiceServicer_to_server(definitions, server),
         lambda server: transformers_pb2_grpc.add_TransformerServiceServicer_to_server(
-            TransformerServicer(transformers), server
+            TransformerServicer(transformers, Rights(access, catalog)), server
         ),
     ]
     if settings.feast.grpc:
