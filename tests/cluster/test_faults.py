@@ -157,6 +157,8 @@ def test_what_dies_comes_back_and_clients_see_nothing(release: Release, client: 
         done = release.plugin("resume", name)
         assert done.returncode == 0, done.stderr
         release.wait_stable(name, "1.1.0")
+        # Stable is what every gateway does, not what the controller says to itself.
+        assert set(load.wait_for(60)) == {"1.1.0"}
         writer.stop.set()
         writer.join(120)
     assert not writer.is_alive()
