@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from millrace_kit.clock import Clock
 from millrace_kit.errors import UnavailableError
@@ -65,7 +65,7 @@ async def connect(settings: KubernetesSettings, hub: Hub, clock: Clock, *, limit
             if not await _either(leader.acquired, stop):
                 return
             await mirror.start(watching, SYNC_TIMEOUT_S)
-            if await _restore(store, hub, stop):
+            if await _restore(store, hub, clock, stop):
                 await controller.run(stop)
 
         return [
@@ -92,8 +92,11 @@ class _Waker:
         self.wake()
 
 
-async def _restore(store: KubernetesStore, hub: Hub, stop: asyncio.Event) -> bool:
-    """Begin with the routes of the leader before; False when the service stops first."""
+async def _restore(store: KubernetesStore, hub: Hub, clock: Clock, stop: asyncio.Event) -> bool:
+    """Begin with the routes of the leader before; False when the service stops first.
+
+    Its gateways count as heard of now: they had nobody to connect to, and a rollout must not go on without them.
+    """
     while not stop.is_set():
         try:
             table = await asyncio.to_thread(store.load_routes)
@@ -103,7 +106,8 @@ async def _restore(store: KubernetesStore, hub: Hub, stop: asyncio.Event) -> boo
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), RETRY_S)
             continue
-        hub.restore(table, gateways)
+        now = clock.now().timestamp()
+        hub.restore(table, {name: replace(gateway, seen_at=now) for name, gateway in gateways.items()})
         return True
     return False
 
