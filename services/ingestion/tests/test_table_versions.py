@@ -135,7 +135,7 @@ async def test_tables_by_version_and_by_instant(tmp_path: Path) -> None:
         old = DeltaTable(state.url, version=first).to_pyarrow_table()
         assert ("gate" in old.column_names, old.num_rows) == (False, 10)
         assert client.lake()["gate"].null_count == 15
-        for request in ({"version": 999}, {"instant": Timestamp(seconds=1)}):
+        for request in ({"version": 999}, {"version": 2**62}, {"instant": Timestamp(seconds=1)}):
             missing = client.stub.GetTable(pb.GetTableRequest(contract="flights", **request))
             assert await code_of(missing) is grpc.StatusCode.NOT_FOUND
         later = Timestamp(seconds=int(datetime.now(UTC).timestamp()) + 60)

@@ -32,10 +32,10 @@ from millrace_ingestion.quarantine import Quarantine
 from millrace_ingestion.retention import LetterRetention
 from millrace_ingestion.servicer import IngestionServicer
 from millrace_ingestion.settings import IngestionSettings
-from millrace_ingestion.table_versions import TableVersions
 from millrace_ingestion.sources.servicer import SourceServicer
 from millrace_ingestion.sources.wiring import make_supervisor
 from millrace_ingestion.store import Store
+from millrace_ingestion.table_versions import TableVersions
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 MIB = 1 << 20

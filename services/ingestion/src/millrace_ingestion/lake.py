@@ -250,6 +250,9 @@ class LakeTable:
         """
         name = self.url.rsplit("/", 1)[-1]
         wanted = f"{name}@{instant.isoformat() if instant else version}"
+        # delta-rs looks for every version up to the one it is asked for, however far that is.
+        if version is not None and version > self.version:
+            raise NotFoundError("table version", wanted)
         try:
             if instant is not None:
                 table = DeltaTable(self.url, storage_options=self._options)

@@ -34,7 +34,7 @@ def _choice(function: F) -> F:
     return click.argument("contract")(function)
 
 
-def _times(since: datetime | None, until: datetime | None) -> dict[str, Timestamp]:
+def _times(since: datetime | None, until: datetime | None) -> dict[str, Any]:
     given = {"since": since, "until": until}
     return {name: to_timestamp(at.replace(tzinfo=UTC)) for name, at in given.items() if at is not None}
 
@@ -90,7 +90,7 @@ def letters() -> None:
 @click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="The oldest so many.")
 @click.pass_obj
 def list_letters(
-    context: Context, contract: str, since: datetime | None, until: datetime | None, limit: int, **chosen: str
+    context: Context, /, contract: str, since: datetime | None, until: datetime | None, limit: int, **chosen: Any
 ) -> None:
     """List refused records with why and where they came from."""
     request = pb.ListDeadLettersRequest(contract=contract, page_size=limit, **chosen, **_times(since, until))
@@ -122,13 +122,14 @@ def _place(letter: pb.DeadLetter) -> str:
 @click.pass_obj
 def replay(
     context: Context,
+    /,
     contract: str,
     since: datetime | None,
     until: datetime | None,
     *,
     limit: int,
     dry_run: bool,
-    **chosen: str,
+    **chosen: Any,
 ) -> None:
     """Send refused records through the present contract again; each lands at most once."""
     request = pb.ReplayDeadLettersRequest(
@@ -145,7 +146,7 @@ def replay(
 @click.confirmation_option(prompt="Remove these records for good?")
 @click.pass_obj
 def discard_letters(
-    context: Context, contract: str, since: datetime | None, until: datetime | None, limit: int, **chosen: str
+    context: Context, /, contract: str, since: datetime | None, until: datetime | None, limit: int, **chosen: Any
 ) -> None:
     """Remove refused records for good."""
     request = pb.DiscardDeadLettersRequest(contract=contract, limit=limit, **chosen, **_times(since, until))
