@@ -23,6 +23,7 @@ from deltalake import DeltaTable, write_deltalake
 from millrace_api.ingestion.v1 import ingestion_pb2 as pb
 from millrace_api.ingestion.v1.ingestion_pb2_grpc import IngestionServiceStub
 
+from tests.perf.foreign_topic import measure_topic
 from tests.perf.harness import Contestant, Ratio, cpu_seconds, median, quantile, report
 
 ROUNDS = 5
@@ -213,6 +214,8 @@ def measure(folder: Path, address: str, pid: int) -> None:
                 case.round(number)
                 if number < 0:  # a warm-up
                     case.rates.clear(), case.cpu_ms.clear(), case.latencies.clear()
+        print("single messages of a topic", file=sys.stderr)
+        topic, topic_ratios = measure_topic(folder, channel, pid, flights)
     direct, arrow, json, small_direct, small = (case.result() for case in cases)
     ratios = [
         Ratio.at_least("Arrow records for a second of one core", 1000 / arrow.cpu_ms_per_request, RECORDS_PER_CORE_S),
@@ -223,8 +226,9 @@ def measure(folder: Path, address: str, pid: int) -> None:
         Ratio.at_least(
             "small batches: records/s over direct", small.requests_per_s / small_direct.requests_per_s, SMALL_SHARE
         ),
+        *topic_ratios,
     ]
-    report("ingestion", [case.result() for case in cases], ratios)
+    report("ingestion", [*(case.result() for case in cases), *topic], ratios)
 
 
 if __name__ == "__main__":
