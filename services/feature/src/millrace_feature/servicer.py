@@ -94,7 +94,8 @@ class FeatureServicer(feature_pb2_grpc.FeatureServiceServicer):
         at_us = optional_us(request, "event_time", "event_time")
         if at_us is None:
             at_us = to_us(self._clock.now())
-        ready = self._serving.service(name, request.definitions_hash)
+        wanted = check.sha256(request.definitions_hash, "definitions_hash") if request.definitions_hash else ""
+        ready = self._serving.service(name, wanted)
         service, entities = ready.service, ready.reader.read(request.rows)
         vectors = await self._serving.read(service, entities, at_us)
         _count(name, vectors)

@@ -53,6 +53,8 @@ def historical_features(
     for column in (event_time, *carried):
         if column not in rows.column_names:
             raise InvalidArgumentError("rows", f"needs a column {column!r}")
+        if pa.types.is_nested(rows.column(column).type):
+            raise InvalidArgumentError("rows", f"has a column {column!r} that holds more than single values")
     if rows.num_rows > MAX_ROWS:
         raise InvalidArgumentError("rows", f"holds more than {MAX_ROWS} rows")
     instants = rows.column(event_time)
@@ -63,6 +65,8 @@ def historical_features(
     tables = sorted({definitions.view(use.view).contract for use in plan.uses})
     if strange := sorted(set(pinned) - set(tables)):
         raise InvalidArgumentError("table_versions", f"{strange[0]!r} is none of the tables read")
+    if negative := [table for table, version in pinned.items() if version < 0]:
+        raise InvalidArgumentError("table_versions", f"the version of {negative[0]!r} must not be negative")
     versions = {table: pinned.get(table, -1) for table in tables}
     versions = {table: lake.newest_version(table) if v < 0 else v for table, v in versions.items()}
     if missing := [table for table, version in versions.items() if version == NO_TABLE]:

@@ -1,7 +1,7 @@
 """The gRPC edge of versions, pins and the audit: check, call, convert."""
 
 import asyncio
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 
 import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -11,8 +11,10 @@ from millrace_kit.errors import InvalidArgumentError
 from millrace_kit.interceptors import client_names
 
 from millrace_feature.catalog import Catalog, Stored
+from millrace_feature.convert import optional_us
 from millrace_feature.definitions import Applier
 from millrace_feature.plan import Definitions
+from millrace_feature.rows import EPOCH
 from millrace_feature.versioning.access import Audit, Caller
 from millrace_feature.versioning.changes import Change, changes_between
 from millrace_feature.versioning.history import Pin, Versions
@@ -105,9 +107,8 @@ class DefinitionsServicer(versions_pb2_grpc.DefinitionsServiceServicer):
         self, request: versions_pb2.PinDefinitionsRequest, context: grpc.aio.ServicerContext
     ) -> versions_pb2.PinDefinitionsResponse:
         digest = check.sha256(request.definitions_hash, "definitions_hash")
-        until = None
-        if request.HasField("until"):
-            until = request.until.ToDatetime(tzinfo=UTC)
+        until_us = optional_us(request, "until", "until")
+        until = EPOCH + timedelta(microseconds=until_us) if until_us is not None else None
         pin = Pin(digest, check.text(request.name, "name", limit=64), until)
         await self._applier.pin(pin, caller_of(context))
         return versions_pb2.PinDefinitionsResponse(pin=_pin(pin))
