@@ -78,6 +78,9 @@ spec:
           ports:
             - {name: {{ ternary "http" "grpc" (eq .key "console") }}, containerPort: {{ $component.port }}}
             - {name: metrics, containerPort: 9090}
+            {{- if eq .key "feature" }}
+            - {name: feast-http, containerPort: 6566}
+            {{- end }}
           {{- include "millrace.probes" (dict "values" $values "port" "metrics" "live" "/livez" "ready" "/readyz") | nindent 10 }}
           resources:
             {{- toYaml $values.resources | nindent 12 }}
@@ -310,6 +313,11 @@ spec:
     - name: metrics
       port: 9090
       targetPort: metrics
+    {{- if eq .key "feature" }}
+    - name: feast-http
+      port: 6566
+      targetPort: feast-http
+    {{- end }}
     {{- if eq .key "gateway" }}
     - name: stats
       port: 9091

@@ -16,10 +16,12 @@ import pytest
 import requests
 import uvicorn
 from google.protobuf.descriptor import Descriptor
+from millrace_api.common.v1.common_pb2 import Value
 from millrace_api.feature.v1 import feast_pb2, feature_pb2
+from millrace_api.feature.v1.feature_pb2_grpc import FeatureServiceStub
 from millrace_feature.app import build
 from millrace_feature.feast_import import import_feast
-from millrace_feature.settings import ConsistencySettings, FeastSettings
+from millrace_feature.settings import ConsistencySettings, FeastSettings, OnlineCacheSettings
 from millrace_kit.client import open_channel
 from millrace_kit.clock import FakeClock
 from millrace_kit.server import running
@@ -150,15 +152,15 @@ async def served(world, objects, make_registry, wait_for_records) -> AsyncIterat
 
 
 @asynccontextmanager
-async def serving(world, registry: bytes, wait_for_records, **more: Any) -> AsyncIterator[tuple[str, grpc.aio.Channel]]:
+async def serving(
+    world, registry: bytes, wait_for_records, clock: FakeClock | None = None, **more: Any
+) -> AsyncIterator[tuple[str, grpc.aio.Channel]]:
     world.land("users", USER_ROWS)
     world.land("pairs", PAIR_ROWS)
     listen = f"127.0.0.1:{free_port()}"
     settings = world.settings.model_copy(update={"feast": FeastSettings(http_listen=listen), **more})
-    service = await build(settings, clock=FakeClock(NOW))
+    service = await build(settings, clock=clock or FakeClock(NOW))
     async with running(service, settings) as address, open_channel(address, timeout_s=60) as channel:
-        from millrace_api.feature.v1.feature_pb2_grpc import FeatureServiceStub
-
         stub = FeatureServiceStub(channel)
         await stub.ApplyDefinitions(feature_pb2.ApplyDefinitionsRequest(project="test", feast_registry=registry))
         await wait_for_records(stub, users=4, pairs=3)
@@ -366,6 +368,27 @@ async def test_grpc_errors_and_info(served) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await GrpcServer_pb2_grpc.GrpcFeatureServerStub(served[1]).Push(PushRequest())
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_kept_answers_say_how_old_they_are(world, objects, make_registry, wait_for_records) -> None:
+    kept = OnlineCacheSettings(max_staleness_ms=60_000)
+    clock = FakeClock(NOW)
+    body = {"features": ["about:visits"], "entities": {"user": ["ann"]}}
+    async with serving(world, make_registry(objects), wait_for_records, clock, online_cache=kept) as (url, channel):
+        first = await ask("POST", f"{url}/get-online-features", json=body)
+        clock.advance(0.25)
+        again = await ask("POST", f"{url}/get-online-features", json=body)
+        stub = FeatureServiceStub(channel)
+        row = feature_pb2.EntityRow(
+            values={"user": Value(string_value="ann"), "shop": Value(int64_value=1), "limit": Value(double_value=1)}
+        )
+        await stub.GetOnlineFeatures(feature_pb2.GetOnlineFeaturesRequest(feature_service="main", rows=[row]))
+        clock.advance(0.5)
+        native = await stub.GetOnlineFeatures(feature_pb2.GetOnlineFeaturesRequest(feature_service="main", rows=[row]))
+    assert first.json() == again.json()
+    assert ("x-millrace-cache-age-ms" in first.headers, again.headers["x-millrace-cache-age-ms"]) == (False, "250")
+    assert native.max_cache_age_ms == 750
+    assert dict(zip(native.feature_names, native.vectors[0].values, strict=True))["about__visits"] == 7
 
 
 def test_our_copy_of_feasts_messages_has_its_fields() -> None:

@@ -9,6 +9,9 @@ online_store:
     url: ${file:/etc/millrace/secrets/redis-url}
     # Releases may share a database.
     prefix: "{{ .Release.Namespace }}/{{ .Release.Name }}:feature:"
+feast:
+  # Feast's own port.
+  http_listen: 0.0.0.0:6566
 build_memory_mib: 1024
 build_threads: 1
 {{- end -}}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import grpc.aio
-from millrace_api.feature.v1 import feature_pb2_grpc, offline_pb2_grpc, transformers_pb2_grpc, versions_pb2_grpc
+from millrace_api.feature.v1 import offline_pb2_grpc, transformers_pb2_grpc, versions_pb2_grpc
 from millrace_kit.bus import Bus, Subscription, TopicPartition, open_bus, records_topic
 from millrace_kit.clock import Clock, SystemClock
 from millrace_kit.content import ContentStore
@@ -14,6 +14,7 @@ from millrace_kit.server import Service, Worker
 from millrace_kit.sql import open_engine
 
 from millrace_feature.builder import Builder
+from millrace_feature.cache import CacheLimits, OnlineCache
 from millrace_feature.catalog import Catalog
 from millrace_feature.consistency.checker import Checker
 from millrace_feature.consistency.log import ConsistencyLog
@@ -29,7 +30,7 @@ from millrace_feature.following import DefinitionsFollower
 from millrace_feature.lag import LagMeter
 from millrace_feature.lake import Lake, Limits
 from millrace_feature.offline.servicer import OfflineServicer
-from millrace_feature.servicer import FeatureServicer
+from millrace_feature.servicer import SERVICE, FeatureServicer
 from millrace_feature.serving import Serving
 from millrace_feature.settings import FeatureSettings
 from millrace_feature.store import OnlineStore
@@ -42,7 +43,7 @@ from millrace_feature.versioning.history import Versions
 from millrace_feature.versioning.servicer import DefinitionsServicer
 from millrace_feature.worker import StreamWorker
 
-NATIVE_READ = "/millrace_api.feature.v1.FeatureService/GetOnlineFeatures"
+NATIVE_READ = f"/{SERVICE}/GetOnlineFeatures"
 
 
 class TopicEnds:
@@ -84,6 +85,15 @@ def open_store(settings: FeatureSettings, state: Path) -> OnlineStore:
 
         return RedisOnlineStore(settings.online_store.redis)
     return EmbeddedOnlineStore(state / "online.sqlite")
+
+
+def open_cache(settings: FeatureSettings, store: OnlineStore, clock: Clock) -> OnlineCache | None:
+    """What keeps answers of `store`, where the settings want it."""
+    kept = settings.online_cache
+    if not kept.max_staleness_ms:
+        return None
+    limits = CacheLimits(kept.max_staleness_ms / 1000, kept.max_entries, frozenset(kept.views))
+    return OnlineCache(store, limits, clock.monotonic)
 
 
 def feast_http(settings: FeatureSettings, reads: FeastReads) -> HttpServer:
@@ -134,6 +144,7 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
         head_behind_us=settings.head_behind_s * 1_000_000,
         reader_of=RowReader,
         observe=sampler.observe if sampling.sample_rate else None,
+        cache=open_cache(settings, store, clock),
     )
     worker = StreamWorker(
         store=store,
@@ -176,9 +187,9 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
     offline = OfflineServicer(catalog=catalog, lake=lake, access=access, settings=settings)
     follower = DefinitionsFollower(applier=applier, versions=versions, access=access, settings=settings, clock=clock)
 
-    reads = FeastReads(serving, clock)
+    reads = FeastReads(serving, access, clock)
     add_servicers: list[Callable[[grpc.aio.Server], None]] = [
-        lambda server: feature_pb2_grpc.add_FeatureServiceServicer_to_server(servicer, server),
+        servicer.add_to,
         lambda server: offline_pb2_grpc.add_OfflineServiceServicer_to_server(offline, server),
         lambda server: versions_pb2_grpc.add_DefinitionsServiceServicer_to_server(definitions, server),
         lambda server: transformers_pb2_grpc.add_TransformerServiceServicer_to_server(
@@ -207,7 +218,7 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
         "feature",
         add_servicers,
         [
-            "millrace_api.feature.v1.FeatureService",
+            SERVICE,
             "millrace_api.feature.v1.TransformerService",
             "millrace_api.feature.v1.DefinitionsService",
             "millrace_api.feature.v1.OfflineService",

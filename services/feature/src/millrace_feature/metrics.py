@@ -6,6 +6,12 @@ READ_ROWS = Counter("millrace_feature_read_rows_total", "Entity rows answered on
 READ_FEATURES = Counter(
     "millrace_feature_read_features_total", "Feature values answered online, by status.", ["feature_service", "status"]
 )
+CACHE_READS = Counter(
+    "millrace_feature_cache_reads_total",
+    "Reads of cached views: answered whole from what was kept, or not.",
+    ["result"],
+)
+CACHE_ENTRIES = Gauge("millrace_feature_cache_entries", "Answers of the online store that are kept.")
 APPLIED_RECORDS = Counter("millrace_feature_records_total", "Records applied to the online store.", ["contract"])
 REPEATED_BATCHES = Counter(
     "millrace_feature_repeated_batches_total", "Batches delivered again and left out.", ["contract"]

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
+import grpc
 import grpc.aio
 from millrace_api.feature.v1 import feature_pb2, feature_pb2_grpc
 from millrace_kit import check
@@ -18,9 +19,9 @@ from millrace_feature.convert import (
     RowReader,
     optional_us,
     rows_in_bounds,
+    to_answer,
     to_progress,
     to_services,
-    to_vectors,
 )
 from millrace_feature.definitions import Applier
 from millrace_feature.metrics import READ_FEATURES, READ_ROWS
@@ -30,6 +31,7 @@ from millrace_feature.versioning.access import Access
 from millrace_feature.versioning.servicer import caller_of
 from millrace_feature.worker import StreamWorker, to_us
 
+SERVICE = "millrace_api.feature.v1.FeatureService"
 Ends = Callable[[], Awaitable[Mapping[TopicPartition, int]]]
 
 
@@ -85,23 +87,28 @@ class FeatureServicer(feature_pb2_grpc.FeatureServiceServicer):
             feature_services=to_services(definitions),
         )
 
-    async def GetOnlineFeatures(
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Have `server` answer the service's methods; the answers of online reads are bytes already."""
+        read = grpc.unary_unary_rpc_method_handler(
+            self.GetOnlineFeatures, feature_pb2.GetOnlineFeaturesRequest.FromString, lambda content: content
+        )
+        feature_pb2_grpc.add_FeatureServiceServicer_to_server(self, server)
+        server.add_registered_method_handlers(SERVICE, {"GetOnlineFeatures": read})  # in place of the generated one
+
+    async def GetOnlineFeatures(  # type: ignore[override] - see `add_to`
         self, request: feature_pb2.GetOnlineFeaturesRequest, context: grpc.aio.ServicerContext
-    ) -> feature_pb2.GetOnlineFeaturesResponse:
+    ) -> bytes:
         name = check.text(request.feature_service, "feature_service", limit=256)
         await self._may_read(context, "read_online", name)
         rows_in_bounds(request.rows)
-        at_us = optional_us(request, "event_time", "event_time")
-        if at_us is None:
-            at_us = to_us(self._clock.now())
+        given_us = optional_us(request, "event_time", "event_time")
+        at_us = given_us if given_us is not None else to_us(self._clock.now())
         wanted = check.sha256(request.definitions_hash, "definitions_hash") if request.definitions_hash else ""
         ready = self._serving.service(name, wanted)
         service, entities = ready.service, ready.reader.read(request.rows)
-        vectors = await self._serving.read(service, entities, at_us)
+        vectors, age_ms = await self._serving.read_aged(service, entities, at_us, may_be_kept=given_us is None)
         _count(name, vectors)
-        return feature_pb2.GetOnlineFeaturesResponse(
-            feature_names=service.plan.features, vectors=to_vectors(vectors), definitions_hash=ready.digest
-        )
+        return to_answer(service.plan.features, vectors, ready.digest, age_ms)
 
     async def BuildTrainingSet(
         self, request: feature_pb2.BuildTrainingSetRequest, context: grpc.aio.ServicerContext

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from millrace_kit.errors import FailedPreconditionError, NotFoundError, UnavailableError
 
+from millrace_feature.cache import OnlineCache
 from millrace_feature.plan import Definitions, LatestView, ServicePlan, ViewUse, WindowView
 from millrace_feature.store import Answers, Ask, LatestAsk, OnlineStore, WindowAsk
 from millrace_feature.tiles import encode_key
@@ -99,6 +100,7 @@ class CompiledService:
     def __init__(self, plan: ServicePlan, definitions: Definitions) -> None:
         self.plan = plan
         self.digest = definitions.digest
+        self.views = tuple(use.view for use in plan.uses)
         self.contracts = tuple(sorted({definitions.view(use.view).contract for use in plan.uses}))
         self.fresh_contracts = frozenset(
             view.contract
@@ -239,9 +241,11 @@ class Serving(Generic[R]):
         head_behind_us: int,
         reader_of: Callable[[ServicePlan, Definitions], R],
         observe: Observe | None = None,
+        cache: OnlineCache | None = None,
     ) -> None:
         self.store = store
         self._observe = observe
+        self._cache = cache
         self._read_behind_us = read_behind_us
         self._head_behind_us = head_behind_us
         self._reader_of = reader_of
@@ -262,6 +266,8 @@ class Serving(Generic[R]):
         services = self._compiled(definitions)
         self._services, self._kept = services, {**others, definitions.digest: services}
         self.definitions = definitions
+        if self._cache is not None:
+            self._cache.clear()
 
     def _compiled(self, definitions: Definitions) -> dict[str, Ready[R]]:
         return {
@@ -289,18 +295,29 @@ class Serving(Generic[R]):
         return service
 
     async def read(self, service: CompiledService, rows: Sequence[Entity], at_us: int) -> list[Vector]:
-        """One vector per row.
+        """One vector per row, as the store knows it.
 
         Raises:
             FailedPreconditionError, UnavailableError: see `fetched`.
         """
-        asks, known = await self.fetched(service, rows, at_us)
+        return (await self.read_aged(service, rows, at_us, may_be_kept=False))[0]
+
+    async def read_aged(
+        self, service: CompiledService, rows: Sequence[Entity], at_us: int, *, may_be_kept: bool
+    ) -> tuple[list[Vector], int]:
+        """(one vector per row, age in milliseconds of the oldest kept answer used; 0 where all came from the store).
+
+        Raises:
+            FailedPreconditionError, UnavailableError: see `fetched`.
+        """
+        asks, known, age_ms = await self.fetched(service, rows, at_us, may_be_kept=may_be_kept)
         if len(rows) <= service.rows_on_loop:
             vectors = service.vectors(asks, known, rows, at_us)
         else:
             vectors = await asyncio.to_thread(service.vectors, asks, known, rows, at_us)
-        self.note(service, rows, at_us, lambda row: vectors[row].values)
-        return vectors
+        if not age_ms:  # what was kept may lawfully differ from the lake
+            self.note(service, rows, at_us, lambda row: vectors[row].values)
+        return vectors, age_ms
 
     def note(
         self, service: CompiledService, rows: Sequence[Entity], at_us: int, values_of: Callable[[int], Sequence[float]]
@@ -310,16 +327,22 @@ class Serving(Generic[R]):
             self._observe(service, rows, at_us, values_of)
 
     async def fetched(
-        self, service: CompiledService, rows: Sequence[Entity], at_us: int
-    ) -> tuple[Sequence[Ask], Answers]:
-        """What `service.parts` and `service.vectors` need for the rows; they take no more waiting.
+        self, service: CompiledService, rows: Sequence[Entity], at_us: int, *, may_be_kept: bool
+    ) -> tuple[Sequence[Ask], Answers, int]:
+        """What `service.parts` and `service.vectors` need for the rows, which take no more waiting, and how old its oldest kept part is.
+
+        Args:
+            service: what is read.
+            rows: for whom.
+            at_us: instant of the read.
+            may_be_kept: whether kept answers will do: only for reads of this instant.
 
         Raises:
             FailedPreconditionError: `at_us` lies further behind a contract's watermark than history is kept.
             UnavailableError: the store does not answer.
         """
         asks = service.asks(rows, at_us)
-        known = await self.store.fetch(asks, service.contracts)
+        known, age_ms = await self._known(service, asks, may_be_kept=may_be_kept)
         for contract in service.contracts:
             progress = known.followed.get(contract)
             if progress is None or progress.watermark_us is None:
@@ -333,4 +356,10 @@ class Serving(Generic[R]):
                 raise FailedPreconditionError(
                     "EVENT_TIME_TOO_OLD", message, {"contract": contract, "oldest_us": str(oldest_us)}
                 )
-        return asks, known
+        return asks, known, age_ms
+
+    async def _known(self, service: CompiledService, asks: Sequence[Ask], *, may_be_kept: bool) -> tuple[Answers, int]:
+        cache = self._cache
+        if may_be_kept and cache is not None and cache.covers(service.views):
+            return await cache.fetch(asks, service.contracts)
+        return await self.store.fetch(asks, service.contracts), 0

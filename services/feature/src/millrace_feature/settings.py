@@ -65,6 +65,17 @@ class ConsistencySettings(Settings):
     """How long windows and examples are kept."""
 
 
+class OnlineCacheSettings(Settings):
+    """Answers of the online store kept by each process, so that reads of the same entities cost no round trip."""
+
+    max_staleness_ms: int = Field(default=0, ge=0, le=3_600_000)
+    """How far behind the store an answer may be; 0 keeps nothing. Reads with an `event_time` are never kept."""
+    max_entries: int = Field(default=100_000, ge=1, le=100_000_000)
+    """Most (view, entity) pairs kept, the least recently read ones dropped; one takes about a kilobyte for ten features."""
+    views: tuple[str, ...] = ()
+    """Views that may be kept; a service is when all its views are. Empty is every view."""
+
+
 class FeastSettings(Settings):
     """Feast's own wire formats beside our gRPC service."""
 
@@ -101,6 +112,8 @@ class FeatureSettings(ServiceSettings):
     """Where online values are kept."""
     consistency: ConsistencySettings = ConsistencySettings()
     """Served values beside the lake's."""
+    online_cache: OnlineCacheSettings = OnlineCacheSettings()
+    """Answers kept for a bounded time; off by default."""
     feast: FeastSettings = FeastSettings()
     """Reads by unmodified Feast clients."""
     definitions_poll_s: float = Field(default=1.0, gt=0, le=60)

@@ -10,13 +10,17 @@ import grpc.aio
 from millrace_api.feature.v1 import feast_pb2
 from millrace_kit.errors import MillraceError
 
-from millrace_feature.feast_wire.message_answers import sized, to_message
+from millrace_feature.feast_wire.message_answers import to_message
 from millrace_feature.feast_wire.reads import FeastReads
 from millrace_feature.feast_wire.requests import from_message
+from millrace_feature.versioning.servicer import caller_of
+from millrace_feature.wire_format import sized
 
 SERVING_SERVICE = "feast.serving.ServingService"
 PYTHON_SERVICE = "GrpcFeatureServer"
 """It stands in no package."""
+CACHE_AGE = "millrace-cache-age-ms"
+"""Trailing metadata of answers that were kept."""
 READ_METHODS = (f"/{SERVING_SERVICE}/GetOnlineFeatures", f"/{PYTHON_SERVICE}/GetOnlineFeatures")
 
 
@@ -49,8 +53,11 @@ class FeastGrpc:
             )
         )
 
-    async def _get_online_features(self, request: Any, _context: grpc.aio.ServicerContext) -> bytes:
-        return await self._reads.answer(from_message(request), to_message)
+    async def _get_online_features(self, request: Any, context: grpc.aio.ServicerContext) -> bytes:
+        content, age_ms = await self._reads.answer(from_message(request), to_message, caller_of(context))
+        if age_ms:
+            context.set_trailing_metadata(((CACHE_AGE, str(age_ms)),))
+        return content
 
     async def _get_info(self, _request: bytes, _context: grpc.aio.ServicerContext) -> bytes:
         """`GetFeastServingInfoResponse`: the version of Feast whose format this is."""

@@ -20,6 +20,7 @@ from millrace_feature.feast_wire import errors
 from millrace_feature.feast_wire.json_answers import to_json
 from millrace_feature.feast_wire.reads import FeastReads
 from millrace_feature.feast_wire.requests import BodyError, from_json
+from millrace_feature.versioning.access import Caller
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+CLIENT_NAMES = "millrace.client_names"
+"""Where the scope has the names of the client's certificate; absent without TLS."""
 READ_PATH = "/get-online-features"
 REFUSED = {
     "/push": "records enter through ingestion (IngestionService, or `millrace ingest`), which checks them and keeps them in the lake",
@@ -60,7 +63,7 @@ class FeastHttp:
         """Answer one request."""
         path, method = scope["path"], scope["method"]
         if path == READ_PATH and method == "POST":
-            await self._read(receive, send)
+            await self._read(Caller(scope.get(CLIENT_NAMES, ())), receive, send)
         elif path == "/health" and method in {"GET", "HEAD"}:
             await _send(send, 200 if self._reads.is_ready else 503, b"")
         elif path in REFUSED:
@@ -71,33 +74,33 @@ class FeastHttp:
         else:
             await _send(send, 404, b'{"detail":"Not Found"}')
 
-    async def _read(self, receive: Receive, send: Send) -> None:
+    async def _read(self, caller: Caller, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
-        status, content = await self._answer(receive)
-        await _send(send, status, content)
+        status, content, age_ms = await self._answer(caller, receive)
+        await _send(send, status, content, age_ms)
         _seconds(status).observe(time.perf_counter() - started)
 
-    async def _answer(self, receive: Receive) -> tuple[int, bytes]:
-        """(status, body) of one read."""
+    async def _answer(self, caller: Caller, receive: Receive) -> tuple[int, bytes, int]:
+        """(status, body, age of the oldest kept part) of one read."""
         if self._running >= self._max_concurrent:
             message = f"{self._max_concurrent} calls are running; retry later"
             error = ResourceExhaustedError("max_concurrent_rpcs", message)
-            return errors.http_status(error), errors.http_body(error)
+            return errors.http_status(error), errors.http_body(error), 0
         self._running += 1
         try:
             async with asyncio.timeout(self._deadline_s):
                 body = await self._body(receive)
-                return 200, await self._reads.answer(from_json(body), to_json)
+                return 200, *await self._reads.answer(from_json(body), to_json, caller)
         except BodyError as error:
-            return 422, _unprocessable(str(error))
+            return 422, _unprocessable(str(error)), 0
         except MillraceError as error:
-            return errors.http_status(error), errors.http_body(error)
+            return errors.http_status(error), errors.http_body(error), 0
         except TimeoutError:
             late = MillraceError(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "the call took too long")
-            return errors.http_status(late), errors.http_body(late)
+            return errors.http_status(late), errors.http_body(late), 0
         except Exception:
             log.exception("unexpected error in %s", READ_PATH)
-            return 500, errors.http_body(errors.unexpected())
+            return 500, errors.http_body(errors.unexpected()), 0
         finally:
             self._running -= 1
 
@@ -129,7 +132,9 @@ async def _fail(send: Send, error: MillraceError) -> None:
     await _send(send, errors.http_status(error), errors.http_body(error))
 
 
-async def _send(send: Send, status: int, content: bytes) -> None:
+async def _send(send: Send, status: int, content: bytes, age_ms: int = 0) -> None:
     headers = [_JSON, (b"content-length", b"%d" % len(content))]
+    if age_ms:
+        headers.append((b"x-millrace-cache-age-ms", b"%d" % age_ms))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})

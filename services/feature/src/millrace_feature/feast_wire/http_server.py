@@ -15,7 +15,7 @@ from millrace_kit.tls import CertificateFiles
 from uvicorn import Config, Server
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from millrace_feature.feast_wire.http_edge import forbid
+from millrace_feature.feast_wire.http_edge import CLIENT_NAMES, forbid
 
 KEEP_ALIVE_S = 330
 """How long a silent connection is kept: longer than Feast's client keeps it (300 s), so that the client ends it and never writes into
@@ -66,12 +66,25 @@ def _protocol(allowed_clients: frozenset[str]) -> type[HttpToolsProtocol]:
     """The server's protocol, with one write an answer, and clients looked at when they connect."""
 
     class Protocol(HttpToolsProtocol):
-        def connection_made(self, transport: asyncio.Transport) -> None:
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(_OneWrite(transport))  # type: ignore[arg-type]
-            if allowed_clients and allowed_clients.isdisjoint(_client_names(transport)):
-                self.app = forbid  # type: ignore[assignment]
+            names = tuple(_client_names(transport))
+            if allowed_clients and allowed_clients.isdisjoint(names):
+                self.app = forbid
+            elif names:
+                self.app = _named(self.app, names)
 
     return Protocol
+
+
+def _named(app: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+    """The application, told who the client is."""
+
+    async def told(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        scope[CLIENT_NAMES] = names
+        await app(scope, receive, send)
+
+    return told
 
 
 def _client_names(transport: asyncio.Transport) -> list[str]:

@@ -15,6 +15,7 @@ from millrace_feature.feast_wire.reads import Answer
 from millrace_feature.feast_wire.selection import Block
 from millrace_feature.feast_wire.values import PRESENT, doubles
 from millrace_feature.serving import Part
+from millrace_feature.wire_format import sized, varint
 
 _EMPTY = b"\x0a\x00"
 """A `Value` with nothing set."""
@@ -23,24 +24,6 @@ _DOUBLE_HEAD = b"\x0a\x09\x29"
 _PACK_DOUBLE = struct.Struct("<3sd").pack
 _PACK_FLOAT = struct.Struct("<f").pack
 _NO_TIME = b"\x1a\x00"
-
-
-def varint(number: int) -> bytes:
-    """A non-negative number in protobuf's variable length; a negative one as its 64-bit two's complement."""
-    if 0 <= number < 128:
-        return bytes((number,))
-    number &= 0xFFFF_FFFF_FFFF_FFFF
-    out = bytearray()
-    while number > 127:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
-
-
-def sized(tag: bytes, content: bytes) -> bytes:
-    """A field with a length."""
-    return tag + varint(len(content)) + content
 
 
 def _text(value: str) -> bytes:
@@ -120,7 +103,7 @@ def _doubles(block: Block, part: Part, tail: bytes) -> bytes:
     cells = np.empty(table.shape[::-1], _ROW)
     cells["head"] = _DOUBLE_HEAD
     cells["value"] = table.T
-    gaps: list[bool] = np.isnan(table).any(axis=0).tolist()
+    gaps: list[bool] = np.logical_or.reduce(np.isnan(table)).tolist()
     out = []
     for feature, has_gap in enumerate(gaps):
         if not has_gap:

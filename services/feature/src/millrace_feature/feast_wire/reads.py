@@ -14,6 +14,7 @@ from millrace_feature.feast_wire.requests import Given, Request, given
 from millrace_feature.feast_wire.selection import Selection, Selections
 from millrace_feature.metrics import READ_FEATURES, READ_ROWS
 from millrace_feature.serving import Part, Serving
+from millrace_feature.versioning.access import Access, Caller
 from millrace_feature.worker import to_us
 
 UNNAMED = "(features)"
@@ -38,7 +39,8 @@ class Answer:
 class FeastReads:
     """Reads as Feast's clients ask for them, answered from the definitions in force."""
 
-    def __init__(self, serving: Serving[Any], clock: Clock) -> None:
+    def __init__(self, serving: Serving[Any], access: Access, clock: Clock) -> None:
+        self._access = access
         self._serving = serving
         self._clock = clock
         self._selections: Selections | None = None
@@ -56,27 +58,37 @@ class FeastReads:
             self._selections = Selections(definitions)
         return self._selections
 
-    async def answer(self, request: Request, write: Callable[[Answer], bytes]) -> bytes:
-        """The answer to `request` as `write` puts it.
+    def _check(self, caller: Caller, selection: Selection) -> None:
+        if selection.label:
+            self._access.check(caller, "read_online", "FeatureService", selection.label)
+        else:
+            self._access.check_views(caller, "read_online", [block.view for block in selection.blocks])
+
+    async def answer(self, request: Request, write: Callable[[Answer], bytes], caller: Caller) -> tuple[bytes, int]:
+        """(the answer to `request` as `write` puts it, age in milliseconds of the oldest kept part of it).
 
         Raises:
-            MillraceError: it names what does not exist, its values are wrong, or the store does not answer.
+            MillraceError: it names what does not exist, the caller may not read it, its values are wrong, or the store does not answer.
         """
         selection = self._current().find(request.wanted)
+        if not self._access.is_open:
+            await asyncio.to_thread(self._check, caller, selection)
         rows = given(selection, request.columns)
         at_us = to_us(self._clock.now())
         service = selection.service
-        asks, known = await self._serving.fetched(service, rows.rows, at_us)
+        asks, known, age_ms = await self._serving.fetched(service, rows.rows, at_us, may_be_kept=True)
 
         def finish() -> bytes:
             parts = service.parts(asks, known, rows.rows, at_us)
-            if selection.label:  # features named one by one are no service whose training sets could be compared
+            # Features named one by one are no service whose training sets could be compared; what was kept may lawfully differ.
+            if selection.label and not age_ms:
                 self._serving.note(service, rows.rows, at_us, partial(service.row_values, parts))
             answer = Answer(selection, rows, parts, request.with_versions)
             _counters(selection.label or UNNAMED).count(answer)
             return write(answer)
 
-        return finish() if len(rows.rows) <= service.rows_on_loop else await asyncio.to_thread(finish)
+        content = finish() if len(rows.rows) <= service.rows_on_loop else await asyncio.to_thread(finish)
+        return content, age_ms
 
 
 class _Counters:

@@ -218,6 +218,16 @@ class Access:
             if not any(feature.startswith(f"{name}__") for name in wanted):  # an alias hides its view
                 self.check(caller, "read_offline", "FeatureView", feature.partition("__")[0])
 
+    def check_views(self, caller: Caller, action: str, names: Sequence[str]) -> None:
+        """Refuse unless the caller may do `action` to each of these views.
+
+        Raises:
+            AccessDeniedError: one of them is not allowed.
+        """
+        kinds = {name: kind for kind, name in self._known() if kind.endswith("FeatureView")}
+        for name in dict.fromkeys(names):
+            self.check(caller, action, kinds.get(name, "FeatureView"), name)
+
     def check_changes(self, caller: Caller, changes: Iterable[tuple[str, Resource]]) -> None:
         """Refuse unless the caller may make each change: (`create`, `update` or `delete`, object).
 
