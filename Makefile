@@ -29,8 +29,13 @@ test: setup ## Pass the tests (installs and starts what they need where it may)
 test-unit: setup ## Only the tests that need nothing but Python
 	@$(BIN)/pytest -q libs services -m "not kafka and not postgres and not redis and not browser and not slow"
 
+.PHONY: spark-test
+spark-test: setup ## Historical features on a local Spark beside the service's (downloads 450 MB; needs Java 17)
+	@$(BIN)/uv pip install -q --python $(BIN)/python --target build/spark --no-deps -r requirements-spark.txt
+	@PYTHONPATH=build/spark SPARK_LOCAL_IP=127.0.0.1 $(BIN)/pytest -q tests/contract/spark_features.py
+
 .PHONY: perf
-perf: setup ## Measure AREA=gateway|features|ingestion|point_in_time|stream and print the table (build/perf/<area>.json)
+perf: setup ## Measure AREA=gateway|features|ingestion|point_in_time|stream|transformers and print the table (build/perf/<area>.json)
 	@$(BIN)/python -m tests.perf.$(AREA)
 
 .PHONY: soak

@@ -39,9 +39,11 @@ NAMESPACES = {
     "grpc_reflection": "grpcio-reflection",
     "grpc_status": "grpcio-status",
     "millrace_api": "millrace-api",
+    "pyspark": "pyspark",  # of an extra that is not installed here
 }
 # What another declared package brings and promises to bring.
 BROUGHT = {
+    "pandas": {"feast"},
     "opentelemetry-api": {"opentelemetry-sdk"},
     "googleapis-common-protos": {"grpcio-status", "xds-protos"},
     "grpcio": {"grpcio-status", "millrace-kit"},

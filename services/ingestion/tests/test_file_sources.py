@@ -13,6 +13,7 @@ from millrace_api.ingestion.v1.sources_pb2_grpc import SourceServiceStub
 from millrace_ingestion.sources.schedule import next_look
 from millrace_ingestion.sources.specs import FileSpec
 from millrace_kit.client import open_channel
+from millrace_kit.content import open_files
 
 from .harness import lines, records, row, serving
 from .topics import register, status, until
@@ -129,3 +130,23 @@ def test_missed_ticks_are_one_look() -> None:
     assert next_look(every, at(1), at(1, 1)) == at(1, 10)
     assert next_look(every, at(1), at(9)) == at(9)
     assert next_look(FileSpec(("/x",)), at(1), at(9)) is None
+
+
+@pytest.mark.s3
+async def test_files_of_an_object_store_are_known_by_their_etag(tmp_path, s3_url: str) -> None:
+    fs, path = open_files(f"{s3_url}/drop")
+    with fs.open(f"{path}/deep/a.parquet", "wb") as file:
+        pq.write_table(records(0, 50), file)
+    with fs.open(f"{path}/b.csv", "wb") as file:
+        pa_csv.write_csv(records(50, 10), file)
+    async with serving(tmp_path, source_locations=(s3_url,), **FAST) as connected:
+        await connected.register()
+        async with open_channel(connected.address, timeout_s=30) as channel:
+            sources = SourceServiceStub(channel)
+            files = sources_pb2.FileSource(urls=[f"{s3_url}/drop/**/*.parquet", f"{s3_url}/drop/*.csv"], interval_s=1.0)
+            await register(sources, sources_pb2.Source(name="drop", contract="flights", files=files))
+            await until(sources, lambda now: now.accepted == 60, "drop")
+            with fs.open(f"{path}/b.csv", "wb") as file:
+                pa_csv.write_csv(records(50, 20), file)
+            found = await until(sources, lambda now: now.accepted == 70, "drop")
+            assert found.duplicates == 10

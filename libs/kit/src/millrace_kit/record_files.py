@@ -167,11 +167,14 @@ def _parquet(file: RecordFile, columns: Mapping[str, str], limits: ChunkLimits, 
             at = 0
             total = max(1, parquet.metadata.num_rows)
             for group in range(parquet.metadata.num_row_groups):
-                rows = parquet.metadata.row_group(group).num_rows
+                found = parquet.metadata.row_group(group)
+                rows = found.num_rows
                 if at + rows <= after:
                     at += rows
                     continue
-                for batch in parquet.iter_batches(limits.records, row_groups=[group], columns=names):
+                # Wide rows make short batches: what is decoded at once stays about a chunk.
+                many = max(1, min(limits.records, limits.bytes * rows // max(1, found.total_byte_size)))
+                for batch in parquet.iter_batches(many, row_groups=[group], columns=names):
                     skipped = min(max(0, after - at), batch.num_rows)
                     at += batch.num_rows
                     read = file.size * at // total
