@@ -130,11 +130,11 @@ class Pipeline:
 
     def hmget(self, name: str, fields: Sequence[str | int]) -> None:
         """Some fields of a hash."""
-        self._commands.append(hiredis.pack_command(("HMGET", name, *fields)))
+        self._commands.append(_packed("HMGET", name, *fields))
 
     def zrevrangebyscore(self, name: str, high: int | str, low: int | str, *, start: int, num: int) -> None:
         """Members of a sorted set from the highest score down."""
-        self._commands.append(hiredis.pack_command(("ZREVRANGEBYSCORE", name, high, low, "LIMIT", start, num)))
+        self._commands.append(_packed("ZREVRANGEBYSCORE", name, high, low, "LIMIT", start, num))
 
     async def execute(self) -> list[Any]:
         """One reply a command.
@@ -205,7 +205,7 @@ class PipelinedRedis:
             commands = self._greeting()
             if commands:
                 try:
-                    await connection.ask([hiredis.pack_command(command) for command in commands])
+                    await connection.ask([_packed(*command) for command in commands])
                 except BaseException as error:
                     connection.fail(RedisConnectionError(str(error)))
                     raise
@@ -230,3 +230,9 @@ class PipelinedRedis:
                 await self._connecting
         if self._connection is not None:
             self._connection.fail(RedisConnectionError("the client was closed"))
+
+
+def _packed(*parts: str | int) -> bytes:
+    """A command as it goes over the wire."""
+    command: Any = parts  # hiredis' types say a tuple of one
+    return bytes(hiredis.pack_command(command))

@@ -95,7 +95,7 @@ class FeatureServicer(feature_pb2_grpc.FeatureServiceServicer):
         feature_pb2_grpc.add_FeatureServiceServicer_to_server(self, server)
         server.add_registered_method_handlers(SERVICE, {"GetOnlineFeatures": read})  # in place of the generated one
 
-    async def GetOnlineFeatures(  # type: ignore[override] - see `add_to`
+    async def GetOnlineFeatures(  # type: ignore[override]  # see `add_to`
         self, request: feature_pb2.GetOnlineFeaturesRequest, context: grpc.aio.ServicerContext
     ) -> bytes:
         name = check.text(request.feature_service, "feature_service", limit=256)
