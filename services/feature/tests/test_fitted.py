@@ -217,6 +217,7 @@ async def test_a_tag_makes_the_same_vector_online_and_in_training_sets(world, ma
             seen.add(found.tobytes())
         assert len(seen) > 50
     async with serving(world, make_registry) as calls:  # the plan in the database holds the transformer
+        await wait_for_records(calls.features, events=120)
         again = await calls.online("tagged", asks[0])
         assert [*again] == expected
 
