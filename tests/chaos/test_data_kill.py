@@ -30,7 +30,7 @@ from tests.chaos.data_plane import (
 )
 from tests.stack import eventually
 
-POINTS = int(os.environ.get("MILLRACE_KILL_POINTS", "6"))
+POINTS = int(os.environ.get("MILLRACE_KILL_POINTS", "4"))
 SEED = int(os.environ.get("MILLRACE_KILL_SEED", "20130501"))
 RECOVERY_S = 120.0
 # Kills that come before the one before is made good.
