@@ -125,3 +125,13 @@ def test_an_image_is_built_again_when_something_in_it_changes(tmp_path: Path, mo
     assert image.key() == before
     (tmp_path / "services/x/src/a.py").write_text("2", encoding="utf-8")
     assert image.key() != before
+
+
+def test_nothing_that_a_package_asks_for_is_overridden_away() -> None:
+    lines = (ROOT / "deploy/images/overrides.txt").read_text(encoding="utf-8").splitlines()
+    dropped = {re.split(r"[ ;]", line)[0] for line in lines if line and not line.startswith("#")}
+    assert dropped
+    for path in [*ROOT.glob("services/*/pyproject.toml"), *ROOT.glob("libs/*/pyproject.toml")]:
+        project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+        asked = {re.split(r"[\[ <>=~!;]", text)[0] for text in project["dependencies"]}
+        assert not asked & dropped, f"{path.parent.name} would come without {asked & dropped} in its image"
