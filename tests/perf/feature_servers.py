@@ -22,18 +22,14 @@ from millrace_api.feature.v1.feature_pb2_grpc import FeatureServiceStub
 from millrace_feature.plan import LatestView
 from millrace_feature.redis_layout import Keys, parse_groups
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+from parts.server import free_port
+
 BIN = Path(sys.executable).parent
 PREFIX = "millrace:feature:"
 
 Calls = Callable[[Sequence[list[int]]], list[float]]
 """Makes a call for each list of entities, one after the other or some at once; returns how long each took in milliseconds."""
-
-
-def free_port() -> int:
-    """A loopback port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

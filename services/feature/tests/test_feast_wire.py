@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -25,6 +24,7 @@ from millrace_feature.settings import ConsistencySettings, FeastSettings, Online
 from millrace_kit.client import open_channel
 from millrace_kit.clock import FakeClock
 from millrace_kit.server import running
+from parts.server import free_port
 from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 
@@ -136,12 +136,6 @@ def reference(objects: list[Any], tmp_path_factory: pytest.TempPathFactory) -> I
 async def ask(method: str, url: str, **content: Any) -> requests.Response:
     """One HTTP request."""
     return await asyncio.to_thread(requests.request, method, url, timeout=30, **content)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -1,16 +1,12 @@
 """Definitions and training-set records in SQL: every definitions hash ever applied, and which is current."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from millrace_kit.errors import NotFoundError, UnavailableError
-from millrace_kit.sql import migrate, reading
-from sqlalchemy import Connection, Engine, insert, select
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from millrace_kit.errors import NotFoundError
+from millrace_kit.sql import migrate, reading, writing
+from sqlalchemy import Engine, insert, select
 
 from millrace_feature.compiler import compile_registry
 from millrace_feature.plan import Definitions, from_json, to_json
@@ -36,27 +32,11 @@ class Catalog:
         self._engine = engine
         migrate(engine, SCRIPTS)
 
-    @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        try:
-            with self._engine.begin() as connection:
-                yield connection
-        except (OperationalError, PoolTimeoutError) as error:
-            raise UnavailableError("DATABASE_UNAVAILABLE", "the database did not answer") from error
-
-    @contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        try:
-            with reading(self._engine) as connection:
-                yield connection
-        except (OperationalError, PoolTimeoutError) as error:
-            raise UnavailableError("DATABASE_UNAVAILABLE", "the database did not answer") from error
-
     def apply(
         self, definitions: Definitions, registry: bytes, at: datetime, *, author: str = "", kept_s: int = 0
     ) -> bool:
         """Make `definitions` current; False when they were. Those that were stay pinned for `kept_s`."""
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             newest = connection.execute(
                 select(applied_table.c.digest).order_by(applied_table.c.id.desc()).limit(1)
             ).scalar()
@@ -78,7 +58,7 @@ class Catalog:
 
     def current_digest(self) -> str | None:
         """Hash of the definitions applied last."""
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             newest = select(applied_table.c.digest).order_by(applied_table.c.id.desc()).limit(1)
             return connection.execute(newest).scalar()
 
@@ -93,7 +73,7 @@ class Catalog:
         Raises:
             NotFoundError: they were never applied here.
         """
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             row = connection.execute(select(definitions_table).where(definitions_table.c.digest == digest)).first()
         if row is None:
             raise NotFoundError("definitions", digest)
@@ -104,7 +84,7 @@ class Catalog:
 
     def put_training_set(self, digest: str, record: bytes) -> bytes:
         """Keep a serialized TrainingSet under its digest; returns the one kept first."""
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             kept = connection.execute(
                 select(training_sets_table.c.record).where(training_sets_table.c.digest == digest)
             ).scalar()
@@ -119,7 +99,7 @@ class Catalog:
         Raises:
             NotFoundError: nothing was built with this digest.
         """
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             query = select(training_sets_table.c.record).where(training_sets_table.c.digest == digest)
             record = connection.execute(query).scalar()
         if record is None:

@@ -4,16 +4,13 @@ A group is written before its Delta commit (the intent: `table_version` is null)
 invisible to readers until then, and goes when the intent is discarded.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 from millrace_kit.clock import Clock
-from millrace_kit.errors import ConflictError, UnavailableError
-from millrace_kit.sql import reading
-from sqlalchemy import Connection, Engine, func, select
-from sqlalchemy.exc import IntegrityError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from millrace_kit.errors import ConflictError
+from millrace_kit.sql import reading, writing
+from sqlalchemy import Engine, func, select
+from sqlalchemy.exc import IntegrityError
 
 from millrace_ingestion.held_store import hold, unhold
 from millrace_ingestion.letter_rows import letter_rows
@@ -38,22 +35,6 @@ class Store:
         self._engine = engine
         self._clock = clock
 
-    @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        try:
-            with self._engine.begin() as connection:
-                yield connection
-        except (OperationalError, PoolTimeoutError) as error:
-            raise UnavailableError("DATABASE_UNAVAILABLE", "the database did not answer") from error
-
-    @contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        try:
-            with reading(self._engine) as connection:
-                yield connection
-        except (OperationalError, PoolTimeoutError) as error:
-            raise UnavailableError("DATABASE_UNAVAILABLE", "the database did not answer") from error
-
     def _now_us(self) -> int:
         return (self._clock.now() - _EPOCH) // _MICROSECOND
 
@@ -66,13 +47,13 @@ class Store:
             .join(found, (CONTRACT.c.name == found.c.name) & (CONTRACT.c.version == found.c.version))
             .order_by(CONTRACT.c.name)
         )
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             return [(row.version, bytes(row.body)) for row in connection.execute(query)]
 
     def versions(self, name: str) -> list[tuple[int, bytes]]:
         """Version and body of every version of one contract, oldest first."""
         query = select(CONTRACT.c.version, CONTRACT.c.body).where(CONTRACT.c.name == name).order_by(CONTRACT.c.version)
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             return [(row.version, bytes(row.body)) for row in connection.execute(query)]
 
     def add_contract(self, name: str, version: int, body: bytes) -> None:
@@ -83,7 +64,7 @@ class Store:
         """
         row = {"name": name, "version": version, "body": body, "registered_at_us": self._now_us()}
         try:
-            with self._writing() as connection:
+            with writing(self._engine) as connection:
                 connection.execute(CONTRACT.insert(), row)
         except IntegrityError:
             metadata = {"contract": name, "version": str(version)}
@@ -93,7 +74,7 @@ class Store:
     def last_offset(self, contract: str, source: str) -> int:
         """Offset of the source's last batch that landed; 0 for none."""
         query = select(func.max(BATCH.c.offset)).where(BATCH.c.contract == contract, BATCH.c.source == source)
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             return int(connection.execute(query).scalar() or 0)
 
     def outcome(self, contract: str, source: str, offset: int) -> Outcome | None:
@@ -103,7 +84,7 @@ class Store:
             .join(COMMIT, BATCH.c.group_id == COMMIT.c.id)
             .where(BATCH.c.contract == contract, BATCH.c.source == source, BATCH.c.offset == offset)
         )
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             row = connection.execute(query).one_or_none()
         if row is None or row.table_version is None:
             return None
@@ -125,7 +106,7 @@ class Store:
         batches = [_batch_row(group, entry) for entry in group.entries]
         letters = [row for entry in group.entries for row in letter_rows(group, entry, now)]
         landed = [letter for entry in group.entries for letter in entry.landed_letters]
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             connection.execute(
                 COMMIT.insert(),
                 {
@@ -149,12 +130,12 @@ class Store:
 
     def finish(self, group_id: str, table_version: int) -> None:
         """Complete an intent: its Delta commit is done and its records are on the bus."""
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             connection.execute(COMMIT.update().where(COMMIT.c.id == group_id).values(table_version=table_version))
 
     def discard(self, group_id: str) -> None:
         """Forget an intent whose Delta commit never happened."""
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             connection.execute(BATCH.delete().where(BATCH.c.group_id == group_id))
             connection.execute(DEAD_LETTER.delete().where(DEAD_LETTER.c.group_id == group_id))
             connection.execute(
@@ -170,7 +151,7 @@ class Store:
             .where(COMMIT.c.contract == contract, COMMIT.c.table_version.is_(None))
             .order_by(COMMIT.c.base_version, COMMIT.c.created_at_us)
         )
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             rows = connection.execute(query).all()
         return [Group(row.id, row.contract, row.contract_version, row.base_version) for row in rows]
 

@@ -1,14 +1,12 @@
 """Names and versions of fitted content: rows in SQL, never changed, whose content lies in the content-addressed store."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Literal
 
 from millrace_kit.errors import NotFoundError, UnavailableError
-from millrace_kit.sql import reading
-from sqlalchemy import Column, Connection, Engine, Integer, LargeBinary, String, Table, func, insert, select
-from sqlalchemy.exc import IntegrityError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from millrace_kit.sql import reading, writing
+from sqlalchemy import Column, Engine, Integer, LargeBinary, String, Table, func, insert, select
+from sqlalchemy.exc import IntegrityError
 
 from millrace_feature.catalog import metadata
 
@@ -37,14 +35,6 @@ class FittedStore:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    @contextmanager
-    def _guarded(self, *, write: bool) -> Iterator[Connection]:
-        try:
-            with self._engine.begin() if write else reading(self._engine) as connection:
-                yield connection
-        except (OperationalError, PoolTimeoutError) as error:
-            raise UnavailableError("DATABASE_UNAVAILABLE", "the database did not answer") from error
-
     def put(self, kind: Kind, name: str, digest: str, record: Callable[[int], bytes]) -> bytes:
         """Keep content as the next version of `name`; content that the name has already keeps its version.
 
@@ -60,7 +50,7 @@ class FittedStore:
         mine = (fitted_table.c.kind == kind) & (fitted_table.c.name == name)
         for _ in range(MAX_TRIES):
             try:
-                with self._guarded(write=True) as connection:
+                with writing(self._engine) as connection:
                     known = select(fitted_table.c.record).where(mine & (fitted_table.c.digest == digest))
                     kept = connection.execute(known).scalar()
                     if kept is not None:
@@ -84,7 +74,7 @@ class FittedStore:
         query = select(fitted_table.c.record).where((fitted_table.c.kind == kind) & (fitted_table.c.name == name))
         if version:
             query = query.where(fitted_table.c.version == version)
-        with self._guarded(write=False) as connection:
+        with reading(self._engine) as connection:
             record = connection.execute(query.order_by(fitted_table.c.version.desc()).limit(1)).scalar()
         if record is None:
             raise NotFoundError(kind, f"{name}@{version}" if version else name)
@@ -96,5 +86,5 @@ class FittedStore:
         if name:
             query = query.where(fitted_table.c.name == name)
         order = query.order_by(fitted_table.c.name, fitted_table.c.version.desc()).limit(MAX_LISTED)
-        with self._guarded(write=False) as connection:
+        with reading(self._engine) as connection:
             return [bytes(record) for record in connection.execute(order).scalars()]
