@@ -36,7 +36,7 @@ def cached(store: Store, entries: int = 10, *views: str) -> tuple[OnlineCache, F
 
 
 def read(cache: OnlineCache, *keys: str | None) -> tuple[list[NewestRow | None], int]:
-    ask = LatestAsk("g", list(keys), 100)
+    ask = LatestAsk("g", list(keys), 100, 1)
     known, age_ms = asyncio.run(cache.fetch([ask], ["c"]))
     return known.latest(ask), age_ms
 

@@ -45,6 +45,9 @@ class KeptAnswers:
         """Newest row per key."""
         return [self.found[_key(ask, key)] if key is not None else None for key in ask.keys]
 
+    def floats(self, ask: LatestAsk) -> None:
+        """Rows are kept as values."""
+
 
 class OnlineCache:
     """Reads through to a store.

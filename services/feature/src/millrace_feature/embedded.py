@@ -72,6 +72,9 @@ class _Memory:
     def latest(self, ask: LatestAsk) -> list[NewestRow | None]:
         return self.rows[ask.group].read(ask.keys, ask.time_us)
 
+    def floats(self, ask: LatestAsk) -> None:
+        """Rows lie in memory as values."""
+
 
 class EmbeddedOnlineStore:
     """`OnlineStore` on one SQLite file, for one process."""

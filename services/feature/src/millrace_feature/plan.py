@@ -111,7 +111,7 @@ class LatestView:
     @property
     def group(self) -> str:
         """Identity of the stored state."""
-        return _identity("rows", self.contract, self.event_time, self.join_keys, self.features, self.ttl_us)
+        return _identity("rows 2", self.contract, self.event_time, self.join_keys, self.features, self.ttl_us)
 
 
 View = WindowView | LatestView

@@ -5,7 +5,8 @@ from typing import Any
 
 from millrace_kit.bus import TopicPartition
 
-from millrace_feature.redis_layout import Group, Keys, Progress, pack_row, parse_groups, unpack_row
+from millrace_feature.packed_rows import pack_row, unpack_row
+from millrace_feature.redis_layout import Group, Keys, Progress, parse_groups
 from millrace_feature.rows import Row, order_of
 from millrace_feature.store import Change, Followed, StoreFillingError, StoreMovedError
 from millrace_feature.tile_fields import Fields
@@ -32,6 +33,15 @@ for _, key in ipairs(KEYS) do
   local n = tonumber(ARGV[at])
   redis.call('HSET', key, unpack(ARGV, at + 1, at + n))
   at = at + n + 1
+end"""
+
+# Other replicas may write an entity's rows too, so whoever has the newest is decided where it lies.
+_PUT_NEWEST = """
+for i, key in ipairs(KEYS) do
+  local old = redis.call('HGET', key, ARGV[1])
+  if not old or struct.unpack('>i8', old) <= struct.unpack('>i8', ARGV[i + 1]) then
+    redis.call('HSET', key, ARGV[1], ARGV[i + 1])
+  end
 end"""
 
 
@@ -64,6 +74,19 @@ def put_fields(pipe: Any, fields: Iterable[tuple[str, Mapping[str, bytes]]]) -> 
         pipe.eval(_PUT, len(pieces), *(key for key, _flat in pieces), *arguments)
 
 
+def put_rows(pipe: Any, keys: Keys, group: Group, rows: Iterable[Row]) -> None:
+    """Add the commands that keep some rows of a group, and the newest of each entity among them where reads look first."""
+    newest: dict[str, tuple[int, bytes]] = {}
+    for row in rows:
+        packed = pack_row(row.time_us, row.values)
+        pipe.zadd(keys.rows(group.id, row.key), {packed: row.time_us})
+        if row.key not in newest or newest[row.key][0] <= row.time_us:
+            newest[row.key] = row.time_us, packed
+    for part in in_parts(newest.items()):
+        names = [keys.newest(entity) for entity, _row in part]
+        pipe.eval(_PUT_NEWEST, len(part), *names, group.id, *(packed for _entity, (_time, packed) in part))
+
+
 def in_parts(items: Iterable[Any], size: int = COMMANDS) -> Iterator[list[Any]]:
     """`items` in lists of at most `size`."""
     part: list[Any] = []
@@ -92,7 +115,8 @@ class ChangeWriter:
         self._opened = opened
         self._change = change
         self._tiles: list[tuple[Group, Fields]] = []
-        self._rows: list[tuple[Group, Row, bytes | None]] = []
+        self._rows: list[tuple[Group, list[tuple[Row, bytes | None]]]] = []
+        """Rows that count, each with the row of the same instant that it replaces."""
         self._progress: dict[str, Progress] = {}
 
     def read(self) -> None:
@@ -145,13 +169,16 @@ class ChangeWriter:
     def _read_rows(self) -> None:
         for name, rows in self._change.rows:
             group = self._opened[name]
+            counted: list[tuple[Row, bytes | None]] = []
             for part in in_parts(rows):
                 pipe = self._client.pipeline(transaction=False)
                 for row in part:
                     pipe.zrangebyscore(self._keys.rows(group.id, row.key), row.time_us, row.time_us)
                 for row, old in zip(part, pipe.execute(), strict=True):
                     if not old or order_of(row.values) > order_of(unpack_row(old[0])[1]):
-                        self._rows.append((group, row, old[0] if old else None))
+                        counted.append((row, old[0] if old else None))
+            if counted:
+                self._rows.append((group, counted))
 
     def write(self, pipe: Any) -> None:
         """Add the commands to the transaction `pipe`."""
@@ -160,12 +187,12 @@ class ChangeWriter:
             put_fields(pipe, ((self._keys.tiles(group.id, entity), content) for entity, content in fields))
             if fields:
                 entities.setdefault(group.id, set()).update(entity for entity, _content in fields)
-        for group, row, loser in self._rows:
-            key = self._keys.rows(group.id, row.key)
-            if loser is not None:
-                pipe.zrem(key, loser)
-            pipe.zadd(key, {pack_row(row.time_us, row.values): row.time_us})
-            entities.setdefault(group.id, set()).add(row.key)
+        for group, rows in self._rows:
+            for row, loser in rows:
+                if loser is not None:
+                    pipe.zrem(self._keys.rows(group.id, row.key), loser)
+            put_rows(pipe, self._keys, group, (row for row, _loser in rows))
+            entities.setdefault(group.id, set()).update(row.key for row, _loser in rows)
         for group_id, names in entities.items():
             pipe.sadd(self._keys.entities(group_id), *names)
         self._write_progress(pipe)

@@ -13,8 +13,8 @@ from redis.exceptions import LockError, RedisError
 
 from millrace_feature.plan import View, WindowView
 from millrace_feature.redis_calls import asked, transaction
-from millrace_feature.redis_changes import in_parts, put_fields
-from millrace_feature.redis_layout import Group, Keys, Progress, pack_row, parse_groups
+from millrace_feature.redis_changes import in_parts, put_fields, put_rows
+from millrace_feature.redis_layout import Group, Keys, Progress, parse_groups
 from millrace_feature.rows import Row
 from millrace_feature.store import Content, Followed, StoreMovedError, rows_of, tiles_of
 from millrace_feature.tile_fields import FieldChange, layout_of
@@ -87,7 +87,7 @@ class RedisGroups:
     def reserve(self, view: View, version: int) -> bool:
         """Announce that the view's group will be filled from `version`; from now on the contract's changes wait for it."""
         columns = len(view.columns) if isinstance(view, WindowView) else 0
-        group = Group(uuid7().replace("-", ""), view.contract, version, columns, "filling", _now_ms())
+        group = Group(uuid7()[-17:].replace("-", ""), view.contract, version, columns, "filling", _now_ms())
 
         def attempt(pipe: Any) -> bool:
             standing = parse_groups(pipe.hgetall(self._keys.groups))
@@ -136,12 +136,9 @@ class RedisGroups:
         pipe = self._client.pipeline(transaction=False)
         fields = [item for item in part if isinstance(item, tuple)]
         put_fields(pipe, [(self._keys.tiles(group.id, entity), content) for entity, content in fields])
-        entities = {entity for entity, _content in fields}
-        for item in part:
-            if isinstance(item, Row):
-                key = self._keys.rows(group.id, item.key)
-                pipe.zadd(key, {pack_row(item.time_us, item.values): item.time_us})
-                entities.add(item.key)
+        rows = [item for item in part if isinstance(item, Row)]
+        put_rows(pipe, self._keys, group, rows)
+        entities = {entity for entity, _content in fields} | {row.key for row in rows}
         pipe.sadd(self._keys.entities(group.id), *entities)
         pipe.execute()
 
@@ -185,6 +182,10 @@ class RedisGroups:
             entities = [member.decode() for member in members]
             doomed = [self._keys.tiles(group_id, entity) for entity in entities]
             doomed += [self._keys.rows(group_id, entity) for entity in entities]
-            self._client.unlink(*doomed)
-            self._client.srem(names, *members)
+            pipe = self._client.pipeline(transaction=False)
+            pipe.unlink(*doomed)
+            for entity in entities:
+                pipe.hdel(self._keys.newest(entity), group_id)
+            pipe.srem(names, *members)
+            pipe.execute()
         self._client.srem(self._keys.trash, group_id)

@@ -1,4 +1,4 @@
-"""How the online store lies in Redis: names of keys, and rows as bytes (tiles: `tile_fields.py`).
+"""How the online store lies in Redis: names of keys, and entries as text (tiles: `tile_fields.py`, rows: `packed_rows.py`).
 
 Below one prefix:
 - `groups`, a hash: group -> `Group` as text; the ready ones are what reads and changes refer to;
@@ -7,7 +7,8 @@ Below one prefix:
 - `seen:<contract>:<source>`, a sorted set of the newest batch offsets applied;
 - `e:<id>`, a set: the entities of the group with this id;
 - `t:<id>:<entity>`, a hash: the fields of `tile_fields.py`;
-- `r:<id>:<entity>`, a sorted set by event time: rows of a newest-row view;
+- `n:<entity>`, a hash: id of each newest-row view's group -> the entity's newest row, so that one command reads all views of an entity;
+- `r:<id>:<entity>`, a sorted set by event time: the rows of a newest-row view, for reads of earlier instants;
 - `trash`, a set of ids whose keys are being removed; `lock`, held by the replica that fills.
 A group's id is new each time it is filled, so what a failed or outdated fill left can never be mistaken for values.
 """
@@ -18,7 +19,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from millrace_feature.rows import Scalar, from_text, to_text
 from millrace_feature.store import Followed
 
 State = Literal["filling", "ready", "retired"]
@@ -105,16 +105,9 @@ class Keys:
         """Rows of an entity."""
         return f"{self._prefix}r:{group_id}:{entity}"
 
-
-def pack_row(time_us: int, values: tuple[Scalar, ...]) -> bytes:
-    """A row as a member of its entity's sorted set."""
-    return f"{time_us} {to_text(values)}".encode()
-
-
-def unpack_row(packed: bytes) -> tuple[int, tuple[Scalar, ...]]:
-    """(event time, values) of what `pack_row` wrote."""
-    time_us, _space, text = packed.partition(b" ")
-    return int(time_us), from_text(text)
+    def newest(self, entity: str) -> str:
+        """Newest rows of an entity, of all groups."""
+        return f"{self._prefix}n:{entity}"
 
 
 def parse_groups(found: Mapping[bytes, bytes]) -> dict[str, Group]:

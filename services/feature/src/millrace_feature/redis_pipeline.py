@@ -132,6 +132,14 @@ class Pipeline:
         """Some fields of a hash."""
         self._commands.append(_packed("HMGET", name, *fields))
 
+    def hmget_each(self, names: Sequence[str], fields: Sequence[str]) -> None:
+        """The same fields of each of some hashes: one reply a hash."""
+        asked = [field.encode() for field in fields]
+        tail = b"".join([b"\r\n$%d\r\n%b" % (len(field), field) for field in asked]) + b"\r\n"
+        head = b"*%d\r\n$5\r\nHMGET\r\n" % (len(asked) + 2)
+        encoded = [name.encode() for name in names]
+        self._commands += [b"%b$%d\r\n%b%b" % (head, len(name), name, tail) for name in encoded]
+
     def zrevrangebyscore(self, name: str, high: int | str, low: int | str, *, start: int, num: int) -> None:
         """Members of a sorted set from the highest score down."""
         self._commands.append(_packed("ZREVRANGEBYSCORE", name, high, low, "LIMIT", start, num))

@@ -30,7 +30,11 @@ from millrace_feature.settings import RedisSettings
 from millrace_feature.store import Ask, Change, Content, Followed, Mark, rows_bound_us
 from millrace_feature.tile_fields import is_outdated, layout_of
 
-_FORGET_IF_EMPTY = "if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('SREM', KEYS[2], ARGV[1]) end"
+_FORGET_IF_EMPTY = """
+if redis.call('EXISTS', KEYS[1]) == 0 then
+  redis.call('SREM', KEYS[2], ARGV[1])
+  redis.call('HDEL', KEYS[3], ARGV[2])
+end"""
 
 
 class RedisOnlineStore:
@@ -178,7 +182,8 @@ class RedisOnlineStore:
         else:
             self._prune_rows(look, remove, view, keys, before_us)
         for entity, key in zip(entities, keys, strict=True):
-            remove.eval(_FORGET_IF_EMPTY, 2, key, self._keys.entities(group.id), entity)
+            names = key, self._keys.entities(group.id), self._keys.newest(entity)
+            remove.eval(_FORGET_IF_EMPTY, len(names), *names, entity, group.id)
         remove.execute()
 
     @staticmethod

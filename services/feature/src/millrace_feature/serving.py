@@ -65,7 +65,7 @@ class _Source:
         """What the store has to know for a read at `at_us`."""
         if self.reader is not None:
             return WindowAsk(self.group, self.reader, self.keys(rows), at_us // self.reader.hop_us)
-        return LatestAsk(self.group, self.keys(rows), at_us)
+        return LatestAsk(self.group, self.keys(rows), at_us, len(self.features))
 
     def part(self, ask: Ask, known: Answers, at_us: int) -> Part:
         """The view's features at `at_us`."""

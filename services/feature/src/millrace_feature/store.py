@@ -10,7 +10,7 @@ from millrace_kit.bus import TopicPartition
 from millrace_feature.plan import LatestView, View
 from millrace_feature.rows import Row, Scalar
 from millrace_feature.tile_fields import FieldChange
-from millrace_feature.tiles import Tiles
+from millrace_feature.tiles import Floats, Ints, Tiles
 from millrace_feature.windows import WindowReader
 
 
@@ -77,6 +77,8 @@ class LatestAsk:
     group: str
     keys: Sequence[str | None]
     time_us: int
+    width: int
+    """Features of the view."""
 
 
 Ask = WindowAsk | LatestAsk
@@ -100,6 +102,13 @@ class Answers(Protocol):
 
     def latest(self, ask: LatestAsk) -> list[NewestRow | None]:
         """Newest row per key."""
+        ...
+
+    def floats(self, ask: LatestAsk) -> tuple[Ints, Floats] | None:
+        """Newest rows as arrays: (event times with `NO_ROW` where there is none, values: [keys, features] with NaN where missing).
+
+        None where a value is no float, or where the store has no such rows at hand: then `latest` has the answer.
+        """
         ...
 
 
