@@ -38,6 +38,8 @@ class Peers:
     requests: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     correct: Counter[str] = field(default_factory=Counter)
+    samples: list[bytes] = field(default_factory=list)
+    """Requests the gateway has logged."""
     problems: list[str] = field(default_factory=list)
     instance: str = "one"
     address: str = ""
@@ -99,6 +101,9 @@ class _Gateway(prediction_pb2_grpc.GatewayServiceServicer):
             figures.latency.add(le_ms=100, count=count - slow)
             figures.latency.add(le_ms=float("inf"), count=slow)
         return answer
+
+    async def GetRequestSamples(self, request, context):
+        return prediction_pb2.GetRequestSamplesResponse(requests=self._peers.samples[: request.limit])
 
 
 class _Drift(drift_pb2_grpc.DriftServiceServicer):

@@ -166,6 +166,13 @@ CASES: list[tuple[str, Any]] = [
     (GATE, {"promql": "up", "max": 1, "failureLimit": 0}),
     (f"{GATE}/failureLimit", 2),
     ("spec/rollout/onFailure", "Shrug"),
+    ("spec/rollout/warmup", {}),
+    ("spec/rollout/warmup", {"requests": 100, "maxTrials": 5, "maxP99Ratio": 1.2, "required": "Never"}),
+    ("spec/rollout/warmup", {"requests": 9}),
+    ("spec/rollout/warmup", {"maxTrials": 2}),
+    ("spec/rollout/warmup", {"maxP99Ratio": 0.5}),
+    ("spec/rollout/warmup", {"required": "EveryStep"}),
+    ("spec/rollout/warmup", {"seconds": 5}),
     ("spec/rollout/progressDeadlineSeconds", 0),
     *(
         ("spec", {"model": "m", "version": "1.0.0", "routing": routing, "rollout": rollout})

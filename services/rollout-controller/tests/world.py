@@ -10,6 +10,7 @@ from millrace_rollout_controller.counts import Counts, Sums
 from millrace_rollout_controller.evidence import Evidence
 from millrace_rollout_controller.experiments import Comparison
 from millrace_rollout_controller.gates import GateState
+from millrace_rollout_controller.plans import WarmSeen
 from millrace_rollout_controller.reconciler import (
     Action,
     ArmSeen,
@@ -89,6 +90,7 @@ class World:
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     acknowledged: set[float] = field(default_factory=set)
     """Candidate weights that were in force in this trial."""
+    warm: WarmSeen | None = None
     restart: bool = True
     """Send the status through JSON between looks, as a restart does."""
 
@@ -122,7 +124,7 @@ class World:
             for version, count in self.running.items()
         }
         settled = self.in_force == self.published and self.published == self.status.route
-        return Observed(self.registry, arms, settled)
+        return Observed(self.registry, arms, settled, self.warm)
 
     def evidence(self) -> Evidence:
         return Evidence(

@@ -25,6 +25,7 @@ from millrace_rollout_controller.servicer import RolloutServicer
 from millrace_rollout_controller.settings import RolloutSettings
 from millrace_rollout_controller.sql_store import SqlStore
 from millrace_rollout_controller.store import Store
+from millrace_rollout_controller.warming import Warmer
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ async def build(settings: RolloutSettings, *, clock: Clock | None = None) -> Ser
         prometheus=Prometheus(settings.prometheus, clock),
         namespace=settings.kubernetes.namespace if settings.kubernetes is not None else "",
         trial_save_s=place.trial_save_s,
+        warmer=Warmer(figures, clock),
     )
     deployments = Deployments(place.store, place.executor, clock, max_deployments=settings.max_deployments)
     servicer = RolloutServicer(deployments, controller, place.hub, clock, max_gateways=settings.max_gateways)

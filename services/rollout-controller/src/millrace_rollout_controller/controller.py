@@ -29,11 +29,13 @@ from millrace_rollout_controller.reconciler import (
     Refusal,
     RunServers,
     SetRoute,
+    WarmServers,
     reconcile,
 )
 from millrace_rollout_controller.stages import compared
 from millrace_rollout_controller.state import Route, Status, VersionRef
 from millrace_rollout_controller.store import Row, Store
+from millrace_rollout_controller.warming import Warmer
 
 log = logging.getLogger(__name__)
 EVIDENCE_SAVE_S = 30.0
@@ -61,6 +63,7 @@ class _Plan:
 
     routes: dict[str, Route | None] = field(default_factory=dict)
     wanted: list[Wanted] = field(default_factory=list)
+    warm: dict[str, WarmServers] = field(default_factory=dict)
     forget: list[str] = field(default_factory=list)
     complete: bool = True
     """False when a deployment could not be looked at and it is not known what it wants; then nothing is stopped."""
@@ -84,7 +87,9 @@ class Controller:
         trial_save_s: float = 0.0,
         prometheus: Prometheus | None = None,
         namespace: str = "",
+        warmer: Warmer | None = None,
     ) -> None:
+        self._warmer = warmer
         self._trial_save_s = trial_save_s
         self._store = store
         self._hub = hub
@@ -149,6 +154,8 @@ class Controller:
                 task.cancel()
             if self._asking is not None:
                 self._asking.cancel()
+            if self._warmer is not None:
+                self._warmer.close()
 
     async def _try_tick(self) -> bool:
         """One look; while the storage does not answer everything stays as it is, and gateways keep their routes."""
@@ -286,7 +293,8 @@ class Controller:
             elif name not in self._lookups:
                 self._lookups[name] = asyncio.create_task(self._look_up(name))
         settled = published == status.route and self._hub.settled(row.model, self._clock.now().timestamp())
-        return Observed(versions, arms, settled)
+        warmup = self._warmer.seen(row.name) if self._warmer is not None else None
+        return Observed(versions, arms, settled, warmup)
 
     async def _look_up(self, name: tuple[str, str]) -> None:
         try:
@@ -309,6 +317,8 @@ class Controller:
                     plan.routes[model] = route
                 case RunServers(ref=ref, replicas=replicas):
                     plan.wanted.append(Wanted(row.name, ref, replicas, known.spec.server))
+                case WarmServers():
+                    plan.warm[row.name] = action
                 case Forget(name=name):
                     plan.forget.append(name)
 
@@ -329,6 +339,8 @@ class Controller:
         metrics.GATEWAYS.set(self._hub.alive(now))
         if plan.complete:
             await self._executor.converge(plan.wanted, self._hub.in_use(now))
+        if self._warmer is not None and plan.complete:
+            self._warmer.converge(plan.warm)
         for name in plan.forget:
             await asyncio.to_thread(self._store.delete, name)
             log.info("deployment %s is gone", name)

@@ -138,7 +138,7 @@ def deployment(row: Row) -> rollout_pb2.Deployment:
                 candidate_samples=g.candidate_samples,
                 stable_samples=g.stable_samples,
             )
-            for g in status.gates
+            for g in status.verdicts
         ],
         events=[
             rollout_pb2.StatusEvent(at=_time(e.at), type=e.type, reason=e.reason, message=e.message)

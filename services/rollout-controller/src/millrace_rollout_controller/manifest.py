@@ -122,6 +122,23 @@ class Shadow(Block):
     """When the run has ended and its gates have passed: wait for a person, or promote."""
 
 
+class Warmup(Block):
+    """Requests replayed to each new server before the candidate's first weight, until it answers steadily."""
+
+    requests: int = Field(default=50, ge=10, le=10_000)
+    """Requests of one window; steady are three windows in a row within 10 % of each other in latency and throughput."""
+    max_trials: int = Field(default=10, ge=3, le=100)
+    """Most windows of one server; then the gate fails."""
+    concurrency: int = Field(default=1, ge=1, le=64)
+    """Requests under way at once."""
+    max_p99_ratio: float = Field(default=1.5, ge=1, le=100)
+    """Most times that the 99th percentile may be stable's, on the same requests at the same time."""
+    timeout_seconds: int = Field(default=120, ge=1, le=3600)
+    """Longest time for all servers of the candidate; then the gate fails."""
+    required: Literal["Always", "Never"] = "Always"
+    """Whether a failure ends the trial, or is only said."""
+
+
 class Gate(Block):
     """One condition on the candidate: a metric of ours with exactly one of `max`, `min` and `compare`, or a PromQL query with `max` or `min`."""
 
@@ -169,6 +186,8 @@ class Rollout(Block):
     ab_test: ABTest | None = None
     shadow: Shadow | None = None
     gates: tuple[Gate, ...] = Field(default=(), max_length=MAX_GATES)
+    warmup: Warmup | None = None
+    """Replay requests to new servers before the first weight; None leaves it at the warm-up every server does by itself."""
     on_failure: Literal["Rollback"] = "Rollback"
     progress_deadline_seconds: int = Field(default=120, ge=1, le=86_400)
     """A candidate without ready servers for this long is rolled back."""

@@ -2,8 +2,9 @@
 
 import asyncio
 import hashlib
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -150,6 +151,24 @@ class Figures:
             polls[model] = Poll(gateways, found)
         return polls
 
+    async def samples(self, model: str, limit: int) -> list[bytes]:
+        """See `RequestSource.samples`: from every gateway some, so that no one caller's requests are all of them."""
+        addresses = self.addresses
+        answers = await asyncio.gather(*(self._ask_samples(address, model, limit) for address in addresses))
+        return list(itertools.islice(_in_turn(answers), limit))
+
+    async def _ask_samples(self, address: str, model: str, limit: int) -> list[bytes]:
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = self._channels[address] = self._open(address)
+        request = prediction_pb2.GetRequestSamplesRequest(model=model, limit=limit)
+        try:
+            stub = prediction_pb2_grpc.GatewayServiceStub(channel)
+            return list((await stub.GetRequestSamples(request, timeout=self._timeout_s)).requests)
+        except grpc.aio.AioRpcError:
+            # A gateway of the release before has none; zeros do instead.
+            return []
+
     async def _close_all_but(self, addresses: Sequence[str]) -> None:
         for address in self._channels.keys() - set(addresses):
             await self._channels.pop(address).close()
@@ -179,3 +198,9 @@ class Figures:
         except grpc.aio.AioRpcError:
             POLL_FAILURES.labels("drift").inc()
             return None
+
+
+def _in_turn(lists: Sequence[Sequence[bytes]]) -> Iterator[bytes]:
+    """The first of each, then the second of each, and so on."""
+    for row in itertools.zip_longest(*lists):
+        yield from (body for body in row if body is not None)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from millrace_rollout_controller.evidence import Evidence
-from millrace_rollout_controller.manifest import Spec
+from millrace_rollout_controller.manifest import Spec, Warmup
 from millrace_rollout_controller.stages import Stage, stages
-from millrace_rollout_controller.state import Route, Status, VersionRef
+from millrace_rollout_controller.state import Route, Status, Verdict, VersionRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,17 @@ class ArmSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class WarmSeen:
+    """How far the warm-up of a candidate is."""
+
+    trial: int
+    verdict: Verdict
+    evidence: str
+    requests: int
+    """Sent so far."""
+
+
+@dataclass(frozen=True, slots=True)
 class Observed:
     """The world outside."""
 
@@ -52,6 +63,8 @@ class Observed:
     arms: Mapping[str, ArmSeen] = field(default_factory=dict)
     settled: bool = True
     """The last wanted route is in force at every live gateway."""
+    warmup: WarmSeen | None = None
+    """Absent while none is under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +99,25 @@ class SetRoute:
 
 
 @dataclass(frozen=True, slots=True)
+class WarmServers:
+    """These servers should be warmed; who already does so goes on."""
+
+    ref: VersionRef
+    trial: int
+    endpoints: tuple[str, ...]
+    stable_endpoints: tuple[str, ...]
+    """Whom to compare with."""
+    block: Warmup
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
     """Nothing is left of this deployment."""
 
     name: str
 
 
-Action = RunServers | StopServers | SetRoute | Forget
+Action = RunServers | StopServers | SetRoute | WarmServers | Forget
 
 
 @dataclass

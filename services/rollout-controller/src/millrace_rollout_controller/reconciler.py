@@ -25,14 +25,17 @@ from millrace_rollout_controller.plans import (
     RunServers,
     SetRoute,
     StopServers,
+    WarmServers,
 )
 from millrace_rollout_controller.retirement import retire
 from millrace_rollout_controller.routing import wanted_route
 from millrace_rollout_controller.state import Status
 from millrace_rollout_controller.trials import look_at_candidate
+from millrace_rollout_controller.warm_gate import warming
 
 __all__ = [
-    "Action", "ArmSeen", "Forget", "Item", "Limits", "Observed", "Refusal", "RunServers", "SetRoute", "StopServers", "reconcile",
+    "Action", "ArmSeen", "Forget", "Item", "Limits", "Observed", "Refusal", "RunServers", "SetRoute", "StopServers", "WarmServers",
+    "reconcile",
 ]  # fmt: skip
 
 
@@ -92,6 +95,8 @@ def _finish(d: Draft) -> tuple[Status, tuple[Action, ...]]:
     actions: list[Action] = [SetRoute(d.spec.model, route)]
     actions += [RunServers(ref, d.spec.server.replicas) for ref in running]
     actions += [StopServers(version) for version in d.seen.arms if version not in versions]
+    if (warm_up := warming(d)) is not None:
+        actions.append(warm_up)
     ready = len(d.servers(s.stable.ref.version).ready) if s.stable else 0
     s.conditions = conditions(s, d.spec, ready=ready, settled=settled_before, now=d.now)
     return s, tuple(actions)

@@ -219,11 +219,18 @@ class Status(Mutable):
     """Why nothing moves now, for people."""
     retiring: list[Retiring] = []
     route: Route | None = None
+    warmup: GateView | None = None
+    """The warm gate of this or the last candidate."""
     gates: list[GateView] = []
     comparisons: list[ComparisonView] = []
     """Result of the last A/B test or shadow run; so far, while it is under way."""
     conditions: list[Condition] = []
     events: list[Event] = []
+
+    @property
+    def verdicts(self) -> list[GateView]:
+        """Every gate, the warm gate first."""
+        return [*([self.warmup] if self.warmup is not None else []), *self.gates]
 
     def event(self, at: datetime, kind: Literal["Normal", "Warning"], reason: str, message: str) -> None:
         """Note something that happened; the newest 50 are kept, and a repetition of the last one is not noted."""

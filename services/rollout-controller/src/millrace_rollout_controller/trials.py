@@ -6,6 +6,7 @@ from millrace_rollout_controller.candidates import fail
 from millrace_rollout_controller.judging import judge_gates, missing
 from millrace_rollout_controller.plans import Draft
 from millrace_rollout_controller.state import Retiring
+from millrace_rollout_controller.warm_gate import warm
 
 
 def look_at_candidate(d: Draft) -> None:
@@ -38,7 +39,7 @@ def look_at_candidate(d: Draft) -> None:
         _take_first(d, enough)
     else:
         s.phase = "Paused" if s.paused else "Preparing"
-        if enough and not s.paused and d.known_without_weight(version):
+        if enough and not s.paused and d.known_without_weight(version) and warm(d):
             _begin(d)
 
 

@@ -123,7 +123,7 @@ def public(
                 "candidateSamples": gate.candidate_samples,
                 "stableSamples": gate.stable_samples,
             }
-            for gate in status.gates
+            for gate in status.verdicts
         ],
         "comparisons": [
             {

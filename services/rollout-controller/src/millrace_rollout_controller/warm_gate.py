@@ -1,0 +1,131 @@
+"""The warm gate: before the first weight a candidate answers requests that stable has answered, until it does so steadily. Pure.
+
+The rule for "steadily" is perf_analyzer's: in the last three windows the greatest mean latency and the greatest throughput are at most 10 %
+above the least. The windows of stable are taken in between, with the same requests, so what slows the machine slows both.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from millrace_rollout_controller.candidates import fail
+from millrace_rollout_controller.manifest import Warmup
+from millrace_rollout_controller.plans import Draft, WarmServers
+from millrace_rollout_controller.state import GateView, Verdict
+
+STEADY_WINDOWS = 3
+STEADY_SHARE = 0.10
+NOISE_MS = 1.0
+"""A 99th percentile that is above stable's by less than this is no difference: it is what a busy client adds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Some requests to one server."""
+
+    latencies_ms: tuple[float, ...]
+    """Of the requests that were answered."""
+    seconds: float
+    failures: int = 0
+    problem: str = ""
+    """What the last failed one was told."""
+
+    @property
+    def mean_ms(self) -> float:
+        """Mean latency; 0 without answers."""
+        return sum(self.latencies_ms) / len(self.latencies_ms) if self.latencies_ms else 0.0
+
+    @property
+    def per_s(self) -> float:
+        """Answers a second."""
+        return len(self.latencies_ms) / self.seconds if self.seconds > 0 else 0.0
+
+
+def steady(windows: Sequence[Window]) -> bool:
+    """Whether the last three windows had no failure and differ by at most 10 % in latency and in throughput."""
+    last = windows[-STEADY_WINDOWS:]
+    if len(last) < STEADY_WINDOWS or any(window.failures or not window.latencies_ms for window in last):
+        return False
+    return all(max(values) <= (1.0 + STEADY_SHARE) * min(values) for values in _figures(last))
+
+
+def _figures(windows: Sequence[Window]) -> tuple[list[float], list[float]]:
+    return [window.mean_ms for window in windows], [window.per_s for window in windows]
+
+
+def p99_ms(windows: Sequence[Window]) -> float:
+    """99th percentile (nearest rank) of the last three windows; 0 without answers."""
+    values = sorted(ms for window in windows[-STEADY_WINDOWS:] for ms in window.latencies_ms)
+    return values[math.ceil(0.99 * len(values)) - 1] if values else 0.0
+
+
+def judge(candidate: Sequence[Window], stable: Sequence[Window], block: Warmup) -> tuple[Verdict, str]:
+    """What the windows of one server say so far.
+
+    Args:
+        candidate: windows of the server, oldest first.
+        stable: as many windows of a server of stable; none when it has no server.
+        block: the manifest's bounds.
+    """
+    trials = f"after {len(candidate)} of at most {block.max_trials} windows of {block.requests} requests"
+    last = candidate[-1] if candidate else Window((), 0.0)
+    out_of_trials = len(candidate) >= block.max_trials
+    if last.failures:
+        words = f"{last.failures} of {block.requests} replayed requests failed ({last.problem}) {trials}"
+        return ("fail" if out_of_trials else "undecided"), words
+    if not steady(candidate):
+        means = ", ".join(f"{window.mean_ms:.2f}" for window in candidate[-STEADY_WINDOWS:])
+        words = f"latency is not steady {trials}: mean {means} ms"
+        return ("fail" if out_of_trials else "undecided"), words
+    mine = p99_ms(candidate)
+    words = f"steady {trials}, mean {last.mean_ms:.2f} ms, {last.per_s:.0f}/s, p99 {mine:.2f} ms"
+    theirs = p99_ms(stable)
+    if theirs <= 0:
+        return "pass", f"{words}; stable has no server to compare with"
+    words += f", stable's {theirs:.2f} ms (at most {block.max_p99_ratio:g} times)"
+    if mine <= max(theirs * block.max_p99_ratio, theirs + NOISE_MS):
+        return "pass", words
+    return ("fail" if out_of_trials else "undecided"), words
+
+
+def warm(d: Draft) -> bool:
+    """Whether the candidate may have its first weight; writes the gate into the status, and ends the trial when it failed."""
+    s, block = d.status, d.spec.rollout.warmup
+    # Whoever goes back to a version goes back at once.
+    if block is None or s.candidate is None or s.undo == s.candidate.ref.version:
+        return True
+    if s.warmup is not None and s.warmup.verdict == "pass":
+        return True
+    seen = d.seen.warmup
+    if seen is None or seen.trial != s.trial:
+        s.warmup = _view("undecided", "replaying begins", 0)
+        s.waiting = f"{s.warmup.gate}: replaying begins"
+        return False
+    s.warmup = _view(seen.verdict, seen.evidence, seen.requests)
+    version = s.candidate.ref.version
+    if seen.verdict == "undecided":
+        s.waiting = f"{s.warmup.gate}: {seen.evidence}"
+        return False
+    if seen.verdict == "pass":
+        s.event(d.now, "Normal", "Warm", f"{version}: {seen.evidence}")
+        return True
+    if block.required == "Never":
+        s.event(d.now, "Warning", "NotWarm", f"{version} goes on all the same: {seen.evidence}")
+        return True
+    fail(d, "WarmupFailed", seen.evidence)
+    return False
+
+
+def _view(verdict: Verdict, evidence: str, requests: int) -> GateView:
+    return GateView(gate="warmup", verdict=verdict, evidence=evidence, candidate_samples=requests, stable_samples=0)
+
+
+def warming(d: Draft) -> WarmServers | None:
+    """What is to be warmed now; None for nothing."""
+    s, block = d.status, d.spec.rollout.warmup
+    if block is None or s.candidate is None or s.stable is None or s.entered or s.warmup is None:
+        return None
+    if s.warmup.verdict != "undecided":
+        return None
+    ready = d.servers(s.candidate.ref.version).ready
+    return WarmServers(s.candidate.ref, s.trial, ready, d.servers(s.stable.ref.version).ready, block)
