@@ -182,6 +182,7 @@ class LocalExecutor:
             settings=self._settings,
             prepare=prepare,
             choose_port=choose,
+            arguments=self._parts.arguments(want.server) if want else (),
         )
         replica.retiring = want is None
         self._replicas[record.id] = replica

@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import subprocess
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -59,6 +59,7 @@ class Replica:
         folder: where records and logs are.
         prepare: makes the model repository ready and names its folder; raises when it cannot.
         choose_port: a free port, given the one wanted.
+        arguments: of the server's command line, beside those every server has.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class Replica:
         settings: TritonSettings,
         prepare: Callable[[], Awaitable[Path]],
         choose_port: Callable[[int], int],
+        arguments: Sequence[str] = (),
     ) -> None:
+        self._arguments = arguments
         self.record = record
         self.ref = ref
         self.ready = False
@@ -161,7 +164,9 @@ class Replica:
     def _spawn(self, repository: Path, port: int) -> None:
         triton.sweep(self.record.pid, self.record.since, self.record.id)
         self._keep(replace(self.record, port=port, pid=0, since=0.0))
-        self._child = self._parts.start(self.record.id, repository, self._settings.host, port, self.log_path)
+        self._child = self._parts.start(
+            self.record.id, repository, self._settings.host, port, self.log_path, arguments=self._arguments
+        )
         since = triton.started_at(self._child.pid)
         self._keep(replace(self.record, pid=self._child.pid, since=since or 0.0))
 

@@ -7,6 +7,7 @@ one that was changed is thrown away and written anew.
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -15,6 +16,7 @@ from uuid import uuid4
 from millrace_kit.content import sha256_file
 from millrace_kit.errors import FailedPreconditionError
 
+from millrace_rollout_controller import triton_options
 from millrace_rollout_controller.executor import ArtifactSource
 from millrace_rollout_controller.server_block import Server
 from millrace_rollout_controller.state import ArtifactRef, Tensor, VersionRef
@@ -42,7 +44,7 @@ class Flavour:
 
 def key(ref: VersionRef, server: Server, flavour: Flavour) -> str:
     """Short name of everything that decides how a server behaves; equal keys can share a repository."""
-    parts = (ref.digest, config(ref, server, flavour), sha256_file(_RUNTIME))
+    parts = (ref.digest, config(ref, server, flavour), sha256_file(_RUNTIME), *triton_options.arguments(server))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -80,8 +82,9 @@ def config(ref: VersionRef, server: Server, flavour: Flavour) -> str:
         f"max_batch_size: {server.max_batch_size}",
         *(_tensor("input", tensor) for tensor in ref.inputs),
         *(_tensor("output", tensor) for tensor in ref.outputs),
-        f"instance_group [ {{ count: {server.instances} kind: {'KIND_GPU' if flavour.gpu else 'KIND_CPU'} }} ]",
-        f"dynamic_batching {{ max_queue_delay_microseconds: {server.queue_delay_us} }}",
+        triton_options.instances(server, gpu=flavour.gpu),
+        triton_options.batching(server),
+        *triton_options.caching(server),
     ]
     if flavour.backend == "pythonOnnx":
         lines += [
@@ -94,8 +97,11 @@ def config(ref: VersionRef, server: Server, flavour: Flavour) -> str:
             _parameter("intra_op_thread_count", str(flavour.threads)),
             _parameter("inter_op_thread_count", "1"),
         ]
-    if flavour.warmup:
-        lines.append(_warm_up(ref, flavour.warmup))
+    if server.model_warmup is not None:
+        own = server.model_warmup
+        lines.append(_warm_up(ref, own.count, own.batch_sizes if server.max_batch_size > 1 else (1,)))
+    elif flavour.warmup:
+        lines.append(_warm_up(ref, flavour.warmup, (1,)))
     return "\n".join(lines) + "\n"
 
 
@@ -106,13 +112,14 @@ def _tensor(kind: str, tensor: Tensor) -> str:
     return f"{kind} [ {{ name: {json.dumps(tensor.name)} data_type: {data_type} dims: [ {dims} ] }} ]"
 
 
-def _warm_up(ref: VersionRef, count: int) -> str:
+def _warm_up(ref: VersionRef, count: int, batch_sizes: Sequence[int]) -> str:
     inputs = "\n".join(
         f"    inputs {{ key: {json.dumps(tensor.name)} value {{ data_type: {_TYPES.get(tensor.datatype, 'TYPE_INVALID')}"
         f" dims: [ {', '.join(str(max(1, size)) for size in tensor.shape)} ] zero_data: true }} }}"
         for tensor in ref.inputs
     )
-    return f'model_warmup [ {{\n    name: "zeros"\n    batch_size: 1\n    count: {count}\n{inputs}\n}} ]'
+    kinds = (f'{{\n    name: "zeros {n}"\n    batch_size: {n}\n    count: {count}\n{inputs}\n}}' for n in batch_sizes)
+    return f"model_warmup [ {', '.join(kinds)} ]"
 
 
 def _parameter(name: str, value: str) -> str:

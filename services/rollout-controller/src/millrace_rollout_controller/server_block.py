@@ -85,6 +85,41 @@ class Spread(Block):
     when_unsatisfiable: Literal["DoNotSchedule", "ScheduleAnyway"] = "ScheduleAnyway"
 
 
+class Batching(Block):
+    """How single requests become batches inside a server: Triton's dynamic batcher, beside `maxBatchSize` and `queueDelayUs`."""
+
+    preferred_sizes: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(default=(), max_length=16)
+    """Rows of a batch at which it need not wait any longer, rising; empty sends what there is."""
+    priority_levels: int = Field(default=0, ge=0, le=10)
+    """Queues of their own, 1 being served first; a request names its own by the V2 parameter `priority`. 0 has one queue for all."""
+    default_priority: Annotated[int, Field(ge=1, le=10)] | None = None
+    """Queue of a request that names none; needed with `priorityLevels`."""
+    max_queue_size: int = Field(default=0, ge=0, le=1_000_000)
+    """Requests that may wait in a queue; more are refused at once (UNAVAILABLE). 0 is no limit."""
+    queue_timeout_us: int = Field(default=0, ge=0, le=600_000_000)
+    """Longest wait in a queue, then the request is refused; 0 is no limit."""
+
+
+class RateLimit(Block):
+    """Executions at once, over all instances of a server: Triton's rate limiter with one resource."""
+
+    per_instance: int = Field(default=1, ge=1, le=1000)
+    """Units of the resource that one running instance holds."""
+    total: int = Field(ge=1, le=100_000)
+    """Units that a server has; with several GPUs each has as many."""
+    priority: int = Field(default=1, ge=1, le=1000)
+    """Of instances that wait for units at the same time, those of 1 come first, those of 2 half as often."""
+
+
+class ModelWarmup(Block):
+    """Requests a server answers to itself, of zeros, before it says that it is ready."""
+
+    batch_sizes: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(default=(1,), min_length=1, max_length=16)
+    """Rows of the requests, one kind each; a graph may be compiled anew for every size."""
+    count: int = Field(default=1, ge=1, le=1000)
+    """Requests of each kind."""
+
+
 class Server(Block):
     """The model servers of each version."""
 
@@ -99,6 +134,14 @@ class Server(Block):
     """Copies of the model inside one server."""
     queue_delay_us: int = Field(default=0, ge=0, le=1_000_000)
     """How long a request may wait for others to fill a batch."""
+    batching: Batching = Batching()
+    rate_limit: RateLimit | None = None
+    """None lets every instance run whenever it has requests."""
+    response_cache_mib: int = Field(default=0, ge=0, le=65_536)
+    """Memory of a server for answers to equal requests, which are then answered without the model; 0 keeps none. An answer from there is in
+    the figures of its version like any other, and faster."""
+    model_warmup: ModelWarmup | None = None
+    """None leaves it at the controller's own, a few single rows."""
     autoscaling: Autoscaling | None = None
     node_selector: dict[str, Annotated[str, Field(pattern=LABEL_VALUE, max_length=63)]] = Field(
         default={}, max_length=16
@@ -130,6 +173,7 @@ def check_server(server: Server) -> None:
             raise InvalidArgumentError(f"{where}.value", "belongs to operator Equal")
         if toleration.operator == "Equal" and toleration.key is None:
             raise InvalidArgumentError(f"{where}.key", "is needed by operator Equal")
+    _check_batches(server)
     scaling = server.autoscaling
     if scaling is None:
         return
@@ -141,3 +185,23 @@ def check_server(server: Server) -> None:
         raise InvalidArgumentError(f"{where}.maxReplicas", "must be at least minReplicas and spec.server.replicas")
     if (scaling.metric == "cpu") != scaling.target.endswith("%"):
         raise InvalidArgumentError(f"{where}.target", "needs a percentage with cpu and a time like 5ms with queueTime")
+
+
+def _check_batches(server: Server) -> None:
+    batching = server.batching
+    where = "spec.server.batching"
+    sizes = batching.preferred_sizes
+    if list(sizes) != sorted(set(sizes)):
+        raise InvalidArgumentError(f"{where}.preferredSizes", "must be rising")
+    warmup = server.model_warmup.batch_sizes if server.model_warmup is not None else ()
+    for field, given in ((f"{where}.preferredSizes", sizes), ("spec.server.modelWarmup.batchSizes", warmup)):
+        if any(size > server.max_batch_size for size in given):
+            raise InvalidArgumentError(field, "must be at most spec.server.maxBatchSize")
+    if (batching.default_priority is not None) != (batching.priority_levels > 0):
+        raise InvalidArgumentError(f"{where}.defaultPriority", "belongs to priorityLevels, and priorityLevels needs it")
+    if batching.default_priority is not None and batching.default_priority > batching.priority_levels:
+        raise InvalidArgumentError(f"{where}.defaultPriority", "must be at most priorityLevels")
+    limit = server.rate_limit
+    if limit is not None and limit.per_instance > limit.total:
+        message = "must be at least perInstance, or no instance could ever run"
+        raise InvalidArgumentError("spec.server.rateLimit.total", message)

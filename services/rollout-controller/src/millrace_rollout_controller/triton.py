@@ -14,10 +14,14 @@ import socket
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from millrace_rollout_controller import triton_options
+from millrace_rollout_controller.server_block import Server
 
 LOG_BYTES = 16 * 1024 * 1024
 START_TIME_SLACK_S = 1.0
@@ -89,13 +93,20 @@ class Triton:
         kept["PYTHONUNBUFFERED"] = "1"
         return kept
 
-    def start(self, server_id: str, repository: Path, host: str, port: int, log: Path) -> subprocess.Popen[bytes]:
+    def arguments(self, server: Server) -> list[str]:
+        """What the manifest asks of the server as a whole."""
+        found = triton_options.arguments(server)
+        return [f"--cache-directory={self.binary.parent.parent / 'caches'}", *found] if server.response_cache_mib else found
+
+    def start(
+        self, server_id: str, repository: Path, host: str, port: int, log: Path, *, arguments: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
         """Start one server in its own session; it outlives this process."""
         log.parent.mkdir(parents=True, exist_ok=True)
         trim(log)
         with log.open("ab") as output:
             return subprocess.Popen(
-                self.command(server_id, repository, host, port),
+                [*self.command(server_id, repository, host, port), *arguments],
                 env=self.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -146,6 +146,18 @@ CEL: dict[str, list[Rule]] = {
     ],
     "spec.server": [
         _rule(
+            "!has(self.batching) || !has(self.batching.preferredSizes)"
+            " || self.batching.preferredSizes.all(n, n <= (has(self.maxBatchSize) ? self.maxBatchSize : 64))",
+            "must be at most spec.server.maxBatchSize",
+            ".batching.preferredSizes",
+        ),
+        _rule(
+            "!has(self.modelWarmup) || !has(self.modelWarmup.batchSizes)"
+            " || self.modelWarmup.batchSizes.all(n, n <= (has(self.maxBatchSize) ? self.maxBatchSize : 64))",
+            "must be at most spec.server.maxBatchSize",
+            ".modelWarmup.batchSizes",
+        ),
+        _rule(
             "!has(self.autoscaling) || !has(self.autoscaling.minReplicas)"
             " || self.autoscaling.minReplicas >= (has(self.replicas) ? self.replicas : 1)",
             "must be at least spec.server.replicas",
@@ -156,6 +168,32 @@ CEL: dict[str, list[Rule]] = {
             " && (!has(self.autoscaling.minReplicas) || self.autoscaling.maxReplicas >= self.autoscaling.minReplicas))",
             "must be at least minReplicas and spec.server.replicas",
             ".autoscaling.maxReplicas",
+        ),
+    ],
+    "spec.server.batching.preferredSizes": [
+        _rule(
+            "self.isSorted() && self.all(n, self.exists_one(other, other == n))",
+            "must be rising",
+        ),
+    ],
+    "spec.server.batching": [
+        _rule(
+            "has(self.defaultPriority) == (has(self.priorityLevels) && self.priorityLevels > 0)",
+            "belongs to priorityLevels, and priorityLevels needs it",
+            ".defaultPriority",
+        ),
+        _rule(
+            "!has(self.defaultPriority) || !has(self.priorityLevels) || self.priorityLevels == 0"
+            " || self.defaultPriority <= self.priorityLevels",
+            "must be at most priorityLevels",
+            ".defaultPriority",
+        ),
+    ],
+    "spec.server.rateLimit": [
+        _rule(
+            "(has(self.perInstance) ? self.perInstance : 1) <= self.total",
+            "must be at least perInstance, or no instance could ever run",
+            ".total",
         ),
     ],
     "spec.server.autoscaling": [

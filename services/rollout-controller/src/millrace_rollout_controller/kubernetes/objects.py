@@ -5,6 +5,7 @@ Exactly the fields that this controller owns, as server-side apply wants them; e
 
 from typing import Any
 
+from millrace_rollout_controller import triton_options
 from millrace_rollout_controller.executor import Wanted
 from millrace_rollout_controller.kubernetes import names, order
 from millrace_rollout_controller.kubernetes.api import Object
@@ -210,6 +211,7 @@ def _fetch(want: Wanted, settings: KubernetesSettings) -> Object:
         threads=servers.onnx_threads,
         gpu=bool(extended_resources(server)) and servers.platform == "onnxruntime",
         warmup=servers.warmup_requests,
+        options=server.model_dump_json(by_alias=True, include=order.OPTIONS, exclude_none=True, exclude_defaults=True),
     )
     mounts = [
         {"name": "models", "mountPath": order.MODELS},
@@ -248,7 +250,7 @@ def _triton(want: Wanted, servers: ModelServerSettings) -> Object:
         "image": servers.image,
         "imagePullPolicy": servers.image_pull_policy,
         "command": list(servers.command),
-        "args": list(servers.args),
+        "args": [*servers.args, *triton_options.arguments(want.server)],
         "env": [{"name": name, "value": value} for name, value in sorted(servers.env.items())],
         "ports": [
             {"name": "grpc", "containerPort": names.GRPC, "protocol": "TCP"},

@@ -1,5 +1,7 @@
 """What a model server's init container is told: which files of which version, and how the server will run them. One JSON text."""
 
+import json
+
 from millrace_rollout_controller.repository import Flavour
 from millrace_rollout_controller.server_block import Server
 from millrace_rollout_controller.state import Frozen, VersionRef
@@ -9,6 +11,9 @@ ENVIRONMENT = "MILLRACE_FETCH_ORDER"
 MODELS = "/models"
 """Where the repository is in both containers."""
 TERMINATION_LOG = "/dev/termination-log"
+
+OPTIONS = {"batching", "rate_limit", "response_cache_mib", "model_warmup"}
+"""Fields of the manifest's block that `Order.options` carries."""
 
 
 class Order(Frozen):
@@ -22,6 +27,8 @@ class Order(Frozen):
     threads: int
     gpu: bool
     warmup: int
+    options: str = "{}"
+    """The rest of the manifest's block that the configuration needs, as JSON."""
 
     @property
     def server(self) -> Server:
@@ -31,7 +38,7 @@ class Order(Frozen):
             "instances": self.instances,
             "queueDelayUs": self.queue_delay_us,
         }
-        return Server.model_validate(values)
+        return Server.model_validate_json(json.dumps(values | json.loads(self.options)))
 
     @property
     def flavour(self) -> Flavour:
