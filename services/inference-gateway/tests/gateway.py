@@ -95,7 +95,7 @@ class Rollout(rollout_pb2_grpc.RolloutServiceServicer):
         finally:
             reading.cancel()
 
-    async def in_force(self, generation: int, timeout_s: float = 20) -> None:
+    async def in_force(self, generation: int, timeout_s: float = 60) -> None:
         async def ask() -> bool:
             return self.applied >= generation
 

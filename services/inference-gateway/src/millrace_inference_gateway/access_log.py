@@ -3,12 +3,14 @@
 import base64
 import binascii
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from envoy.data.accesslog.v3 import accesslog_pb2
 from google.protobuf.duration_pb2 import Duration
 
+from millrace_inference_gateway.payload import HttpForm, HttpForms
 from millrace_inference_gateway.routes import cluster_arm
 
 UNKNOWN, UNAVAILABLE, OK = 2, 14, 0
@@ -16,6 +18,14 @@ CANCELLED = 1
 NAMESPACE = "millrace"
 MODEL_HEADER = "x-millrace-model"
 VERSION_HEADER = "x-millrace-version"
+# What Triton means by its statuses, as gRPC says it; what is not here is UNKNOWN.
+HTTP_STATUSES = {
+    200: OK, 400: 3, 401: 16, 403: 7, 404: 5, 413: 3, 415: 3, 429: 8, 499: CANCELLED, 500: 13, 501: 12, 0: UNAVAILABLE, 502: UNAVAILABLE,
+    503: UNAVAILABLE, 504: 4,
+}  # fmt: skip
+# Bytes of JSON at the head of a body of V2 over HTTP; tensors follow.
+JSON_BYTES_HEADER = "inference-header-content-length"
+MAX_DIGITS = 10
 # A batch names one subject a row.
 MAX_SUBJECT = 16_384
 _TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -40,8 +50,10 @@ class InferenceCall:
     """Unix time; when the caller gave none, that of the answer."""
     trace_id: str
     request: bytes
-    """gRPC body, when it was sampled."""
+    """Body, when it was sampled, else empty."""
     response: bytes
+    http: HttpForms | None = None
+    """Of a call by HTTP, how to read its bodies; None for gRPC."""
 
 
 def read_entry(entry: accesslog_pb2.HTTPAccessLogEntry) -> InferenceCall | None:
@@ -67,6 +79,7 @@ def read_entry(entry: accesslog_pb2.HTTPAccessLogEntry) -> InferenceCall | None:
         trace_id=trace[1] if trace else "",
         request=_payload(common, "request"),
         response=_payload(common, "response"),
+        http=HttpForms(_form(headers), _form(entry.response.response_headers)) if is_http(entry) else None,
     )
 
 
@@ -91,7 +104,15 @@ def _status(entry: accesslog_pb2.HTTPAccessLogEntry) -> int:
     flags = entry.common_properties.response_flags
     if flags.downstream_connection_termination or flags.downstream_remote_reset:
         return CANCELLED
-    return UNAVAILABLE if entry.response.response_code.value in {0, 502, 503, 504} else UNKNOWN
+    code = entry.response.response_code.value
+    if is_http(entry):
+        return HTTP_STATUSES.get(code, UNKNOWN)
+    return UNAVAILABLE if code in {0, 502, 503, 504} else UNKNOWN
+
+
+def is_http(entry: accesslog_pb2.HTTPAccessLogEntry) -> bool:
+    """Whether the call came by V2 over HTTP."""
+    return str(entry.request.path).startswith("/v2/")
 
 
 def _latency_ms(common: accesslog_pb2.AccessLogCommon) -> float:
@@ -113,6 +134,12 @@ def _time_ns(text: str, otherwise: int) -> int:
         return round(aware.timestamp() * 1000) * 1_000_000
     except (ValueError, OverflowError):
         return otherwise
+
+
+def _form(headers: Mapping[str, str]) -> HttpForm:
+    size = headers.get(JSON_BYTES_HEADER, "")
+    json_bytes = int(size) if size.isascii() and size.isdigit() and len(size) < MAX_DIGITS else 0
+    return HttpForm(json_bytes, headers.get("content-encoding", ""))
 
 
 def _payload(common: accesslog_pb2.AccessLogCommon, key: str) -> bytes:

@@ -4,6 +4,7 @@ local HASHES = {{{hashes}}}
 local HEADER = "{header}"
 local JWT = {jwt}
 local OPEN = "/grpc.health.v1.Health/"
+local HTTP_OPEN = "/v2/health/"
 -- Keys proven lately, so that a caller's key is hashed once a worker.
 local MAX_PROVEN = 1000
 local MAX_KEY_BYTES = 512
@@ -78,7 +79,7 @@ end
 function envoy_on_request(handle)
   local headers = handle:headers()
   local path = headers:get(":path") or ""
-  if string.sub(path, 1, #OPEN) == OPEN then return end
+  if string.sub(path, 1, #OPEN) == OPEN or string.sub(path, 1, #HTTP_OPEN) == HTTP_OPEN then return end
   headers:remove("x-millrace-client")
   local key = headers:get(HEADER)
   local name = key ~= nil and #key <= MAX_KEY_BYTES and client_of(key) or nil
@@ -90,6 +91,10 @@ function envoy_on_request(handle)
   end
   if name == nil then
     local text = key == nil and HEADER .. ": an API key is needed" or HEADER .. ": the API key is not known"
+    local kind = headers:get("content-type") or ""
+    if string.sub(kind, 1, 16) ~= "application/grpc" then
+      return handle:respond({{[":status"] = "401", ["content-type"] = "application/json"}}, '{{"error":"' .. text .. '"}}')
+    end
     return handle:respond({{
       [":status"] = "200", ["content-type"] = "application/grpc", ["grpc-status"] = "16", ["grpc-message"] = text
     }}, nil)

@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 API_KEYS, JWT = "millrace.api_keys", "millrace.jwt"
 LUA = "type.googleapis.com/envoy.extensions.filters.http.lua.v3.Lua"
 JWT_AUTHENTICATION = "type.googleapis.com/envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication"
-HEALTH = "/grpc.health.v1.Health/"
+# Health checks, which are for everybody.
+OPEN = ("/grpc.health.v1.Health/", "/v2/health/")
 CHECK_S = 1.0
 MAX_KEYS = 10_000
 _LINE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._@-]{0,62})\s+(?P<digest>[0-9a-fA-F]{64})")
@@ -149,7 +150,7 @@ def _jwt_filter(jwt: JwtSettings, *, optional: bool) -> jwt_pb2.JwtAuthenticatio
     return jwt_pb2.JwtAuthentication(
         providers={"clients": provider},
         rules=[
-            jwt_pb2.RequirementRule(match=route_components_pb2.RouteMatch(prefix=HEALTH)),
+            *(jwt_pb2.RequirementRule(match=route_components_pb2.RouteMatch(prefix=path)) for path in OPEN),
             jwt_pb2.RequirementRule(match=route_components_pb2.RouteMatch(prefix="/"), requires=needed),
         ],
     )

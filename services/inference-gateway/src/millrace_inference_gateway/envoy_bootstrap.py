@@ -16,6 +16,8 @@ from envoy.config.listener.v3 import listener_components_pb2, listener_pb2
 from envoy.config.route.v3 import route_components_pb2
 from envoy.extensions.access_loggers.file.v3 import file_pb2
 from envoy.extensions.access_loggers.grpc.v3 import als_pb2
+from envoy.extensions.filters.http.grpc_json_transcoder.v3 import transcoder_pb2
+from envoy.extensions.filters.http.grpc_web.v3 import grpc_web_pb2
 from envoy.extensions.filters.http.lua.v3 import lua_pb2
 from envoy.extensions.filters.http.router.v3 import router_pb2
 from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2 as hcm_pb2
@@ -25,6 +27,8 @@ from envoy.type.matcher.v3 import regex_pb2
 from google.protobuf.message import Message
 from google.protobuf.wrappers_pb2 import BoolValue, UInt32Value
 
+from millrace_inference_gateway.access_log import JSON_BYTES_HEADER
+from millrace_inference_gateway.envoy_actions import LUA_FILTER
 from millrace_inference_gateway.envoy_auth import auth_filters
 from millrace_inference_gateway.envoy_clusters import (
     access_log_service,
@@ -37,9 +41,10 @@ from millrace_inference_gateway.envoy_clusters import (
 )
 from millrace_inference_gateway.envoy_files import EnvoyFiles
 from millrace_inference_gateway.envoy_mirrors import MIRROR_LISTENER, MIRRORS_NAME, MODEL_HEADER, mirror_cluster
-from millrace_inference_gateway.envoy_routes import LUA_FILTER, ROUTES_NAME
+from millrace_inference_gateway.envoy_routes import ROUTES_NAME
 from millrace_inference_gateway.envoy_stats import stats_manager
 from millrace_inference_gateway.envoy_tls import transport_socket
+from millrace_inference_gateway.openapi import PREDICTION_SERVICE, transcoding_descriptors
 from millrace_inference_gateway.settings import GatewaySettings, split_address
 
 PUBLIC, INNER = "v2", "predict"
@@ -47,7 +52,11 @@ EVENT_TIME_HEADER = "x-millrace-event-time"
 SUBJECT_HEADER = "x-millrace-subject"
 # What Envoy appends to the ledger for each V2 inference call it answered OK: one byte, so the file's size is the count.
 LEDGER_MARK = "."
+GRPC_INFERENCE = r"/inference\.GRPCInferenceService/(ModelInfer|ModelStreamInfer)"
+HTTP_INFERENCE = r"/v2/models/[^/?]+(/versions/[^/?]+)?/(infer|generate|generate_stream)(\?.*)?"
 CONNECTION_BUFFER_BYTES = 1 << 20
+# Of a compiled regular expression; a path with a long model name has more than Envoy's default of 100.
+MAX_REGEX_SIZE = 1000
 
 
 def bootstrap(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> bootstrap_pb2.Bootstrap:
@@ -57,6 +66,8 @@ def bootstrap(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> bo
     message.node.id = instance
     message.node.cluster = settings.gateway_id
     message.admin.address.CopyFrom(address(admin_host, admin_port))
+    layer = message.layered_runtime.layers.add(name="limits")
+    layer.static_layer.update({"re2.max_program_size.error_level": MAX_REGEX_SIZE})
     message.dynamic_resources.cds_config.CopyFrom(file_source(str(files.clusters)))
     message.static_resources.clusters.extend(own_clusters(str(settings.python_socket), settings.envoy))
     message.static_resources.listeners.extend([_public(settings, files, instance), _inner(settings, files)])
@@ -72,6 +83,8 @@ def bootstrap(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> bo
 def _public(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> listener_pb2.Listener:
     host, port = split_address(settings.public_listen, "public_listen")
     manager = _manager(PUBLIC, settings, files)
+    # HTTP/1.1 too, for REST and for V2 over HTTP.
+    manager.codec_type = hcm_pb2.HttpConnectionManager.AUTO
     manager.access_log.append(_ledger(settings, instance))
     # A client's own request id is no prediction id: two calls may carry the same one.
     manager.early_header_mutation_extensions.append(
@@ -90,7 +103,7 @@ def _public(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> list
     )
     lua = lua_pb2.Lua(default_source_code=base_pb2.DataSource(inline_string=source))
     manager.http_filters.insert(0, hcm_pb2.HttpFilter(name=LUA_FILTER, typed_config=packed(lua)))
-    for number, each in enumerate(auth_filters(files, settings.auth)):
+    for number, each in enumerate([*_translators(), *auth_filters(files, settings.auth)]):
         manager.http_filters.insert(number, each)
     if settings.envoy.connection_age_s:
         manager.common_http_protocol_options.max_connection_duration.CopyFrom(duration(settings.envoy.connection_age_s))
@@ -103,8 +116,22 @@ def _public(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> list
     return listener
 
 
+def _translators() -> list[hcm_pb2.HttpFilter]:
+    """gRPC-Web and JSON into gRPC, before anybody looks at a call."""
+    transcoder = transcoder_pb2.GrpcJsonTranscoder(
+        proto_descriptor_bin=transcoding_descriptors(), services=[PREDICTION_SERVICE], convert_grpc_status=True
+    )
+    transcoder.print_options.preserve_proto_field_names = True
+    transcoder.print_options.always_print_primitive_fields = True
+    return [
+        hcm_pb2.HttpFilter(name="envoy.filters.http.grpc_web", typed_config=packed(grpc_web_pb2.GrpcWeb())),
+        hcm_pb2.HttpFilter(name="envoy.filters.http.grpc_json_transcoder", typed_config=packed(transcoder)),
+    ]
+
+
 def _inner(settings: GatewaySettings, files: EnvoyFiles) -> listener_pb2.Listener:
     manager = _manager(INNER, settings, files)
+    take_http1(manager)
     manager.preserve_external_request_id = True
     place = address_pb2.Address(pipe=address_pb2.Pipe(path=str(settings.socket), mode=0o600))
     return _listener("inner", place, manager)
@@ -173,13 +200,28 @@ def _access_logs(name: str, settings: GatewaySettings) -> list[accesslog_pb2.Acc
             buffer_flush_interval=duration(settings.prediction_log.flush_interval_s),
             buffer_size_bytes=UInt32Value(value=65_536),
         ),
-        additional_request_headers_to_log=[SUBJECT_HEADER, EVENT_TIME_HEADER, MODEL_HEADER, "traceparent"],
-        additional_response_headers_to_log=["grpc-status", "x-millrace-version", "x-millrace-digest"],
+        additional_request_headers_to_log=[
+            SUBJECT_HEADER,
+            EVENT_TIME_HEADER,
+            MODEL_HEADER,
+            "traceparent",
+            JSON_BYTES_HEADER,
+            "content-encoding",
+        ],
+        additional_response_headers_to_log=[
+            "grpc-status",
+            "x-millrace-version",
+            "x-millrace-digest",
+            JSON_BYTES_HEADER,
+            "content-encoding",
+        ],
         additional_response_trailers_to_log=["grpc-status"],
     )
     return [
         accesslog_pb2.AccessLog(
-            name="envoy.access_loggers.http_grpc", filter=_inference(), typed_config=packed(service)
+            name="envoy.access_loggers.http_grpc",
+            filter=_paths(f"{GRPC_INFERENCE}|{HTTP_INFERENCE}"),
+            typed_config=packed(service),
         )
     ]
 
@@ -189,15 +231,29 @@ def _ledger(settings: GatewaySettings, instance: str) -> accesslog_pb2.AccessLog
     answered = accesslog_pb2.AccessLogFilter(
         grpc_status_filter=accesslog_pb2.GrpcStatusFilter(statuses=[accesslog_pb2.GrpcStatusFilter.OK])
     )
-    both = accesslog_pb2.AccessLogFilter(and_filter=accesslog_pb2.AndFilter(filters=[_inference(), answered]))
+    by_http = accesslog_pb2.AccessLogFilter(
+        status_code_filter=accesslog_pb2.StatusCodeFilter(
+            comparison=accesslog_pb2.ComparisonFilter(
+                op=accesslog_pb2.ComparisonFilter.EQ,
+                value=base_pb2.RuntimeUInt32(default_value=200, runtime_key="millrace.none"),
+            )
+        )
+    )
+    both = _any(_all(_paths(GRPC_INFERENCE), answered), _all(_paths(HTTP_INFERENCE), by_http))
     file = file_pb2.FileAccessLog(path=str(settings.ledger / instance))
     file.log_format.text_format_source.inline_string = LEDGER_MARK
     return accesslog_pb2.AccessLog(name="envoy.access_loggers.file", filter=both, typed_config=packed(file))
 
 
-def _inference() -> accesslog_pb2.AccessLogFilter:
+def _all(*filters: accesslog_pb2.AccessLogFilter) -> accesslog_pb2.AccessLogFilter:
+    return accesslog_pb2.AccessLogFilter(and_filter=accesslog_pb2.AndFilter(filters=filters))
+
+
+def _any(*filters: accesslog_pb2.AccessLogFilter) -> accesslog_pb2.AccessLogFilter:
+    return accesslog_pb2.AccessLogFilter(or_filter=accesslog_pb2.OrFilter(filters=filters))
+
+
+def _paths(pattern: str) -> accesslog_pb2.AccessLogFilter:
     path = route_components_pb2.HeaderMatcher(name=":path")
-    path.string_match.safe_regex.CopyFrom(
-        regex_pb2.RegexMatcher(regex=r"/inference\.GRPCInferenceService/(ModelInfer|ModelStreamInfer)")
-    )
+    path.string_match.safe_regex.CopyFrom(regex_pb2.RegexMatcher(regex=pattern))
     return accesslog_pb2.AccessLogFilter(header_filter=accesslog_pb2.HeaderFilter(header=path))

@@ -23,6 +23,7 @@ ADMIN_CLUSTER = "envoy_admin"
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 CONNECT_TIMEOUT_S = 1.0
 MIN_RETRIES_AT_ONCE = 10
+HTTP_READY = "/v2/health/ready"
 
 
 def packed(message: Message) -> Any:
@@ -63,6 +64,14 @@ def load_assignment(cluster: str, endpoints: Iterable[Endpoint]) -> endpoint_pb2
         ]
     )
     return endpoint_pb2.ClusterLoadAssignment(cluster_name=cluster, endpoints=[locality])
+
+
+def http1_options() -> dict[str, Any]:
+    """Cluster options: HTTP/1.1, what model servers speak at their HTTP port."""
+    explicit = http_protocol_options_pb2.HttpProtocolOptions.ExplicitHttpConfig(
+        http_protocol_options=protocol_pb2.Http1ProtocolOptions()
+    )
+    return {HTTP_OPTIONS: packed(http_protocol_options_pb2.HttpProtocolOptions(explicit_http_config=explicit))}
 
 
 def http2_options() -> dict[str, Any]:
@@ -110,6 +119,25 @@ def _common(name: str, settings: EnvoySettings) -> cluster_pb2.Cluster:
         ignore_health_on_host_removal=True,
     )
     cluster.common_lb_config.healthy_panic_threshold.CopyFrom(percent_pb2.Percent(value=0))
+    return cluster
+
+
+def http_endpoints(arm: Arm) -> tuple[Endpoint, ...]:
+    """The HTTP side of the arm's servers."""
+    return tuple(endpoint.http for endpoint in arm.endpoints)
+
+
+def http_arm_cluster(arm: Arm, route: Route, settings: EnvoySettings, endpoints_file: str) -> cluster_pb2.Cluster:
+    """The same servers as `arm_cluster`'s, at their HTTP port."""
+    cluster = arm_cluster(arm, route, settings, endpoints_file)
+    cluster.name = arm.http_cluster
+    cluster.ClearField("typed_extension_protocol_options")
+    for name, options in http1_options().items():
+        cluster.typed_extension_protocol_options[name].CopyFrom(options)
+    (check,) = cluster.health_checks
+    check.http_health_check.path = HTTP_READY
+    if cluster.HasField("load_assignment"):
+        cluster.load_assignment.CopyFrom(load_assignment(arm.http_cluster, http_endpoints(arm)))
     return cluster
 
 
@@ -164,11 +192,11 @@ def table_clusters(
     table: RouteTable, settings: EnvoySettings, endpoints_files: dict[str, str]
 ) -> list[cluster_pb2.Cluster]:
     """Every cluster that comes and goes with the routes; `endpoints_files` is by cluster name."""
-    found = [
-        arm_cluster(arm, route, settings, endpoints_files[arm.cluster])
-        for route in table.routes.values()
-        for arm in route.arms
-    ]
+    found = []
+    for route in table.routes.values():
+        for arm in route.arms:
+            found.append(arm_cluster(arm, route, settings, endpoints_files[arm.cluster]))
+            found.append(http_arm_cluster(arm, route, settings, endpoints_files[arm.http_cluster]))
     return [*found, server_cluster(table)]
 
 

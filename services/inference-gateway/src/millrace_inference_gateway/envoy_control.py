@@ -61,7 +61,7 @@ class EnvoyControl:
     async def forget_others(self, table: RouteTable) -> None:
         """Drop the clusters that `table` does not name, without waiting for it."""
         await asyncio.to_thread(self._write_clusters, table)
-        await asyncio.to_thread(remove_endpoints, self._files, list(table.arms))
+        await asyncio.to_thread(remove_endpoints, self._files, list(table.arms.values()))
 
     def _write_clusters(self, table: RouteTable) -> dict[str, str]:
         written = write_endpoints(self._files, table.arms)

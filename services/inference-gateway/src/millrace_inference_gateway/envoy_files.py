@@ -6,7 +6,7 @@ is how the gateway finds out from Envoy's own statistics which content is in for
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -15,7 +15,7 @@ from envoy.service.discovery.v3 import discovery_pb2
 from google.protobuf.json_format import MessageToJson
 from google.protobuf.message import Message
 
-from millrace_inference_gateway.envoy_clusters import load_assignment, packed, table_clusters
+from millrace_inference_gateway.envoy_clusters import http_endpoints, load_assignment, packed, table_clusters
 from millrace_inference_gateway.envoy_mirrors import mirror_configuration
 from millrace_inference_gateway.envoy_routes import ROUTES_NAME, route_configuration
 from millrace_inference_gateway.routes import Arm, RouteTable
@@ -94,12 +94,15 @@ def write_endpoints(files: EnvoyFiles, arms: Mapping[str, Arm]) -> dict[str, str
     for name, arm in arms.items():
         if all(endpoint.is_ip for endpoint in arm.endpoints):
             versions[name] = write_resources(files.endpoints(name), [load_assignment(name, arm.endpoints)])
+            assignment = load_assignment(arm.http_cluster, http_endpoints(arm))
+            versions[arm.http_cluster] = write_resources(files.endpoints(arm.http_cluster), [assignment])
     return versions
 
 
 def write_clusters(files: EnvoyFiles, table: RouteTable, settings: GatewaySettings) -> str:
     """CDS; returns its version. The endpoints have to be there before."""
-    places = {name: str(files.endpoints(name)) for name in table.arms}
+    names = (name for arm in table.arms.values() for name in (arm.cluster, arm.http_cluster))
+    places = {name: str(files.endpoints(name)) for name in names}
     return write_resources(files.clusters, table_clusters(table, settings.envoy, places))
 
 
@@ -109,9 +112,9 @@ def write_routes(files: EnvoyFiles, table: RouteTable, settings: GatewaySettings
     return write_resources(files.routes, [route_configuration(table, settings)])
 
 
-def remove_endpoints(files: EnvoyFiles, keep: Sequence[str]) -> None:
-    """Remove the EDS files of clusters that no longer exist."""
-    wanted = {files.endpoints(name).name for name in keep}
+def remove_endpoints(files: EnvoyFiles, keep: Iterable[Arm]) -> None:
+    """Remove the EDS files of versions that no longer exist."""
+    wanted = {files.endpoints(name).name for arm in keep for name in (arm.cluster, arm.http_cluster)}
     for path in files.endpoints("x").parent.glob("*.json"):
         if path.name not in wanted:
             path.unlink(missing_ok=True)

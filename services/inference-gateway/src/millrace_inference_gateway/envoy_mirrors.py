@@ -57,8 +57,10 @@ def mirror_configuration(table: RouteTable) -> route_pb2.RouteConfiguration:
                     name=MODEL_HEADER, string_match=string_pb2.StringMatcher(exact=route.model)
                 )
             )
-            action = route_components_pb2.RouteAction(cluster=arm.cluster, timeout=duration(route.timeout_ms / 1000))
-            routes.append(route_components_pb2.Route(name=arm.cluster, match=match, route=action))
+            by_http = route_components_pb2.RouteMatch(prefix="/v2/", headers=match.headers)
+            for cluster, each in ((arm.http_cluster, by_http), (arm.cluster, match)):
+                action = route_components_pb2.RouteAction(cluster=cluster, timeout=duration(route.timeout_ms / 1000))
+                routes.append(route_components_pb2.Route(name=cluster, match=each, route=action))
     # Copies that come after their shadow has gone.
     nobody = route_components_pb2.DirectResponseAction(status=404)
     rest = route_components_pb2.RouteMatch(prefix="/")

@@ -8,6 +8,7 @@ local SAMPLE_MAX_BYTES = {sample_max_bytes}
 local NAMESPACE = "millrace"
 local V2 = "/inference.GRPCInferenceService/"
 local MODEL_METHODS = {{ModelInfer = true, ModelReady = true, ModelMetadata = true, ModelConfig = true, ModelStatistics = true}}
+local HTTP_INFER = "^/v2/models/.+/infer$"
 local HEAD_BYTES = 1024
 local FRAME_BYTES = 5
 
@@ -78,7 +79,14 @@ end
 function envoy_on_request(handle)
   local headers = handle:headers()
   local path = headers:get(":path") or ""
-  if string.sub(path, 1, #V2) ~= V2 then return end
+  if string.sub(path, 1, #V2) ~= V2 then
+    -- By HTTP the path names the model.
+    if string.find(path, HTTP_INFER) and take_sample(handle) then
+      local bytes = copy(handle)
+      if bytes ~= nil then keep(handle, "request", bytes) end
+    end
+    return
+  end
   local method = string.sub(path, #V2 + 1)
   local sampled = method == "ModelInfer" and take_sample(handle)
   if headers:get("{model_header}") == nil then

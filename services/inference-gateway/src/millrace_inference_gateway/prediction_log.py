@@ -102,7 +102,7 @@ def call_predictions(call: InferenceCall, max_rows: int) -> list[events_pb2.Pred
     A batch's rows have the ids `<id>`, `<id>.1`, `<id>.2`, …; its subjects are the comma-separated ones of `x-millrace-subject`
     when there is one for each row.
     """
-    rows = payload_rows(call.request, call.response, max_rows) if call.request else [PayloadRow()]
+    rows = payload_rows(call.request, call.response, max_rows, call.http) if call.request else [PayloadRow()]
     subjects = call.subject.split(",")
     if len(subjects) != len(rows):
         subjects = [call.subject] if len(rows) == 1 else [""] * len(rows)

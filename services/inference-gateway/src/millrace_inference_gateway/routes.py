@@ -31,10 +31,15 @@ _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One model server's gRPC address."""
+    """One model server's gRPC address. Its HTTP is at the port before it, as Triton and MLServer have it by default (8000 and 8001)."""
 
     host: str
     port: int
+
+    @property
+    def http(self) -> "Endpoint":
+        """Where the same server speaks V2 over HTTP."""
+        return Endpoint(self.host, self.port - 1)
 
     @property
     def is_ip(self) -> bool:
@@ -73,8 +78,13 @@ class Arm:
 
     @property
     def cluster(self) -> str:
-        """The name Envoy knows it by."""
+        """The name Envoy knows its gRPC servers by."""
         return f"arm/{self.model}/{self.version}"
+
+    @property
+    def http_cluster(self) -> str:
+        """The name Envoy knows the HTTP side of the same servers by."""
+        return f"http/{self.model}/{self.version}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +127,7 @@ class RouteTable:
 def cluster_arm(cluster: str) -> tuple[str, str] | None:
     """Model and version of a cluster name; None when the cluster is no arm."""
     parts = cluster.split("/")
-    return (parts[1], parts[2]) if len(parts) == 3 and parts[0] == "arm" else None
+    return (parts[1], parts[2]) if len(parts) == 3 and parts[0] in {"arm", "http"} else None
 
 
 def check_routes(routes: rollout_pb2.Routes) -> RouteTable:
@@ -221,7 +231,8 @@ def _is_candidate(role: int, where: str) -> bool:
 def _check_endpoint(text: str, where: str) -> Endpoint:
     host, _, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not port.isascii() or not port.isdigit() or not 0 < int(port[:6]) < 65_536:
+    # The port before it is the server's HTTP.
+    if not port.isascii() or not port.isdigit() or not 1 < int(port[:6]) < 65_536:
         raise InvalidArgumentError(where, f"{text[:80]!r} is not host:port")
     endpoint = Endpoint(host, int(port))
     if not endpoint.is_ip and not _HOST.fullmatch(host):

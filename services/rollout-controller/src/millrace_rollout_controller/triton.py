@@ -25,6 +25,7 @@ from millrace_rollout_controller.server_block import Server
 
 LOG_BYTES = 16 * 1024 * 1024
 START_TIME_SLACK_S = 1.0
+HTTP_THREADS = 2
 
 
 class TritonMissingError(Exception):
@@ -66,7 +67,9 @@ class Triton:
         return cls(binary, target.parent, package.parent / "nvidia_pytriton.libs")
 
     def command(self, server_id: str, repository: Path, host: str, port: int) -> list[str]:
-        """The command of one server; only gRPC is open, and nothing is guessed about the model."""
+        """The command of one server: gRPC at `port`, HTTP at the one before it (as Triton's own 8001 and 8000); nothing is guessed about
+        the model.
+        """
         return [
             str(self.binary),
             f"--id={server_id}",
@@ -74,7 +77,9 @@ class Triton:
             f"--backend-directory={self.backends}",
             f"--backend-config=python,shm-region-prefix-name={server_id}_",
             "--disable-auto-complete-config",
-            "--allow-http=false",
+            f"--http-address={host}",
+            f"--http-port={port - 1}",
+            f"--http-thread-count={HTTP_THREADS}",
             "--allow-metrics=false",
             f"--grpc-address={host}",
             f"--grpc-port={port}",
@@ -96,7 +101,11 @@ class Triton:
     def arguments(self, server: Server) -> list[str]:
         """What the manifest asks of the server as a whole."""
         found = triton_options.arguments(server)
-        return [f"--cache-directory={self.binary.parent.parent / 'caches'}", *found] if server.response_cache_mib else found
+        return (
+            [f"--cache-directory={self.binary.parent.parent / 'caches'}", *found]
+            if server.response_cache_mib
+            else found
+        )
 
     def start(
         self, server_id: str, repository: Path, host: str, port: int, log: Path, *, arguments: Sequence[str] = ()
@@ -173,20 +182,25 @@ def sweep(pid: int, since: float, server_id: str) -> None:
 
 
 def free_port(host: str, taken: frozenset[int], wanted: int = 0) -> int:
-    """`wanted` when it is free, else another free port that is not in `taken`."""
+    """`wanted` when it and the port before it (HTTP) are free, else another such port; neither is one of `taken` or before one."""
+    closed = taken | {port - 1 for port in taken}
     for port in (wanted, *[0] * 50):
-        if port and port in taken:
+        if (found := _bound(host, port)) is None or found in closed or found - 1 in closed:
             continue
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError:
-                continue
-            found = int(probe.getsockname()[1])
-        if found not in taken:
+        if _bound(host, found - 1) is not None:
             return found
     raise OSError(f"no free port on {host}")
+
+
+def _bound(host: str, port: int) -> int | None:
+    """The port that was bound and let go again; None when it is in use."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return None
+        return int(probe.getsockname()[1])
 
 
 def last_lines(log: Path, count: int = 5) -> str:
