@@ -9,10 +9,9 @@ from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 from millrace_kit.bus import IN_CLUSTER, Outgoing, open_bus
 from millrace_kit.errors import FailedPreconditionError, UnavailableError
 from millrace_kit.settings import BusSettings, KafkaSecurity, SettingsError, parse_settings
+from parts.certificates import Authority, write
 from parts.kafka import start_kafka
 from parts.server import free_port
-
-from .certificates import Authority, write
 
 PASSWORD = "correct horse"
 

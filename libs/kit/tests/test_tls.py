@@ -14,8 +14,7 @@ from millrace_kit.client import open_channel, open_sync_channel
 from millrace_kit.server import Service, running
 from millrace_kit.settings import ServiceSettings, SettingsError, TlsSettings, parse_settings
 from millrace_kit.tls import RECHECK_S, CertificateError, CertificateFiles
-
-from .certificates import Authority, write
+from parts.certificates import Authority, write
 
 DEADLINE_S = 20.0
 REQUEST = registry_pb2.GetModelRequest(name="m")

@@ -24,6 +24,8 @@ from millrace_feature.settings import ConsistencySettings, FeastSettings, Online
 from millrace_kit.client import open_channel
 from millrace_kit.clock import FakeClock
 from millrace_kit.server import running
+from millrace_kit.settings import TlsSettings
+from parts.certificates import Authority, write
 from parts.server import free_port
 from requests.adapters import HTTPAdapter
 from urllib3 import Retry
@@ -383,6 +385,45 @@ async def test_kept_answers_say_how_old_they_are(world, objects, make_registry, 
     assert ("x-millrace-cache-age-ms" in first.headers, again.headers["x-millrace-cache-age-ms"]) == (False, "250")
     assert native.max_cache_age_ms == 750
     assert dict(zip(native.feature_names, native.vectors[0].values, strict=True))["about__visits"] == 7
+
+
+async def test_http_over_mutual_tls(world, objects, make_registry, wait_for_records, tmp_path: Path) -> None:
+    authority = Authority.new()
+    server = write(tmp_path / "server", authority, "localhost")
+    client = write(tmp_path / "client", authority, "shop-page")
+    stranger = write(tmp_path / "stranger", authority, "somebody")
+    forged = write(tmp_path / "forged", Authority.new("another"), "shop-page")
+    listen = f"localhost:{free_port()}"
+    settings = world.settings.model_copy(
+        update={"feast": FeastSettings(http_listen=listen), "tls": server, "allowed_clients": ("shop-page",)}
+    )
+    world.land("users", USER_ROWS)
+    world.land("pairs", PAIR_ROWS)
+    service = await build(settings, clock=FakeClock(NOW))
+    url, body = f"https://{listen}/get-online-features", REQUESTS["one row"]
+
+    def shown(files: TlsSettings) -> dict[str, Any]:
+        return {"cert": (files.cert_file, files.key_file), "verify": server.ca_file}
+
+    async with (
+        running(service, settings) as address,
+        open_channel(address.replace("127.0.0.1", "localhost"), timeout_s=60, tls=client) as channel,
+    ):
+        stub = FeatureServiceStub(channel)
+        registry = make_registry(objects)
+        await stub.ApplyDefinitions(feature_pb2.ApplyDefinitionsRequest(project="test", feast_registry=registry))
+        await wait_for_records(stub, users=4, pairs=3)
+        answer = await ask("POST", url, json=body, **shown(client))
+        assert answer.status_code == 200
+        assert answer.json()["metadata"]["feature_names"][:2] == ["user", "shop"]
+        assert (await ask("POST", url, json=body, **shown(stranger))).status_code == 403
+        for refused in (shown(forged), {"verify": server.ca_file}):
+            with pytest.raises(requests.exceptions.ConnectionError):  # an SSLError is one
+                await ask("POST", url, json=body, **refused)
+        with pytest.raises(requests.exceptions.SSLError):
+            await ask("POST", url, json=body, **{**shown(client), "verify": forged.ca_file})
+        with pytest.raises(requests.exceptions.ConnectionError):
+            await ask("POST", url.replace("https:", "http:"), json=body)
 
 
 def test_our_copy_of_feasts_messages_has_its_fields() -> None:

@@ -21,6 +21,7 @@ class Authority:
 
     @classmethod
     def new(cls, name: str = "test authority") -> "Authority":
+        """One that nobody trusts yet."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         builder = _builder(subject, subject, key.public_key())
@@ -29,6 +30,7 @@ class Authority:
 
     @property
     def pem(self) -> bytes:
+        """Its own certificate."""
         return self.certificate.public_bytes(serialization.Encoding.PEM)
 
     def sign(self, *names: str) -> tuple[bytes, bytes]:
