@@ -105,14 +105,23 @@ class Rollout(rollout_pb2_grpc.RolloutServiceServicer):
 class Features(feature_pb2_grpc.FeatureServiceServicer):
     """Gives each feature the input of its name; in another order than the model's."""
 
+    def __init__(self) -> None:
+        # How many rows each call asked for.
+        self.rows: list[int] = []
+        self.delay_s = 0.0
+
     async def GetOnlineFeatures(self, request, context):
-        values = request.rows[0].values
-        if "a" not in values:
-            raise InvalidArgumentError("rows[0].values.a", "join key is missing")
+        await asyncio.sleep(self.delay_s)
+        self.rows.append(len(request.rows))
         names = list(reversed(FEATURES))
-        vector = [values[n].double_value if n in values else float("nan") for n in names]
-        answer = feature_pb2.FeatureVector(values=vector, max_age_ms=7)
-        return feature_pb2.GetOnlineFeaturesResponse(feature_names=names, vectors=[answer], definitions_hash="d" * 64)
+        vectors = []
+        for index, row in enumerate(request.rows):
+            values = row.values
+            if "a" not in values:
+                raise InvalidArgumentError(f"rows[{index}].values.a", "join key is missing")
+            vector = [values[n].double_value if n in values else float("nan") for n in names]
+            vectors.append(feature_pb2.FeatureVector(values=vector, max_age_ms=7))
+        return feature_pb2.GetOnlineFeaturesResponse(feature_names=names, vectors=vectors, definitions_hash="d" * 64)
 
 
 @contextlib.asynccontextmanager
@@ -241,14 +250,14 @@ def _kill(process: subprocess.Popen[bytes] | None) -> None:
 
 
 @contextlib.asynccontextmanager
-async def gateway(**changes: object) -> AsyncIterator[tuple[Gateway, Rollout]]:
+async def gateway(features: Features | None = None, **changes: object) -> AsyncIterator[tuple[Gateway, Rollout]]:
     """A running gateway without routes, a rollout controller and a feature service beside it."""
     # A short path: a Unix socket's name is limited.
     with tempfile.TemporaryDirectory(prefix="gw-") as folder:
         made = Gateway(Path(folder), **changes)
         rollout = Rollout()
         try:
-            async with peers(rollout, Features(), made.peer_ports):
+            async with peers(rollout, features or Features(), made.peer_ports):
                 made.start_envoy()
                 made.start_python()
                 yield made, rollout

@@ -15,24 +15,28 @@ from tritonclient.grpc import service_pb2_grpc
 
 from millrace_inference_gateway.access_log_receiver import AccessLogReceiver
 from millrace_inference_gateway.applier import Applier
+from millrace_inference_gateway.call_door import CallDoor
 from millrace_inference_gateway.endpoints import EndpointSource, ListedEndpoints, SliceEndpoints
 from millrace_inference_gateway.envoy_admin import EnvoyAdmin
 from millrace_inference_gateway.envoy_auth import watch_auth
 from millrace_inference_gateway.envoy_control import EnvoyControl
 from millrace_inference_gateway.envoy_end import until_envoy_ends
 from millrace_inference_gateway.envoy_files import envoy_files
+from millrace_inference_gateway.feature_reads import FeatureReads
 from millrace_inference_gateway.figures import Figures
 from millrace_inference_gateway.journal import Journal
 from millrace_inference_gateway.ledger import Ledger
 from millrace_inference_gateway.metrics import FiguresCollector, RoutesCollector
+from millrace_inference_gateway.model_lines import ModelLines
 from millrace_inference_gateway.prediction_log import PredictionLog
+from millrace_inference_gateway.predictor import Predictor
 from millrace_inference_gateway.publisher import Publisher
 from millrace_inference_gateway.route_watch import RouteWatch
-from millrace_inference_gateway.servicer import GatewayServicer, PredictionServicer, ServerServicer
+from millrace_inference_gateway.servicer import GatewayServicer, PredictionServicer, ServerServicer, door_methods
 from millrace_inference_gateway.settings import GatewaySettings
 from millrace_inference_gateway.slice_watch import SliceWatch
 from millrace_inference_gateway.store import RouteStore, remembered
-from millrace_inference_gateway.upstream import Channels, FeatureSource, ModelCaller
+from millrace_inference_gateway.upstream import Channels, ModelCaller
 
 FEATURE_CHANNELS = 2
 GRPC_SERVICES = (
@@ -80,15 +84,25 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
     ledger = Ledger(settings.ledger, log)
 
     features = Channels(settings.feature_address, FEATURE_CHANNELS, settings.max_message_mib, settings.tls)
-    models = Channels(f"unix:{settings.socket}", settings.predict_channels, settings.max_message_mib)
-    predictions = PredictionServicer(
+    max_message_bytes = settings.max_message_mib << 20
+    models = ModelLines(settings.socket, settings.predict_channels, max_message_bytes)
+    predictor = Predictor(
         settings=settings,
         table=lambda: applier.table,
-        features=FeatureSource(features),
+        features=FeatureReads(
+            features, at_once=settings.feature_reads_at_once, max_rows=settings.feature_rows_together
+        ),
         models=ModelCaller(models),
         log=log,
         clock=clock,
         new_id=uuid7,
+    )
+    predictions = PredictionServicer(predictor)
+    door = CallDoor(
+        door_methods(predictor),
+        max_message_bytes=max_message_bytes,
+        max_concurrent=settings.max_concurrent_rpcs,
+        default_deadline_s=settings.predict_timeout_s,
     )
     gateway = GatewayServicer(figures, log, lambda: applier.in_force, clock, uuid7())
     server = ServerServicer(lambda: applier.in_force, version("millrace-inference-gateway"))
@@ -118,6 +132,7 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
             Worker("access-log", receiver.watch_stop),
             Worker("publisher", lambda stop: publisher.run(folder, stop)),
             Worker("ledger", ledger.run),
+            Worker("door", lambda stop: door.run(settings.door_socket, stop, settings.drain_s)),
         ],
         closers=[close_log, bus.close, rollout.close, features.close, models.close],
         ready=watch.ready,

@@ -39,6 +39,7 @@ from millrace_inference_gateway.envoy_clusters import (
     own_clusters,
     packed,
 )
+from millrace_inference_gateway.envoy_door import door_cluster, take_http1
 from millrace_inference_gateway.envoy_files import EnvoyFiles
 from millrace_inference_gateway.envoy_mirrors import MIRROR_LISTENER, MIRRORS_NAME, MODEL_HEADER, mirror_cluster
 from millrace_inference_gateway.envoy_routes import ROUTES_NAME
@@ -70,6 +71,7 @@ def bootstrap(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> bo
     layer.static_layer.update({"re2.max_program_size.error_level": MAX_REGEX_SIZE})
     message.dynamic_resources.cds_config.CopyFrom(file_source(str(files.clusters)))
     message.static_resources.clusters.extend(own_clusters(str(settings.python_socket), settings.envoy))
+    message.static_resources.clusters.append(door_cluster(str(settings.door_socket), settings.envoy))
     message.static_resources.listeners.extend([_public(settings, files, instance), _inner(settings, files)])
     message.static_resources.listeners.append(_mirror(settings, files))
     message.static_resources.clusters.append(mirror_cluster(str(settings.mirror_socket)))

@@ -20,6 +20,7 @@ from millrace_inference_gateway.envoy_actions import (
     without_lua,
 )
 from millrace_inference_gateway.envoy_clusters import PYTHON_CLUSTER, SERVER_CLUSTER, duration, packed
+from millrace_inference_gateway.envoy_door import door_routes
 from millrace_inference_gateway.envoy_http import (
     HTTP_MODELS,
     MAX_ANSWER_BYTES,
@@ -78,6 +79,7 @@ def route_configuration(table: RouteTable, settings: GatewaySettings) -> route_p
         on_no_match=_routes_action(
             [
                 _server_route(),
+                *door_routes(without_lua()),
                 *(_python_route(service) for service in _PYTHON_SERVICES),
                 *http_server_routes(table, version("millrace-inference-gateway")),
                 _unknown_method(),

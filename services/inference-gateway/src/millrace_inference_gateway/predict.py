@@ -25,6 +25,8 @@ class Vector:
     values: tuple[float, ...]
     max_age_ms: int = 0
     definitions_hash: str = ""
+    expired: frozenset[str] = frozenset()
+    """Features whose value is too old to be used."""
 
     def missing(self, names: Sequence[str]) -> list[str]:
         """Names of the features without a value."""

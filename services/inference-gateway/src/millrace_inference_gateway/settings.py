@@ -180,8 +180,12 @@ class GatewaySettings(ServiceSettings):
     """Deadline of a Predict whose caller set none."""
     feature_time_share: float = Field(default=0.5, gt=0, lt=1)
     """Share of what is left of the deadline that the feature look-up may use."""
-    predict_channels: int = Field(default=4, ge=1, le=64)
-    """Connections from Predict to Envoy."""
+    predict_channels: int = Field(default=256, ge=1, le=4096)
+    """Model calls of Predict at once, each on a connection of its own to Envoy; further ones wait, within their deadline."""
+    feature_reads_at_once: int = Field(default=4, ge=1, le=64)
+    """Calls of the feature service at once; look-ups that come meanwhile share the next one."""
+    feature_rows_together: int = Field(default=64, ge=1, le=1000)
+    """Most look-ups that share one call of the feature service."""
     max_inputs: int = Field(default=256, ge=1, le=10_000)
     """Inputs of one Predict."""
     apply_timeout_s: float = Field(default=10.0, gt=0, le=300)
@@ -207,6 +211,11 @@ class GatewaySettings(ServiceSettings):
         return self.folder / "envoy.sock"
 
     @property
+    def door_socket(self) -> Path:
+        """Where Envoy brings the Python process the unary calls that have to be cheap."""
+        return self.folder / "door.sock"
+
+    @property
     def mirror_socket(self) -> Path:
         """Envoy's listener for the copies of requests that it makes itself."""
         return self.folder / "mirror.sock"
@@ -224,7 +233,7 @@ class GatewaySettings(ServiceSettings):
             # An address from the environment is not known yet when a file is only checked.
             if (text := str(getattr(self, name))) and "${" not in text:
                 split_address(text, name)
-        for path in (self.socket, self.python_socket, self.mirror_socket):
+        for path in (self.socket, self.python_socket, self.mirror_socket, self.door_socket):
             if len(str(path).encode()) > MAX_SOCKET_PATH_BYTES:
                 raise ValueError(f"state_dir: {path} is longer than {MAX_SOCKET_PATH_BYTES} bytes")
         return self

@@ -1,0 +1,184 @@
+"""Predict's first call: features from the feature service.
+
+Look-ups that come while others are under way share the next call, so that a busy gateway asks seldom and for many rows. A look-up
+alone is sent at once: nobody waits for company.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+from google.protobuf.timestamp_pb2 import Timestamp
+from millrace_api.common.v1 import common_pb2
+from millrace_api.feature.v1 import feature_pb2
+from millrace_kit.errors import InvalidArgumentError, MillraceError, UnavailableError
+
+from millrace_inference_gateway.predict import Vector, ordered
+from millrace_inference_gateway.routes import Route
+from millrace_inference_gateway.upstream import Channels, trace_metadata
+
+_GET_ONLINE_FEATURES = "/millrace_api.feature.v1.FeatureService/GetOnlineFeatures"
+_ROW = "rows[0].values"
+
+Inputs = Mapping[str, common_pb2.Value]
+_Group = tuple[str, bytes]
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """One look-up."""
+
+    row: Inputs
+    until: float
+    metadata: list[tuple[str, str]]
+    future: "asyncio.Future[_Found]"
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    names: Sequence[str]
+    vector: feature_pb2.FeatureVector
+    definitions_hash: str
+
+
+class FeatureReads:
+    """The feature service, asked for groups of rows: at most `at_once` calls under way, at most `max_rows` rows in each."""
+
+    def __init__(self, channels: Channels, *, at_once: int, max_rows: int) -> None:
+        self._calls = channels.method(
+            _GET_ONLINE_FEATURES,
+            feature_pb2.GetOnlineFeaturesRequest.SerializeToString,
+            feature_pb2.GetOnlineFeaturesResponse.FromString,
+        )
+        self._at_once = at_once
+        self._max_rows = max_rows
+        self._running = 0
+        self._waiting: dict[_Group, list[_Waiting]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def vector(self, route: Route, row: Inputs, event_time: Timestamp | None, timeout_s: float) -> Vector:
+        """The model's features for `row` at `event_time`.
+
+        Raises:
+            InvalidArgumentError: an input is missing or wrong; names it as `inputs[…]`.
+            UnavailableError: the feature service does not answer in time.
+            MillraceError: any other answer of the feature service.
+        """
+        loop = asyncio.get_running_loop()
+        group = (route.feature_service, event_time.SerializeToString() if event_time is not None else b"")
+        waiting = _Waiting(row, time.monotonic() + timeout_s, trace_metadata(), loop.create_future())
+        self._waiting.setdefault(group, []).append(waiting)
+        if self._running < self._at_once:
+            self._running += 1
+            # One turn of the loop later, so that calls which came in the same turn go together.
+            loop.call_soon(self._send)
+        try:
+            async with asyncio.timeout(timeout_s):
+                found = await waiting.future
+        except TimeoutError:
+            raise _away(timeout_s, "no answer") from None
+        except grpc.aio.AioRpcError as error:
+            raise _feature_error(error, timeout_s) from None
+        vector = found.vector
+        values = ordered(route, found.names, vector.values)
+        expired = frozenset(
+            name
+            for name, status in zip(found.names, vector.statuses, strict=False)
+            if status == feature_pb2.FEATURE_STATUS_EXPIRED
+        )
+        return Vector(values, vector.max_age_ms, found.definitions_hash, expired)
+
+    def _send(self) -> None:
+        """Ask for the oldest group, or leave the place to whoever comes next."""
+        for group in list(self._waiting):
+            taken = self._take(group)
+            if taken:
+                task = asyncio.get_running_loop().create_task(self._ask(group, taken))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+                return
+        self._running -= 1
+
+    def _take(self, group: _Group) -> list[_Waiting]:
+        waiting = [one for one in self._waiting.pop(group) if not one.future.done()]
+        if len(waiting) > self._max_rows:
+            self._waiting[group] = waiting[self._max_rows :]
+        return waiting[: self._max_rows]
+
+    async def _ask(self, group: _Group, taken: list[_Waiting]) -> None:
+        try:
+            await self._answer(group, taken)
+        finally:
+            # The place goes to those that have waited meanwhile.
+            self._send()
+
+    async def _answer(self, group: _Group, taken: list[_Waiting]) -> None:
+        request = _request(group, [one.row for one in taken])
+        timeout_s = max(one.until for one in taken) - time.monotonic()
+        try:
+            call = next(self._calls)
+            response = await call(request, timeout=max(0.001, timeout_s), metadata=taken[0].metadata)  # type: ignore[operator]
+            _check(response, len(request.rows))
+        except (grpc.aio.AioRpcError, MillraceError) as error:
+            if len(taken) > 1 and not _is_everybodys(error):
+                # One row is wrong, and only its caller may hear of it: the halves are asked again.
+                middle = len(taken) // 2
+                await asyncio.gather(self._answer(group, taken[:middle]), self._answer(group, taken[middle:]))
+                return
+            for one in taken:
+                _settle(one, error=error)
+            return
+        for one, vector in zip(taken, response.vectors, strict=True):
+            _settle(one, _Found(response.feature_names, vector, response.definitions_hash))
+
+
+def _request(group: _Group, rows: Sequence[Inputs]) -> feature_pb2.GetOnlineFeaturesRequest:
+    service, event_time = group
+    request = feature_pb2.GetOnlineFeaturesRequest(
+        feature_service=service, rows=[feature_pb2.EntityRow(values=row) for row in rows]
+    )
+    if event_time:
+        request.event_time.ParseFromString(event_time)
+    return request
+
+
+def _settle(one: _Waiting, found: _Found | None = None, error: Exception | None = None) -> None:
+    if one.future.done():
+        return
+    if error is not None:
+        one.future.set_exception(error)
+    elif found is not None:
+        one.future.set_result(found)
+
+
+def _check(response: feature_pb2.GetOnlineFeaturesResponse, rows: int) -> None:
+    width = len(response.feature_names)
+    if len(response.vectors) != rows or any(len(vector.values) != width for vector in response.vectors):
+        text = "the feature service did not answer one whole vector a row"
+        raise MillraceError(grpc.StatusCode.INTERNAL, "BAD_FEATURE_ANSWER", text)
+
+
+def _is_everybodys(error: Exception) -> bool:
+    """Whether the error would meet every row alike."""
+    code = error.code() if isinstance(error, grpc.aio.AioRpcError) else getattr(error, "code", None)
+    return code is not grpc.StatusCode.INVALID_ARGUMENT
+
+
+def _away(timeout_s: float, problem: str) -> UnavailableError:
+    text = f"the feature service does not answer within {timeout_s * 1000:.0f} ms: {problem}"
+    return UnavailableError("FEATURE_SERVICE_UNAVAILABLE", text)
+
+
+def _feature_error(error: grpc.aio.AioRpcError, timeout_s: float) -> MillraceError:
+    found = MillraceError.from_rpc(error)
+    if found.code in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}:
+        return _away(timeout_s, found.message)
+    if found.code is grpc.StatusCode.INVALID_ARGUMENT:
+        # The caller wrote `inputs`; that is where the field is for it.
+        field = found.metadata.get("field", _ROW)
+        problem = found.message.removeprefix(f"{field}: ")
+        return InvalidArgumentError(field.replace(_ROW, "inputs", 1), problem, found.reason)
+    return found
