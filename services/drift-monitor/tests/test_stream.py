@@ -1,5 +1,7 @@
 """Predictions and outcomes through a real bus and a real gRPC server: joined in either order, counted once, lost never."""
 
+from collections import Counter
+
 import grpc
 import grpc.aio
 import numpy as np
@@ -7,6 +9,7 @@ import pyarrow as pa
 import pytest
 from millrace_api.drift.v1 import drift_pb2
 from millrace_api.events.v1 import events_pb2
+from millrace_drift_monitor.scores import bucket
 from millrace_kit.bus import DRIFT, PREDICTIONS, Outgoing
 
 on_both = pytest.mark.parametrize(
@@ -52,6 +55,18 @@ async def test_outcomes_join_in_either_order_and_count_once(world, stub, helpers
     errors = [(score - (i % 2 == 0)) ** 2 for i, score in enumerate(np.linspace(0, 1, 40))]
     assert answer.versions[0].brier_sum == pytest.approx(sum(errors))
     assert answer.versions[0].brier_square_sum == pytest.approx(sum(e * e for e in errors))
+    scores = [p.outputs[0] for p in (*made, helpers.predictions(x[:1], helpers.july, prefix="last")[0])]
+    expected = Counter(bucket(score) for score in scores)
+    assert {one.bucket: one.count for one in answer.versions[0].scores} == expected
+
+
+def test_buckets_rise_with_the_score_and_are_narrow() -> None:
+    scores = [-1e30, -3.0, -0.51, -1e-20, 0.0, 1e-20, 1e-4, 0.1, 0.5, 0.55, 0.9, 0.99, 1.0, 7.0, 1e30]
+    found = [bucket(score) for score in scores]
+    assert found == sorted(found)
+    assert bucket(0.0) == bucket(1e-20) == 0
+    assert bucket(0.5) != bucket(0.5625) != bucket(0.625)
+    assert bucket(0.5) == bucket(0.56)
 
 
 @on_both

@@ -7,11 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from millrace_rollout_controller import gates
-from millrace_rollout_controller.counts import Counts
-from millrace_rollout_controller.gates import GateState
-from millrace_rollout_controller.manifest import Gate
-from millrace_rollout_controller.sequential import (
+from millrace_kit.sequential import (
     ODDS_ABOVE,
     ODDS_BELOW,
     Sample,
@@ -20,6 +16,10 @@ from millrace_rollout_controller.sequential import (
     one_arm,
     two_arms,
 )
+from millrace_rollout_controller import gates, measures
+from millrace_rollout_controller.counts import Counts
+from millrace_rollout_controller.gates import GateState
+from millrace_rollout_controller.manifest import Gate
 
 NEEDED = math.log(20)
 RUNS = 500
@@ -180,7 +180,8 @@ def test_latency_near_the_bound_counts_against_both_verdicts() -> None:
     wanted = gate(metric="latencyP99Ms", max=100)
     # Only buckets that are not empty are sent, as the gateway does.
     counts = Counts(latency={"21.0": 90, "104.0": 6, "300.0": 3, "inf": 1})
-    failing, passing = gates.measure(wanted, counts)
+    measured = measures.measure(wanted, counts, Counts())
+    failing, passing = measured.failing, measured.passing
     assert (failing.n, failing.total, passing.n, passing.total) == (100, 4, 100, 10)
 
 

@@ -18,6 +18,7 @@ from millrace_drift_monitor.tables import (
     FINDING,
     MODEL_INFO,
     PREDICTION,
+    SCORE_TOTAL,
     VERSION_INFO,
 )
 
@@ -85,6 +86,14 @@ class Answers:
                 for row in connection.execute(exact):
                     found[row.version] = _sum(found.get(row.version, Figures()), _figures(row))
             return found
+
+    def scores(self, model: str) -> dict[str, dict[int, int]]:
+        """Predictions per version and bucket of their score, over all time."""
+        found: dict[str, dict[int, int]] = {}
+        with reading(self._engine) as connection:
+            for row in connection.execute(select(SCORE_TOTAL).where(SCORE_TOTAL.c.model == model)):
+                found.setdefault(row.version, {})[row.bucket] = row.predictions
+        return found
 
     def waiting(self) -> int:
         """Predictions that wait for an outcome, of models that have outcomes."""

@@ -4,7 +4,7 @@ Every function works inside the caller's transaction and is idempotent: what is 
 (the store holds a lock), so looking before inserting is exact.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -14,7 +14,8 @@ from sqlalchemy import Connection, Table, bindparam, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from millrace_drift_monitor.records import MICROS, Figures, OutcomeBatch, OutcomeSpec, Prediction, PredictionBatch
-from millrace_drift_monitor.tables import FIGURE_SPAN, FIGURE_TOTAL, OUTCOME, PREDICTION, SEEN_BATCH
+from millrace_drift_monitor.scores import bucket
+from millrace_drift_monitor.tables import FIGURE_SPAN, FIGURE_TOTAL, OUTCOME, PREDICTION, SCORE_TOTAL, SEEN_BATCH
 
 # Values in one IN list.
 CHUNK = 1000
@@ -266,8 +267,23 @@ def add_figures(connection: Connection, predictions: Sequence[Prediction], joine
     _add_sums(
         connection, FIGURE_TOTAL, [(dict(zip(("model", "version"), k, strict=True)), f) for k, f in totals.items()]
     )
+    scores = Counter((p.model, p.version, bucket(p.score)) for p in predictions if p.score is not None)
+    _add_scores(connection, scores)
     names = ("model", "version", "span_us")
     _add_sums(connection, FIGURE_SPAN, [(dict(zip(names, k, strict=True)), f) for k, f in spans.items()])
+
+
+def _add_scores(connection: Connection, scores: Mapping[tuple[str, str, int], int]) -> None:
+    if not scores:
+        return
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    upsert = dialect.insert(SCORE_TOTAL)
+    total = SCORE_TOTAL.c.predictions + upsert.excluded.predictions
+    upsert = upsert.on_conflict_do_update(index_elements=["model", "version", "bucket"], set_={"predictions": total})
+    names = ("model", "version", "bucket", "predictions")
+    # In one order, so that two writers never wait for each other.
+    rows = [dict(zip(names, (*key, count), strict=True)) for key, count in sorted(scores.items())]
+    connection.execute(upsert, rows)
 
 
 _SUMS = ("predictions", "outcomes", "correct", "brier_sum", "brier_square_sum")

@@ -137,6 +137,7 @@ class DriftServicer(drift_pb2_grpc.DriftServiceServicer):
         if request.HasField("predicted_since"):
             since_us = now_micros(check.timestamp(request.predicted_since, "predicted_since"))
         figures = await asyncio.to_thread(self._answers.figures, model, since_us)
+        scores = await asyncio.to_thread(self._answers.scores, model) if since_us is None else {}
         return drift_pb2.GetOutcomesResponse(
             versions=[
                 drift_pb2.OutcomeFigures(
@@ -147,6 +148,10 @@ class DriftServicer(drift_pb2_grpc.DriftServiceServicer):
                     correct=f.correct,
                     brier_sum=f.brier_sum,
                     brier_square_sum=f.brier_square_sum,
+                    scores=[
+                        drift_pb2.ScoreBucket(bucket=bucket, count=count)
+                        for bucket, count in sorted(scores.get(version, {}).items())
+                    ],
                 )
                 for version, f in sorted(figures.items())
             ]

@@ -123,6 +123,16 @@ def _figures(name: str, *key: Column[int]) -> Table:
 FIGURE_TOTAL = _figures("figure_total")
 FIGURE_SPAN = _figures("figure_span", Column("span_us", BigInteger, primary_key=True))
 
+# Predictions by the bucket of their score, over all time.
+SCORE_TOTAL = Table(
+    "score_total",
+    METADATA,
+    Column("model", Text, primary_key=True),
+    Column("version", Text, primary_key=True),
+    Column("bucket", Integer, primary_key=True),
+    Column("predictions", BigInteger, nullable=False),
+)
+
 EVENT_WINDOW = Table(
     "event_window",
     METADATA,

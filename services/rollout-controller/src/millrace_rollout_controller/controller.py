@@ -254,6 +254,7 @@ class Controller:
             gateways=self._figures.addresses,
             compared=compared(known.spec),
             answers={index: poll.answers[query] for index, query in asked.items() if query in poll.answers},
+            now=now,
         )
         item = Item(row.name, known.spec, row.generation, row.deleting)
         after, actions = reconcile(item, status, observed, evidence, now, limits=self._limits)

@@ -58,7 +58,11 @@ def outcome_counts(answer: drift_pb2.GetOutcomesResponse, model: str) -> dict[st
     """One model's versions in the drift monitor's outcomes."""
     return {
         v.version: Counts(
-            outcomes=v.outcomes, correct=v.correct, brier_sum=v.brier_sum, brier_square_sum=v.brier_square_sum
+            outcomes=v.outcomes,
+            correct=v.correct,
+            brier_sum=v.brier_sum,
+            brier_square_sum=v.brier_square_sum,
+            scores={str(one.bucket): one.count for one in v.scores},
         )
         for v in answer.versions
         if v.model == model

@@ -14,21 +14,28 @@ class Counts(BaseModel):
     correct: int = 0
     brier_sum: float = 0.0
     brier_square_sum: float = 0.0
+    scores: dict[str, int] = {}
+    """Predictions by bucket of their score; whole numbers in the order of the scores."""
 
     def plus(self, other: "Counts") -> "Counts":
         """The sum."""
-        latency = dict(self.latency)
-        for bound, count in other.latency.items():
-            latency[bound] = latency.get(bound, 0) + count
         return Counts(
             requests=self.requests + other.requests,
             errors=self.errors + other.errors,
-            latency=latency,
+            latency=_plus(self.latency, other.latency),
             outcomes=self.outcomes + other.outcomes,
             correct=self.correct + other.correct,
             brier_sum=self.brier_sum + other.brier_sum,
             brier_square_sum=self.brier_square_sum + other.brier_square_sum,
+            scores=_plus(self.scores, other.scores),
         )
+
+
+def _plus(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    total = dict(one)
+    for bucket, count in other.items():
+        total[bucket] = total.get(bucket, 0) + count
+    return total
 
 
 class Sums(BaseModel):

@@ -5,8 +5,10 @@ nothing. A source that does not answer adds nothing; a gateway that restarted co
 whose sums fell, only sets the mark to count from.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from pydantic import BaseModel
 
@@ -15,6 +17,11 @@ from millrace_rollout_controller.counts import Counts
 from millrace_rollout_controller.experiments import Comparison
 from millrace_rollout_controller.gates import GateState
 from millrace_rollout_controller.manifest import Gate, Metric
+
+RATE_MEMORY_S = 60.0
+"""Time constant of the traffic's estimate."""
+STILL = 0.01
+"""Requests a second below which a model counts as unused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,10 @@ class Evidence(BaseModel):
     step_candidate: Counts = Counts()
     comparisons: dict[str, Comparison] = {}
     """By metric."""
+    polled_at: datetime | None = None
+    """When gateways last answered; stands still for a model without traffic."""
+    rate: float = 0.0
+    """Requests a second of the whole model."""
 
 
 def advance(
@@ -72,6 +83,7 @@ def advance(
     gateways: Sequence[str],
     compared: Sequence[Metric] = (),
     answers: Mapping[int, float | None] | None = None,
+    now: datetime | None = None,
 ) -> Evidence:
     """Evidence after one poll.
 
@@ -86,9 +98,11 @@ def advance(
         gateways: addresses in use; marks of others are forgotten.
         compared: metrics whose comparison is wanted.
         answers: to gates' queries, by the gate's index.
+        now: time of the poll; None tells no rates.
     """
     evidence = _restart(evidence, trial, step, wanted)
     difference: dict[str, Counts] = {}
+    whole = bool(gateways) and all(address in poll.gateways and address in evidence.cursors for address in gateways)
     cursors = {address: cursor for address, cursor in evidence.cursors.items() if address in gateways}
     for address, figures in poll.gateways.items():
         for version, counts in _gateway_difference(cursors.get(address), figures).items():
@@ -100,11 +114,24 @@ def advance(
             difference[version] = difference.get(version, Counts()).plus(counts)
         outcomes = dict(poll.outcomes)
     update: dict[str, object] = {"cursors": cursors, "outcomes": outcomes}
+    elapsed_s = _elapsed(evidence, now) if poll.gateways else None
+    if poll.gateways and now is not None:
+        update |= _traffic(
+            evidence, sum(counts.requests for counts in difference.values()), elapsed_s, now, bool(candidate)
+        )
     if candidate:
         new, old = difference.get(candidate, Counts()), difference.get(stable, Counts())
         states = [gates.absorb(gate, s, new, old) for gate, s in zip(wanted, evidence.gates, strict=True)]
         for index, answer in (answers or {}).items():
             states[index] = gates.hear(wanted[index], states[index], answer)
+        if poll.gateways:
+            states = [
+                gates.fill(gate, s, elapsed_s if whole else None, new.requests - new.errors)
+                if gate.metric == "throughput"
+                else s
+                for gate, s in zip(wanted, states, strict=True)
+            ]
+        new, old = (counts.model_copy(update={"scores": {}}) for counts in (new, old))
         update |= {
             "candidate": evidence.candidate.plus(new),
             "stable": evidence.stable.plus(old),
@@ -113,6 +140,26 @@ def advance(
             "comparisons": experiments.absorb(evidence.comparisons, new, old, compared),
         }
     return evidence.model_copy(update=update)
+
+
+def _elapsed(evidence: Evidence, now: datetime | None) -> float | None:
+    if now is None or evidence.polled_at is None:
+        return None
+    return max(0.0, (now - evidence.polled_at).total_seconds()) or None
+
+
+def _traffic(
+    evidence: Evidence, requests: int, elapsed_s: float | None, now: datetime, on_trial: bool
+) -> dict[str, object]:
+    """The rate so far; a model without traffic changes nothing, so that nothing has to be stored."""
+    if not requests and not evidence.rate and not on_trial:
+        return {}
+    if elapsed_s is None:
+        return {"polled_at": now}
+    fresh = requests / elapsed_s
+    part = 1.0 - math.exp(-elapsed_s / RATE_MEMORY_S)
+    rate = evidence.rate + part * (fresh - evidence.rate) if evidence.rate else fresh
+    return {"polled_at": now, "rate": rate if rate >= STILL else 0.0}
 
 
 def _restart(evidence: Evidence, trial: int, step: int, wanted: Sequence[Gate]) -> Evidence:
@@ -145,6 +192,7 @@ def _outcome_difference(before: Mapping[str, Counts] | None, now: Mapping[str, C
 def _minus(now: Counts, before: Counts) -> Counts:
     """The difference, or nothing where a sum fell: then the source began anew and this is the mark to count from."""
     latency = {edge: count - before.latency.get(edge, 0) for edge, count in now.latency.items()}
+    scores = {bucket: count - before.scores.get(bucket, 0) for bucket, count in now.scores.items()}
     whole = (
         now.requests - before.requests,
         now.errors - before.errors,
@@ -152,12 +200,17 @@ def _minus(now: Counts, before: Counts) -> Counts:
         now.correct - before.correct,
     )
     squares = now.brier_square_sum - before.brier_square_sum
-    if min(*whole, *latency.values(), 0) < 0 or now.brier_sum - before.brier_sum < -1e-6 or squares < -1e-6:
+    if (
+        min(*whole, *latency.values(), *scores.values(), 0) < 0
+        or now.brier_sum - before.brier_sum < -1e-6
+        or squares < -1e-6
+    ):
         return Counts()
     return Counts(
         requests=whole[0],
         errors=min(whole[1], whole[0]),
         latency=latency,
+        scores={bucket: count for bucket, count in scores.items() if count},
         outcomes=whole[2],
         correct=min(whole[3], whole[2]),
         brier_sum=min(max(now.brier_sum - before.brier_sum, 0.0), float(whole[2])),

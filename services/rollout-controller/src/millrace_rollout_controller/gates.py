@@ -2,38 +2,34 @@
 
 A gate fails when its e-process refutes "the candidate is good enough" at 1 - confidence; for a comparison that is "not worse than stable",
 and the estimated loss must also exceed the margin, so a difference too small to matter never rolls back. It passes when another e-process
-refutes "the candidate is too bad" ("worse than stable by more than the margin"). Everything else is undecided, and no data is undecided.
+refutes "the candidate is too bad" ("worse than stable by more than the margin"), or for a comparison with `maxSamples` when a group-sequential
+look does. Everything else is undecided, and no data is undecided.
+
+A latency comparison counts requests slower than stable's percentile T, learned from stable's first requests and then kept. It fails when the
+candidate's share above T is larger than stable's, and passes when its share above T (1 + margin) is smaller than stable's above T: then its
+percentile is at most 1 + margin times stable's.
 """
 
 import math
 
 import numpy as np
+from millrace_kit.power import BURN_IN, MEMORY
+from millrace_kit.sequential import ODDS_ABOVE, ODDS_BELOW, Array, Sample, log_mean, one_arm, two_arms
 from pydantic import BaseModel
 
+from millrace_rollout_controller import drift_gates, looks, measures
 from millrace_rollout_controller.counts import Counts, Sums
+from millrace_rollout_controller.drift_gates import DriftState
+from millrace_rollout_controller.looks import Look
 from millrace_rollout_controller.manifest import Gate
-from millrace_rollout_controller.sequential import (
-    ODDS_ABOVE,
-    ODDS_BELOW,
-    Array,
-    Sample,
-    log_mean,
-    one_arm,
-    two_arms,
-)
+from millrace_rollout_controller.measures import QUANTILES, measure
 from millrace_rollout_controller.state import GateView, Verdict
 
-P99_SHARE = 0.01
-"""Share of requests that may be slower than a 99th percentile."""
-BUCKET_WIDTH = 1.1
-"""Most that a latency bucket's upper edge is above its lower one; the gateways' are 5 % wide."""
-BURN_IN = 30
-"""Values of stable that only teach its mean, before the first bet of a comparison."""
-MEMORY = 1000.0
-"""Values of stable its mean is estimated from; older ones fade."""
 STEP_SAMPLES = 30
 """Candidate values in a step from which on that step's own estimate can hold a pass back."""
 MAX_STARTS = 21
+THROUGHPUT_WINDOW_S = 10.0
+"""Length of what one value of a throughput stands for."""
 
 
 class GateState(BaseModel):
@@ -52,38 +48,26 @@ class GateState(BaseModel):
     step_gap_sum: float = 0.0
     pending_candidate: Sums = Sums()
     pending_stable: Sums = Sums()
-    """A batch that still lacks one arm."""
+    pending_passing: Sums = Sums()
+    """A batch that still lacks one arm; the candidate's as the passing side sees it, too."""
+    threshold: float | None = None
+    """Of a latency comparison: stable's percentile in ms, once it is known."""
+    learning: dict[str, int] = {}
+    """Stable's latencies until then."""
+    gap_ratio: float = 0.0
+    """Sum over batches of the candidate's count squared by stable's."""
+    looks: list[Look] = []
+    """Of a comparison with `maxSamples`."""
+    drift: DriftState | None = None
+    window_s: float = 0.0
+    window_answers: int = 0
+    """Of a throughput: the window that is being filled."""
     memory: Sums = Sums()
     answer: float | None = None
     """Of a query: the last answer in this step; None for none that is a number."""
     answers: int = 0
     beyond: int = 0
     """Of a query: answers beyond the bound in a row."""
-
-
-def measure(gate: Gate, counts: Counts) -> tuple[Sums, Sums]:
-    """The gate's values in `counts`, as its failing and as its passing side see them.
-
-    They differ for latency only, which is known to the width of a histogram bucket (empty buckets are not sent, so lower edges are not known):
-    a request whose bucket ends above the bound counts as slow where that makes passing harder, and one whose bucket ends more than a bucket's
-    width above it where that makes failing easier.
-    """
-    match gate.metric:
-        case "errorRate":
-            sums = Sums(n=counts.requests, total=counts.errors, square=counts.errors)
-            return sums, sums
-        case "outcome/accuracy":
-            sums = Sums(n=counts.outcomes, total=counts.correct, square=counts.correct)
-            return sums, sums
-        case "outcome/brier":
-            sums = Sums(n=counts.outcomes, total=counts.brier_sum, square=counts.brier_square_sum)
-            return sums, sums
-    bound = gate.max or 0.0
-    edges = [(float(edge), count) for edge, count in counts.latency.items()]
-    n = float(sum(count for _, count in edges))
-    sure = float(sum(count for upper, count in edges if upper > bound * BUCKET_WIDTH))
-    maybe = float(sum(count for upper, count in edges if upper > bound))
-    return Sums(n=n, total=sure, square=sure), Sums(n=n, total=maybe, square=maybe)
 
 
 def begin_step(gate_state: GateState) -> GateState:
@@ -102,13 +86,27 @@ def begin_step(gate_state: GateState) -> GateState:
 
 
 def absorb(gate: Gate, state: GateState, candidate: Counts, stable: Counts) -> GateState:
-    """Bet on what arrived since the look before; a query knows nothing of counts."""
-    if gate.promql is not None:
+    """Bet on what arrived since the look before; queries and throughput know nothing of counts."""
+    if gate.is_reading:
         return state
-    failing, passing = measure(gate, candidate)
+    if gate.metric == "drift/prediction":
+        drift = drift_gates.absorb(state.drift or DriftState(), candidate.scores, stable.scores, gate.max or 0.0)
+        return state.model_copy(update={"drift": drift})
+    if gate.metric in QUANTILES and gate.compare is not None and state.threshold is None:
+        return _learn(gate, state, stable)
+    measured = measure(gate, candidate, stable, state.threshold)
     if gate.compare is None:
-        return _absorb_one(gate, state, failing, passing, measure(gate, stable)[0])
-    return _absorb_two(gate, state, failing, measure(gate, stable)[0])
+        return _absorb_one(gate, state, measured.failing, measured.passing, measured.stable)
+    return _absorb_two(gate, state, measured)
+
+
+def _learn(gate: Gate, state: GateState, stable: Counts) -> GateState:
+    """Stable's percentile, from requests that are not bet on."""
+    learning = dict(state.learning)
+    for edge, count in stable.latency.items():
+        learning[edge] = learning.get(edge, 0) + count
+    threshold = measures.percentile(gate, learning)
+    return state.model_copy(update={"learning": {} if threshold else learning, "threshold": threshold})
 
 
 def hear(gate: Gate, state: GateState, answer: float | None) -> GateState:
@@ -123,6 +121,25 @@ def hear(gate: Gate, state: GateState, answer: float | None) -> GateState:
     return state.model_copy(update=update)
 
 
+def fill(gate: Gate, state: GateState, elapsed_s: float | None, answered: int) -> GateState:
+    """A throughput's window grows by what was answered without an error; a whole window is one answer.
+
+    Args:
+        gate: a throughput.
+        state: before.
+        elapsed_s: time the figures stand for; None when a gateway did not answer, then the window starts over.
+        answered: candidate requests answered without an error in that time.
+    """
+    if elapsed_s is None:
+        return state.model_copy(update={"window_s": 0.0, "window_answers": 0, "answer": None})
+    length, answers = state.window_s + elapsed_s, state.window_answers + answered
+    if length < THROUGHPUT_WINDOW_S:
+        return state.model_copy(update={"window_s": length, "window_answers": answers})
+    # Without one answer nobody knows whether anything was asked.
+    state = hear(gate, state, answers / length if answers else None)
+    return state.model_copy(update={"window_s": 0.0, "window_answers": 0})
+
+
 def _beyond(gate: Gate, answer: float) -> bool:
     return answer > gate.max if gate.max is not None else answer < (gate.min or 0.0)
 
@@ -130,7 +147,8 @@ def _beyond(gate: Gate, answer: float) -> bool:
 def _absorb_one(gate: Gate, state: GateState, failing: Sums, passing: Sums, stable: Sums) -> GateState:
     update: dict[str, object] = {"stable": state.stable.plus(stable)}
     if failing.n > 0:
-        bound = P99_SHARE if gate.metric == "latencyP99Ms" else (gate.max if gate.max is not None else gate.min) or 0.0
+        slow = gate.metric in QUANTILES
+        bound = measures.slow_share(gate) if slow else (gate.max if gate.max is not None else gate.min) or 0.0
         worse = ODDS_BELOW if gate.min is not None else ODDS_ABOVE
         better = ODDS_ABOVE if gate.min is not None else ODDS_BELOW
         grew = one_arm(_sample(gate, failing), bound, worse)
@@ -143,35 +161,65 @@ def _absorb_one(gate: Gate, state: GateState, failing: Sums, passing: Sums, stab
     return state.model_copy(update=update)
 
 
-def _absorb_two(gate: Gate, state: GateState, candidate: Sums, stable: Sums) -> GateState:
-    candidate = state.pending_candidate.plus(candidate)
-    stable = state.pending_stable.plus(stable)
-    if candidate.n < 1 or stable.n < 1:
-        return state.model_copy(update={"pending_candidate": candidate, "pending_stable": stable})
+def _absorb_two(gate: Gate, state: GateState, measured: measures.Measured) -> GateState:
+    failing = state.pending_candidate.plus(measured.failing)
+    passing = state.pending_passing.plus(measured.passing)
+    stable = state.pending_stable.plus(measured.stable)
+    if failing.n < 1 or stable.n < 1:
+        waiting = {"pending_candidate": failing, "pending_passing": passing, "pending_stable": stable}
+        return state.model_copy(update=waiting)
     update: dict[str, object] = {
         "pending_candidate": Sums(),
+        "pending_passing": Sums(),
         "pending_stable": Sums(),
-        "candidate": state.candidate.plus(candidate),
+        "candidate": state.candidate.plus(passing),
         "stable": state.stable.plus(stable),
-        "step_candidate": state.step_candidate.plus(candidate),
+        "step_candidate": state.step_candidate.plus(passing),
+        "gap_ratio": state.gap_ratio + passing.n**2 / stable.n,
     }
-    gap = candidate.n * (candidate.mean - stable.mean)
-    for name, value in (("gap_weight", candidate.n), ("gap_sum", gap)):
+    gap = passing.n * (passing.mean - stable.mean)
+    for name, value in (("gap_weight", passing.n), ("gap_sum", gap)):
         update[name] = getattr(state, name) + value
         update[f"step_{name}"] = getattr(state, f"step_{name}") + value
     if state.memory.n >= BURN_IN:
-        higher_is_better = gate.metric == "outcome/accuracy"
-        worse, better = (ODDS_BELOW, ODDS_ABOVE) if higher_is_better else (ODDS_ABOVE, ODDS_BELOW)
-        shift = -(gate.margin or 0.0) if higher_is_better else (gate.margin or 0.0)
+        better, worse = (ODDS_ABOVE, ODDS_BELOW) if gate.higher_is_better else (ODDS_BELOW, ODDS_ABOVE)
+        shift = -_limit(gate) if gate.higher_is_better else _limit(gate)
         mean = np.asarray((state.memory.total + 0.5) / (state.memory.n + 1.0))
-        arms = _sample(gate, candidate), _sample(gate, stable)
-        grew = two_arms(*arms, mean, 0.0, worse)
+        other = _sample(gate, stable)
+        grew = two_arms(_sample(gate, failing), other, mean, 0.0, worse)
         update["fail_logs"] = [_add(start, grew) for start in state.fail_logs]
-        update["pass_logs"] = _add(state.pass_logs, two_arms(*arms, mean, shift, better))
+        update["pass_logs"] = _add(state.pass_logs, two_arms(_sample(gate, passing), other, mean, shift, better))
     memory = state.memory.plus(stable)
     fade = min(1.0, MEMORY / memory.n)
     update["memory"] = Sums(n=memory.n * fade, total=memory.total * fade, square=memory.square * fade)
-    return state.model_copy(update=update)
+    return _take_look(gate, state.model_copy(update=update))
+
+
+def _take_look(gate: Gate, state: GateState) -> GateState:
+    if gate.max_samples is None or not looks.due(state.looks, state.candidate.n, gate.max_samples):
+        return state
+    found = looks.look(
+        state.looks,
+        state.candidate,
+        state.stable,
+        state.gap_ratio,
+        room=_limit(gate) - _loss(gate, state),
+        shift=-_limit(gate) if gate.higher_is_better else _limit(gate),
+        most=gate.max_samples,
+        alpha=1.0 - gate.level,
+    )
+    return state.model_copy(update={"looks": [*state.looks, found]})
+
+
+def _limit(gate: Gate) -> float:
+    """The loss that must not be; a latency comparison has its margin in the threshold."""
+    return 0.0 if gate.metric in QUANTILES else gate.margin or 0.0
+
+
+def _loss(gate: Gate, state: GateState) -> float:
+    """How much worse than stable the candidate seems to be."""
+    gap = state.gap_sum / state.gap_weight if state.gap_weight else 0.0
+    return -gap if gate.higher_is_better else gap
 
 
 def _sample(gate: Gate, sums: Sums) -> Sample:
@@ -202,23 +250,28 @@ def log_fail(state: GateState, steps: int) -> float:
 
 def judge(gate: Gate, state: GateState, steps: int) -> GateView:
     """The verdict on what is known now, with the figures in words."""
-    if gate.promql is not None:
-        return _judge_query(gate, state)
+    if gate.is_reading:
+        return _judge_reading(gate, state)
+    if gate.metric == "drift/prediction":
+        return drift_gates.judge(gate, state.drift or DriftState())
     needed = -math.log(1.0 - gate.level)
-    against, for_it = log_fail(state, steps), float(log_mean(np.array(state.pass_logs)))
+    against = log_fail(state, steps)
     loss, limit, words = _estimate(gate, state)
+    proved, proof = _proof(gate, state, needed)
     step_loss = _step_loss(gate, state)
     verdict: Verdict = "undecided"
     if state.candidate.n < 1:
         reason = "no data of the candidate yet"
+        if gate.metric in QUANTILES and gate.compare is not None and state.threshold is None:
+            reason = "stable's percentile is not known yet"
     elif against >= needed and (gate.compare is None or loss > limit):
         verdict, reason = "fail", f"e-value against it {_power(against)} of {_power(needed)} needed"
-    elif for_it >= needed and step_loss is not None and step_loss > limit:
+    elif proved and step_loss is not None and step_loss > limit:
         reason = "proved so far, but this step's own figures are on the wrong side of the limit"
-    elif for_it >= needed:
-        verdict, reason = "pass", f"e-value for it {_power(for_it)} of {_power(needed)} needed"
+    elif proved:
+        verdict, reason = "pass", proof
     else:
-        reason = f"e-values {_power(for_it)} for and {_power(against)} against, {_power(needed)} needed"
+        reason = f"{proof}; e-value against it {_power(against)}, {_power(needed)} needed"
     return GateView(
         gate=gate.text,
         verdict=verdict,
@@ -228,7 +281,21 @@ def judge(gate: Gate, state: GateState, steps: int) -> GateView:
     )
 
 
-def _judge_query(gate: Gate, state: GateState) -> GateView:
+def _proof(gate: Gate, state: GateState, needed: float) -> tuple[bool, str]:
+    """Whether the passing side is proved, and the sentence about it."""
+    if gate.max_samples is None:
+        for_it = float(log_mean(np.array(state.pass_logs)))
+        return for_it >= needed, f"e-value for it {_power(for_it)} of {_power(needed)} needed"
+    if not state.looks:
+        return False, f"no look yet, the last one is at {gate.max_samples} values"
+    found = next((one for one in state.looks if one.proved), state.looks[-1])
+    words = f"look at {found.fraction:.0%} of {gate.max_samples} values: z {found.z:.2f} of {found.boundary:.2f} needed"
+    if not found.proved and found.fraction >= 1.0:
+        words += "; that was the last look, a person decides"
+    return found.proved, words
+
+
+def _judge_reading(gate: Gate, state: GateState) -> GateView:
     verdict: Verdict = "undecided"
     if state.beyond >= gate.failures:
         verdict, words = "fail", f"beyond the bound {state.beyond} times in a row"
@@ -252,15 +319,22 @@ def _estimate(gate: Gate, state: GateState) -> tuple[float, float, str]:
     """How bad it looks, what is allowed, and the sentence about it."""
     n, mean = int(state.candidate.n), state.candidate.mean
     if gate.compare is not None:
+        loss, limit = _loss(gate, state), _limit(gate)
+        if gate.metric in QUANTILES:
+            slow = (state.threshold or 0.0) * (1.0 + (gate.margin or 0.0))
+            words = (
+                f"{mean:.2%} of {n} candidate requests above {slow:.4g} ms, "
+                f"{state.stable.mean:.2%} of {int(state.stable.n)} stable ones above {state.threshold or 0.0:.4g} ms"
+            )
+            return loss, limit, words
         gap = state.gap_sum / state.gap_weight if state.gap_weight else 0.0
-        loss = -gap if gate.metric == "outcome/accuracy" else gap
         words = (
             f"candidate {mean:.4f} over {n}, stable {state.stable.mean:.4f} over {int(state.stable.n)} at the same time"
         )
-        return loss, gate.margin or 0.0, f"{words}, difference {gap:+.4f} (margin {gate.margin:g})"
-    if gate.metric == "latencyP99Ms":
-        share = f"{mean:.2%} of {n} requests above {gate.max:g} ms (allowed {P99_SHARE:.0%})"
-        return mean, P99_SHARE, share
+        return loss, limit, f"{words}, difference {gap:+.4f} (margin {gate.margin:g})"
+    if gate.metric in QUANTILES:
+        allowed = measures.slow_share(gate)
+        return mean, allowed, f"{mean:.2%} of {n} requests above {gate.max:g} ms (allowed {allowed:.0%})"
     if gate.min is not None:
         return gate.min - mean, 0.0, f"candidate {mean:.4f} over {n}, at least {gate.min:g} wanted"
     return mean, gate.max or 0.0, f"candidate {mean:.4f} over {n}, at most {gate.max:g} wanted"
@@ -272,7 +346,7 @@ def _step_loss(gate: Gate, state: GateState) -> float | None:
         return None
     if gate.compare is not None:
         gap = state.step_gap_sum / state.step_gap_weight
-        return -gap if gate.metric == "outcome/accuracy" else gap
+        return -gap if gate.higher_is_better else gap
     mean = state.step_candidate.mean
     return gate.min - mean if gate.min is not None else mean
 

@@ -23,6 +23,10 @@ Confidence = Annotated[float, Field(ge=0.5, le=0.999999)]
 """One minus the chance of a wrong answer, over the whole rollout and however often it is read."""
 Strategy = Literal["Canary", "BlueGreen", "ABTest", "Shadow"]
 Metric = Literal["errorRate", "latencyP99Ms", "outcome/accuracy", "outcome/brier"]
+"""Of a comparison that a strategy reports."""
+GateMetric = Literal[
+    "errorRate", "latencyP50Ms", "latencyP95Ms", "latencyP99Ms", "throughput", "outcome/accuracy", "outcome/brier", "drift/prediction",
+]  # fmt: skip
 DEFAULT_CONFIDENCE = 0.95
 
 
@@ -142,18 +146,21 @@ class Warmup(Block):
 class Gate(Block):
     """One condition on the candidate: a metric of ours with exactly one of `max`, `min` and `compare`, or a PromQL query with `max` or `min`."""
 
-    metric: Metric | None = None
+    metric: GateMetric | None = None
     promql: Annotated[str, Field(min_length=1, max_length=MAX_PROMQL_CHARACTERS)] | None = None
     """Query with one value as its answer; {{model}}, {{candidate}}, {{stable}} and {{namespace}} are filled in."""
     max: float | None = None
     min: float | None = None
     compare: Literal["notWorseThanStable"] | None = None
     margin: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """How much worse than stable the candidate may be."""
+    """How much worse than stable the candidate may be; of a latency the part by which its percentile may be longer."""
+    max_samples: Annotated[int, Field(ge=100, le=100_000_000)] | None = None
+    """Of a comparison required at Promotion: candidate values at which the promotion is decided at the latest. Then passing has five looks on
+    the way there, which need fewer values than a look after every one; failing is still looked at always."""
     confidence: Confidence | None = None
     """One minus the chance of a wrong verdict in each direction; of a metric only, where None is 0.95."""
     failure_limit: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Answers beyond the bound in a row at which the gate fails; of a query only, where None is 3."""
+    """Answers beyond the bound in a row at which the gate fails; of a query and of throughput only, where None is 3."""
     required: Literal["EveryStep", "Promotion", "Never"] = "EveryStep"
     """When it must have passed: to leave any step, to reach 100 %, or never. A fail rolls back in every case."""
 
@@ -161,6 +168,16 @@ class Gate(Block):
     def level(self) -> float:
         """The confidence in force."""
         return DEFAULT_CONFIDENCE if self.confidence is None else self.confidence
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether larger values of the metric are better."""
+        return self.metric == "outcome/accuracy"
+
+    @property
+    def is_reading(self) -> bool:
+        """Judged by single readings, beyond the bound or not, instead of by a test."""
+        return self.promql is not None or self.metric == "throughput"
 
     @property
     def failures(self) -> int:

@@ -19,9 +19,13 @@ BLOCKS = {"Canary": "steps", "BlueGreen": "blueGreen", "ABTest": "abTest", "Shad
 _DURATION = re.compile(r"(?=.)(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?")
 _FORMS: dict[str, tuple[str, ...]] = {
     "errorRate": ("max", "compare"),
-    "latencyP99Ms": ("max",),
+    "latencyP50Ms": ("max", "compare"),
+    "latencyP95Ms": ("max", "compare"),
+    "latencyP99Ms": ("max", "compare"),
+    "throughput": ("min",),
     "outcome/accuracy": ("min", "compare"),
     "outcome/brier": ("max", "compare"),
+    "drift/prediction": ("max",),
 }
 """How each metric may be bounded."""
 
@@ -130,17 +134,23 @@ def _check_gate(gate: "Gate", where: str) -> None:
         raise InvalidArgumentError(f"{where}.{given[0]}", f"does not fit {subject}; use {' or '.join(allowed)}")
     if (gate.margin is not None) != (gate.compare is not None):
         raise InvalidArgumentError(f"{where}.margin", "belongs to compare, and compare needs it")
+    _check_looks(gate, where)
+    if gate.is_reading and gate.confidence is not None:
+        raise InvalidArgumentError(f"{where}.confidence", "belongs to a test; queries and throughput have failureLimit")
     if gate.promql is not None:
         _check_query(gate, where)
         return
-    if gate.failure_limit is not None:
-        raise InvalidArgumentError(f"{where}.failureLimit", "belongs to promql")
+    if gate.failure_limit is not None and not gate.is_reading:
+        raise InvalidArgumentError(f"{where}.failureLimit", "belongs to promql and throughput")
     _check_bound(gate, where, given[0])
 
 
+def _check_looks(gate: "Gate", where: str) -> None:
+    if gate.max_samples is not None and (gate.compare is None or gate.required != "Promotion"):
+        raise InvalidArgumentError(f"{where}.maxSamples", "belongs to compare with required: Promotion")
+
+
 def _check_query(gate: "Gate", where: str) -> None:
-    if gate.confidence is not None:
-        raise InvalidArgumentError(f"{where}.confidence", "belongs to metric; a query has failureLimit")
     for name in re.findall(r"\{\{(.*?)\}\}", gate.promql or "", re.DOTALL):
         if name not in PLACEHOLDERS:
             known = ", ".join(f"{{{{{known}}}}}" for known in PLACEHOLDERS)
@@ -151,7 +161,10 @@ def _check_bound(gate: "Gate", where: str, form: str) -> None:
     bound = gate.max if gate.max is not None else gate.min
     if bound is None:
         return
-    if gate.metric == "latencyP99Ms":
+    if gate.metric == "throughput":
+        if not 0 < bound <= 1e9:
+            raise InvalidArgumentError(f"{where}.min", "must be more than 0 and at most 1e9 (requests a second)")
+    elif (gate.metric or "").startswith("latency"):
         if not 0 < bound <= 600_000:
             raise InvalidArgumentError(f"{where}.max", "must be more than 0 and at most 600000 (milliseconds)")
     elif not 0 < bound < 1:

@@ -55,7 +55,7 @@ def _forms(metric: str, *allowed: str) -> list[Rule]:
 def _bound(form: str) -> list[Rule]:
     rules = [
         _rule(
-            f"!has(self.metric) || self.metric == 'latencyP99Ms' || !has(self.{form})"
+            f"!has(self.metric) || self.metric.startsWith('latency') || self.metric == 'throughput' || !has(self.{form})"
             f" || (self.{form} > 0.0 && self.{form} < 1.0)",
             "must be between 0 and 1, both left out",
             f".{form}",
@@ -64,10 +64,19 @@ def _bound(form: str) -> list[Rule]:
     if form == "max":
         rules.append(
             _rule(
-                "!has(self.metric) || self.metric != 'latencyP99Ms' || !has(self.max)"
+                "!has(self.metric) || !self.metric.startsWith('latency') || !has(self.max)"
                 " || (self.max > 0.0 && self.max <= 600000.0)",
                 "must be more than 0 and at most 600000 (milliseconds)",
                 ".max",
+            )
+        )
+    else:
+        rules.append(
+            _rule(
+                "!has(self.metric) || self.metric != 'throughput' || !has(self.min)"
+                " || (self.min > 0.0 && self.min <= 1000000000.0)",
+                "must be more than 0 and at most 1e9 (requests a second)",
+                ".min",
             )
         )
     return rules
@@ -123,16 +132,30 @@ CEL: dict[str, list[Rule]] = {
             "needs exactly one of max, min and compare",
         ),
         *_forms("errorRate", "max", "compare"),
-        *_forms("latencyP99Ms", "max"),
+        *_forms("latencyP50Ms", "max", "compare"),
+        *_forms("latencyP95Ms", "max", "compare"),
+        *_forms("latencyP99Ms", "max", "compare"),
+        *_forms("throughput", "min"),
+        *_forms("drift/prediction", "max"),
         *_forms("outcome/accuracy", "min", "compare"),
         *_forms("outcome/brier", "max", "compare"),
         _rule("!has(self.promql) || !has(self.compare)", "does not fit promql; use max or min", ".compare"),
         _rule("has(self.margin) == has(self.compare)", "belongs to compare, and compare needs it", ".margin"),
         _rule("!has(self.failureLimit) || has(self.promql)", "belongs to promql", ".failureLimit"),
         _rule(
-            "!has(self.confidence) || has(self.metric)",
-            "belongs to metric; a query has failureLimit",
+            "!has(self.failureLimit) || has(self.promql) || (has(self.metric) && self.metric == 'throughput')",
+            "belongs to promql and throughput",
+            ".failureLimit",
+        ),
+        _rule(
+            "!has(self.confidence) || (has(self.metric) && self.metric != 'throughput')",
+            "belongs to a test; queries and throughput have failureLimit",
             ".confidence",
+        ),
+        _rule(
+            "!has(self.maxSamples) || (has(self.compare) && has(self.required) && self.required == 'Promotion')",
+            "belongs to compare with required: Promotion",
+            ".maxSamples",
         ),
         *_bound("max"),
         *_bound("min"),
