@@ -91,6 +91,12 @@ class World:
     acknowledged: set[float] = field(default_factory=set)
     """Candidate weights that were in force in this trial."""
     warm: WarmSeen | None = None
+    scaled: dict[str, int] = field(default_factory=dict)
+    """What an autoscaler makes of a version."""
+    asked: dict[str, int] = field(default_factory=dict)
+    """Servers last asked for."""
+    slow: set[str] = field(default_factory=set)
+    """Versions whose servers above the first two never get ready."""
     restart: bool = True
     """Send the status through JSON between looks, as a restart does."""
 
@@ -117,7 +123,9 @@ class World:
     def observed(self) -> Observed:
         arms = {
             version: ArmSeen(
-                () if version in self.broken else tuple(f"{version}:{i}" for i in range(count)),
+                ()
+                if version in self.broken
+                else tuple(f"{version}:{i}" for i in range(2 if version in self.slow else count)),
                 count,
                 self.refusals.get(version),
             )
@@ -142,7 +150,8 @@ class World:
                 case SetRoute(route=route):
                     self.published = route
                 case RunServers(ref=ref, replicas=replicas):
-                    wanted[ref.version] = replicas
+                    wanted[ref.version] = max(replicas, self.scaled.get(ref.version, 0))
+                    self.asked[ref.version] = replicas
                 case Forget():
                     self.gone = True
         # Nothing is stopped that a gateway may still send to.

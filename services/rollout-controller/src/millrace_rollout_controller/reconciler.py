@@ -11,6 +11,7 @@ Its parts: `candidates` chooses who is on trial, `trials` moves it through the s
 from datetime import datetime
 
 from millrace_rollout_controller.candidates import accept_spec, choose_candidate
+from millrace_rollout_controller.capacity import note_stable, replicas
 from millrace_rollout_controller.conditions import conditions
 from millrace_rollout_controller.evidence import Evidence
 from millrace_rollout_controller.plans import (
@@ -49,6 +50,7 @@ def reconcile(
     accept_spec(draft)
     _refresh_endpoints(draft)
     choose_candidate(draft)
+    note_stable(draft)
     look_at_candidate(draft)
     retire(draft)
     if draft.status.candidate is None:
@@ -93,7 +95,7 @@ def _finish(d: Draft) -> tuple[Status, tuple[Action, ...]]:
     running += [gone.ref for gone in s.retiring if not gone.released]
     versions = {ref.version for ref in running}
     actions: list[Action] = [SetRoute(d.spec.model, route)]
-    actions += [RunServers(ref, d.spec.server.replicas) for ref in running]
+    actions += [RunServers(ref, replicas(d, ref)) for ref in running]
     actions += [StopServers(version) for version in d.seen.arms if version not in versions]
     if (warm_up := warming(d)) is not None:
         actions.append(warm_up)

@@ -125,12 +125,15 @@ class Route(Frozen):
     arms: tuple[RouteArm, ...]
     sticky_header: str
     rules: tuple[RouteRule, ...]
-    round_robin: bool
+    balancing: str = "LeastRequest"
     timeout_ms: int
     feature_service: str
     feature_names: tuple[str, ...]
     input_tensor: str
     output_tensor: str
+    hedge_after_ms: int = 0
+    callers: tuple[str, ...] = ()
+    testers: tuple[str, ...] = ()
 
     def weight(self, version: str) -> float:
         """Percent of a version; 0 when it is not there."""
@@ -200,6 +203,10 @@ class Status(Mutable):
     step: int = 0
     weight: float = 0.0
     """Wanted percent of the candidate."""
+    capacity_weight: float = 0.0
+    """Percent that the candidate's servers are to be enough for; ahead of `weight`."""
+    stable_servers: int = 0
+    """Most servers that stable has had ready during this trial."""
     entered: bool = False
     """The candidate's first stage has begun: its servers were ready and every gateway knew them."""
     mirror: float = 0.0

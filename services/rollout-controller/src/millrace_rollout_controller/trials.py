@@ -3,6 +3,7 @@
 from datetime import timedelta
 
 from millrace_rollout_controller.candidates import fail
+from millrace_rollout_controller.capacity import short
 from millrace_rollout_controller.judging import judge_gates, missing
 from millrace_rollout_controller.plans import Draft
 from millrace_rollout_controller.state import Retiring
@@ -39,7 +40,8 @@ def look_at_candidate(d: Draft) -> None:
         _take_first(d, enough)
     else:
         s.phase = "Paused" if s.paused else "Preparing"
-        if enough and not s.paused and d.known_without_weight(version) and warm(d):
+        known = enough and not s.paused and d.known_without_weight(version)
+        if known and warm(d) and not short(d, d.stages[0].weight):
             _begin(d)
 
 
@@ -106,7 +108,8 @@ def _progress(d: Draft, ready: bool) -> None:
     if s.waiting:
         return
     if s.step < last:
-        _enter(d, s.step + 1)
+        if not short(d, d.stages[s.step + 1].weight):
+            _enter(d, s.step + 1)
     elif d.in_force(version, 100.0):
         _complete(d)
 
@@ -116,6 +119,8 @@ def _force(d: Draft, last: int) -> None:
     s = d.status
     s.held_weight = None
     if s.weight != 100:
+        if short(d, 100.0):
+            return
         _enter(d, last)
         s.forced = not d.stages[last].watched or s.undo != ""
     else:
@@ -129,6 +134,8 @@ def _reweigh(d: Draft) -> bool:
     wanted = stage.weight if s.held_weight is None else s.held_weight
     if s.weight == wanted or s.candidate is None:
         return False
+    if short(d, wanted):
+        return True
     s.weight, s.step_since = wanted, None
     s.candidate.served = True
     s.phase = "Progressing" if s.held_weight is None else "Paused"

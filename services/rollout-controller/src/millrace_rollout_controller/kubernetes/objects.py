@@ -5,7 +5,7 @@ Exactly the fields that this controller owns, as server-side apply wants them; e
 
 from typing import Any
 
-from millrace_rollout_controller import triton_options
+from millrace_rollout_controller import capacity, triton_options
 from millrace_rollout_controller.executor import Wanted
 from millrace_rollout_controller.kubernetes import names, order
 from millrace_rollout_controller.kubernetes.api import Object
@@ -50,13 +50,7 @@ def build(want: Wanted, owner: Object, settings: KubernetesSettings) -> list[Obj
 
 def starting_replicas(want: Wanted) -> int:
     """Servers to begin with, where an autoscaler decides afterwards."""
-    return max(want.replicas, least_replicas(want.server))
-
-
-def least_replicas(server: Server) -> int:
-    """The autoscaler's lower bound."""
-    scaling = server.autoscaling
-    return server.replicas if scaling is None or scaling.min_replicas is None else scaling.min_replicas
+    return max(want.replicas, capacity.least(want.server))
 
 
 def extended_resources(server: Server) -> set[str]:
@@ -112,7 +106,8 @@ def _autoscaler(want: Wanted) -> Object:
                 "kind": "Deployment",
                 "name": names.object_name(want.deployment, want.ref.version),
             },
-            "minReplicas": least_replicas(want.server),
+            # A version on trial has servers before it has the load that would bring them.
+            "minReplicas": min(starting_replicas(want), scaling.max_replicas),
             "maxReplicas": scaling.max_replicas,
             "metrics": [metric],
         },
