@@ -125,15 +125,12 @@ class Route(Frozen):
     arms: tuple[RouteArm, ...]
     sticky_header: str
     rules: tuple[RouteRule, ...]
-    balancing: str = "LeastRequest"
+    round_robin: bool
     timeout_ms: int
     feature_service: str
     feature_names: tuple[str, ...]
     input_tensor: str
     output_tensor: str
-    hedge_after_ms: int = 0
-    callers: tuple[str, ...] = ()
-    testers: tuple[str, ...] = ()
 
     def weight(self, version: str) -> float:
         """Percent of a version; 0 when it is not there."""
