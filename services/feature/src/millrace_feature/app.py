@@ -6,7 +6,9 @@ from pathlib import Path
 
 import grpc.aio
 from millrace_api.feature.v1 import offline_pb2_grpc, transformers_pb2_grpc, versions_pb2_grpc
+from millrace_api.ingestion.v1.ingestion_pb2_grpc import IngestionServiceStub
 from millrace_kit.bus import Bus, Subscription, TopicPartition, open_bus, records_topic
+from millrace_kit.client import open_channel
 from millrace_kit.clock import Clock, SystemClock
 from millrace_kit.content import ContentStore
 from millrace_kit.entry import run_service
@@ -32,6 +34,7 @@ from millrace_feature.lake import Lake, Limits
 from millrace_feature.offline.servicer import OfflineServicer
 from millrace_feature.servicer import SERVICE, FeatureServicer
 from millrace_feature.serving import Serving
+from millrace_feature.set_pins import SetPins
 from millrace_feature.settings import FeatureSettings
 from millrace_feature.store import OnlineStore
 from millrace_feature.transformers.rights import Rights
@@ -94,6 +97,14 @@ def open_cache(settings: FeatureSettings, store: OnlineStore, clock: Clock) -> O
         return None
     limits = CacheLimits(kept.max_staleness_ms / 1000, kept.max_entries, frozenset(kept.views))
     return OnlineCache(store, limits, clock.monotonic)
+
+
+def open_ingestion(settings: FeatureSettings) -> grpc.aio.Channel | None:
+    """A channel to ingestion, where the settings want training sets pinned."""
+    wanted = settings.set_pins
+    if not wanted.ingestion_address:
+        return None
+    return open_channel(wanted.ingestion_address, timeout_s=wanted.timeout_s, tls=settings.tls)
 
 
 def feast_http(settings: FeatureSettings, reads: FeastReads) -> HttpServer:
@@ -172,9 +183,11 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
         clock=clock,
     )
     await applier.refresh()
+    ingestion = open_ingestion(settings)
+    pins = SetPins(IngestionServiceStub(ingestion) if ingestion else None, catalog, settings.set_pins, clock)
     servicer = FeatureServicer(
         applier=applier,
-        builder=Builder(lake=lake, catalog=catalog, content=content, settings=settings, clock=clock),
+        builder=Builder(lake=lake, catalog=catalog, content=content, pins=pins, settings=settings, clock=clock),
         catalog=catalog,
         serving=serving,
         worker=worker,
@@ -205,10 +218,14 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
         Worker("consistency-log", checker.log_samples),
         Worker("consistency-check", checker.check_settled),
     ]
+    if ingestion is not None:
+        workers.append(Worker("set-pins", pins.run))
     if settings.feast.http_listen:
         workers.append(Worker("feast-http", feast_http(settings, reads).run))
 
     async def close() -> None:
+        if ingestion is not None:
+            await ingestion.close()
         await ends.close()
         await bus.close()
         await store.close()

@@ -18,6 +18,7 @@ from millrace_feature.lake import Lake
 from millrace_feature.metrics import BUILD_ROWS, BUILD_SECONDS
 from millrace_feature.named import named_plan
 from millrace_feature.plan import Definitions, ServicePlan
+from millrace_feature.set_pins import SetPins
 from millrace_feature.settings import FeatureSettings
 from millrace_feature.training import Build, Built, contracts_of
 
@@ -28,11 +29,19 @@ class Builder:
     """Builds training sets, at most `max_builds` at once."""
 
     def __init__(
-        self, *, lake: Lake, catalog: Catalog, content: ContentStore, settings: FeatureSettings, clock: Clock
+        self,
+        *,
+        lake: Lake,
+        catalog: Catalog,
+        content: ContentStore,
+        pins: SetPins,
+        settings: FeatureSettings,
+        clock: Clock,
     ) -> None:
         self._lake = lake
         self._catalog = catalog
         self._content = content
+        self._pins = pins
         self._settings = settings
         self._clock = clock
         self._turns = asyncio.Semaphore(settings.max_builds)
@@ -60,20 +69,22 @@ class Builder:
                 for table in tables:
                     if table not in versions:
                         versions[table] = await asyncio.to_thread(self._lake.newest_version, table)
+                exact = _exact(request, definitions, versions)
+                await self._pins.hold(exact)
                 work = Build(
                     self._lake, plan, definitions, labels,
                     max_rows=self._settings.max_training_rows, rows_at_once=self._settings.build_rows,
                 )  # fmt: skip
-                running = asyncio.ensure_future(
-                    asyncio.to_thread(self._make, work, request, definitions, plan, versions)
-                )
+                running = asyncio.ensure_future(asyncio.to_thread(self._make, work, exact, plan, versions))
                 try:
-                    return await asyncio.shield(running)
+                    made = await asyncio.shield(running)
                 except asyncio.CancelledError:
                     work.cancel()
                     await asyncio.wait([running])
                     running.exception()
                     raise
+                made.pin_owner = await self._pins.keep(made)
+                return await asyncio.to_thread(self._recorded, made)
         finally:
             self._waiting -= 1
 
@@ -84,12 +95,7 @@ class Builder:
         return stored.definitions
 
     def _make(
-        self,
-        work: Build,
-        request: feature_pb2.BuildTrainingSetRequest,
-        definitions: Definitions,
-        plan: ServicePlan,
-        versions: dict[str, int],
+        self, work: Build, exact: feature_pb2.BuildTrainingSetRequest, plan: ServicePlan, versions: dict[str, int]
     ) -> feature_pb2.TrainingSet:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=_made(Path(self._settings.state_dir) / "builds")) as folder:
@@ -97,31 +103,45 @@ class Builder:
             data = common_pb2.Artifact(
                 path="data.parquet", sha256=self._content.put_file(built.path), size_bytes=built.path.stat().st_size
             )
-        pinned = feature_pb2.BuildTrainingSetRequest()
-        pinned.CopyFrom(request)
-        pinned.definitions_hash = definitions.digest
-        del pinned.table_versions[:]
-        pinned.table_versions.extend(common_pb2.TableVersion(table=t, version=versions[t]) for t in sorted(versions))
-        digest = self._content.put_bytes(manifest(pinned, plan, data, built))
+        digest = self._content.put_bytes(manifest(exact, plan, data, built))
         training_set = feature_pb2.TrainingSet(
             digest=digest,
             data=data,
             store_url=self._content.url,
             feature_service=plan.name,
             feature_names=plan.features,
-            label_column=request.label_column,
-            definitions_hash=definitions.digest,
-            table_versions=pinned.table_versions,
+            label_column=exact.label_column,
+            definitions_hash=exact.definitions_hash,
+            table_versions=exact.table_versions,
             rows=built.rows,
             rows_without_label=built.rows_without_label,
-            time_range=request.time_range if request.HasField("time_range") else None,
+            time_range=exact.time_range if exact.HasField("time_range") else None,
             created_at=now_timestamp(self._clock.now()),
-            request=pinned,
+            request=exact,
         )
-        kept = self._catalog.put_training_set(digest, training_set.SerializeToString())
         BUILD_SECONDS.observe(time.perf_counter() - started)
         BUILD_ROWS.inc(built.rows)
-        return feature_pb2.TrainingSet.FromString(kept)
+        return training_set
+
+    def _recorded(self, made: feature_pb2.TrainingSet) -> feature_pb2.TrainingSet:
+        """The record of a set: the first one, with the pins there are now."""
+        kept = feature_pb2.TrainingSet.FromString(self._catalog.put_training_set(made.digest, made.SerializeToString()))
+        if kept.pin_owner != made.pin_owner and made.pin_owner:
+            kept.pin_owner = made.pin_owner
+            self._catalog.replace_training_set(made.digest, kept.SerializeToString())
+        return kept
+
+
+def _exact(
+    request: feature_pb2.BuildTrainingSetRequest, definitions: Definitions, versions: dict[str, int]
+) -> feature_pb2.BuildTrainingSetRequest:
+    """`request` with the definitions and versions it means now."""
+    exact = feature_pb2.BuildTrainingSetRequest()
+    exact.CopyFrom(request)
+    exact.definitions_hash = definitions.digest
+    del exact.table_versions[:]
+    exact.table_versions.extend(common_pb2.TableVersion(table=t, version=versions[t]) for t in sorted(versions))
+    return exact
 
 
 def manifest(

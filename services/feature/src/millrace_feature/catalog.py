@@ -6,7 +6,7 @@ from pathlib import Path
 
 from millrace_kit.errors import NotFoundError
 from millrace_kit.sql import migrate, reading, writing
-from sqlalchemy import Engine, insert, select
+from sqlalchemy import Engine, insert, select, update
 
 from millrace_feature.compiler import compile_registry
 from millrace_feature.plan import Definitions, from_json, to_json
@@ -105,6 +105,17 @@ class Catalog:
         if record is None:
             raise NotFoundError("training set", digest)
         return bytes(record)
+
+    def training_sets(self) -> list[str]:
+        """Digests of all training sets."""
+        with reading(self._engine) as connection:
+            return list(connection.execute(select(training_sets_table.c.digest)).scalars())
+
+    def replace_training_set(self, digest: str, record: bytes) -> None:
+        """Keep `record` in place of the one under the same digest."""
+        query = update(training_sets_table).where(training_sets_table.c.digest == digest).values(record=record)
+        with writing(self._engine) as connection:
+            connection.execute(query)
 
     def close(self) -> None:
         """Close the connections."""

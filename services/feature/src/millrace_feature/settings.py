@@ -97,6 +97,22 @@ class AccessSettings(Settings):
     """Newest changes and refusals that are kept."""
 
 
+class SetPinSettings(Settings):
+    """Which table versions ingestion keeps from its vacuum: those that training sets were built from."""
+
+    ingestion_address: str = ""
+    """`host:port` of ingestion, which pins them before a build reads them. While it does not answer nothing is built (UNAVAILABLE), so
+    every set can be rebuilt. Empty pins nothing: then sets can be rebuilt for as long as ingestion's retention keeps their versions."""
+    timeout_s: float = Field(default=5.0, gt=0, le=60)
+    """Longest wait for one answer."""
+    retry_s: float = Field(default=30.0, ge=0, le=3600)
+    """How long ingestion is tried while it is away; waits double from 0.1 s to 5 s."""
+    build_hours: int = Field(default=24, ge=1, le=720)
+    """How long the pins of a build hold that never ends: longer than any build takes."""
+    keep_days: int = Field(default=0, ge=0, le=36_500)
+    """How long after a set was built its versions stay; 0 for ever, until somebody unpins them (the owner is in the set)."""
+
+
 class FeatureSettings(ServiceSettings):
     """One feature service: definitions, online values and training sets."""
 
@@ -116,6 +132,10 @@ class FeatureSettings(ServiceSettings):
     """Answers kept for a bounded time; off by default."""
     feast: FeastSettings = FeastSettings()
     """Reads by unmodified Feast clients."""
+    vector_search: VectorSearchSettings = VectorSearchSettings()
+    """Search among embeddings."""
+    set_pins: SetPinSettings = SetPinSettings()
+    """Table versions of training sets, kept by ingestion."""
     definitions_poll_s: float = Field(default=1.0, gt=0, le=60)
     """How often a replica looks whether another one has applied other definitions."""
     read_behind_s: int = Field(default=35 * DAY_S, ge=0, le=3650 * DAY_S)

@@ -63,8 +63,8 @@ class IngestionSettings(ServiceSettings):
     z_order: Literal["none", "key", "event_time", "key_and_event_time"] = "none"
     """Order in which a round rewrites a table that has grown: it costs reading and writing the whole table, with its batches waiting."""
     vacuum_retention_h: int = Field(default=0, ge=0, le=876_000)
-    """Files that no version of these last hours has are deleted, unless a pin holds a version that has them; 0 deletes none. Training
-    sets name versions: pin them, or leave this at 0."""
+    """Files that no version of these last hours has are deleted, unless a pin holds a version that has them; 0 deletes none. Set it
+    where the feature service pins what training sets name (its `set_pins`), or where sets need not be built again."""
     log_retention_h: int = Field(default=0, ge=0, le=876_000)
     """Log entries older than this are deleted, and their versions with them, unless a pin holds an older version; 0 deletes none."""
     index_flush_ids: int = Field(default=262_144, ge=1, le=16_777_216)

@@ -12,6 +12,8 @@ from typing import Literal
 from millrace.endpoints import Endpoints
 
 METRICS_OFFSET = 100
+VACUUM_RETENTION_H = 168
+"""Hours that versions of tables stay without a pin: Delta's own custom."""
 ENVOY_ADMIN_OFFSET = 9
 CONSOLE_OFFSET = 80
 LATEST_START_S = 60.0
@@ -97,12 +99,15 @@ def process_table(state_dir: Path, port_base: int, lock_file: Path) -> list[Proc
             database_url=database("ingestion"),
             # Everything here runs as the user who registers sources, and listens on loopback only.
             source_locations=["file:///", "s3://"],
+            # What training sets were built from is pinned (see `set_pins` below), so the rest need not stay for ever.
+            vacuum_retention_h=VACUUM_RETENTION_H,
         ),
         service(
             "feature",
             "feature",
             lake_url=lake_url,
             training_sets_url=(state_dir / "training-sets").as_uri(),
+            set_pins={"ingestion_address": at.ingestion},
         ),
         service(
             "registry", "registry", database_url=database("registry"), artifacts_url=(state_dir / "artifacts").as_uri()
