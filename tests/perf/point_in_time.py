@@ -86,6 +86,7 @@ def builder(folder: Path) -> Callable[[], pa.Table]:
     from millrace_feature.catalog import Catalog
     from millrace_feature.compiler import compile_registry
     from millrace_feature.lake import Lake, Limits
+    from millrace_feature.set_pins import SetPins
     from millrace_feature.settings import FeatureSettings
     from millrace_kit.clock import SystemClock
     from millrace_kit.content import ContentStore
@@ -100,7 +101,9 @@ def builder(folder: Path) -> Callable[[], pa.Table]:
     catalog.apply(compiled.definitions, compiled.registry, START)
     lake = Lake(settings.lake_url, Limits(settings.build_memory_mib, settings.build_threads, folder / "spill"))
     content = ContentStore(settings.training_sets_url)
-    made = Builder(lake=lake, catalog=catalog, content=content, settings=settings, clock=SystemClock())
+    clock = SystemClock()
+    pins = SetPins(None, catalog, settings.set_pins, clock)
+    made = Builder(lake=lake, catalog=catalog, content=content, pins=pins, settings=settings, clock=clock)
     request = BuildTrainingSetRequest(
         feature_service="main",
         entity_contract="asks",
