@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import grpc.aio
-from millrace_api.feature.v1 import offline_pb2_grpc, transformers_pb2_grpc, versions_pb2_grpc
+from millrace_api.feature.v1 import offline_pb2_grpc, search_pb2_grpc, transformers_pb2_grpc, versions_pb2_grpc
 from millrace_api.ingestion.v1.ingestion_pb2_grpc import IngestionServiceStub
 from millrace_kit.bus import Bus, Subscription, TopicPartition, open_bus, records_topic
 from millrace_kit.client import open_channel
@@ -28,10 +28,14 @@ from millrace_feature.feast_wire.grpc_edge import READ_METHODS, FeastGrpc
 from millrace_feature.feast_wire.http_edge import FeastHttp
 from millrace_feature.feast_wire.http_server import HttpServer
 from millrace_feature.feast_wire.reads import FeastReads
+from millrace_feature.feast_wire.searches import FeastSearches
 from millrace_feature.following import DefinitionsFollower
 from millrace_feature.lag import LagMeter
 from millrace_feature.lake import Lake, Limits
 from millrace_feature.offline.servicer import OfflineServicer
+from millrace_feature.search.following import IndexFollower
+from millrace_feature.search.service import VectorSearch
+from millrace_feature.search.servicer import VectorServicer
 from millrace_feature.servicer import SERVICE, FeatureServicer
 from millrace_feature.serving import Serving
 from millrace_feature.set_pins import SetPins
@@ -107,10 +111,11 @@ def open_ingestion(settings: FeatureSettings) -> grpc.aio.Channel | None:
     return open_channel(wanted.ingestion_address, timeout_s=wanted.timeout_s, tls=settings.tls)
 
 
-def feast_http(settings: FeatureSettings, reads: FeastReads) -> HttpServer:
+def feast_http(settings: FeatureSettings, reads: FeastReads, searches: FeastSearches) -> HttpServer:
     """The server of Feast's HTTP API."""
     edge = FeastHttp(
         reads,
+        searches,
         max_concurrent=settings.max_concurrent_rpcs,
         max_body_bytes=settings.max_message_mib * 1024 * 1024,
         deadline_s=settings.default_deadline_s,
@@ -200,10 +205,13 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
     offline = OfflineServicer(catalog=catalog, lake=lake, access=access, settings=settings)
     follower = DefinitionsFollower(applier=applier, versions=versions, access=access, settings=settings, clock=clock)
 
+    indexes = IndexFollower(serving=serving, bus=bus, settings=settings.vector_search, clock=clock)
+    search = VectorSearch(serving=serving, follower=indexes, settings=settings.vector_search, clock=clock)
     reads = FeastReads(serving, access, clock)
     add_servicers: list[Callable[[grpc.aio.Server], None]] = [
         servicer.add_to,
         lambda server: offline_pb2_grpc.add_OfflineServiceServicer_to_server(offline, server),
+        lambda server: search_pb2_grpc.add_VectorServiceServicer_to_server(VectorServicer(search, access), server),
         lambda server: versions_pb2_grpc.add_DefinitionsServiceServicer_to_server(definitions, server),
         lambda server: transformers_pb2_grpc.add_TransformerServiceServicer_to_server(
             TransformerServicer(transformers, Rights(access, catalog)), server
@@ -214,6 +222,7 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
     workers = [
         Worker("stream", worker.run),
         Worker("definitions", follower.run),
+        Worker("vector-indexes", indexes.run),
         Worker("lag", LagMeter(store, worker, ends).run),
         Worker("consistency-log", checker.log_samples),
         Worker("consistency-check", checker.check_settled),
@@ -221,7 +230,8 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
     if ingestion is not None:
         workers.append(Worker("set-pins", pins.run))
     if settings.feast.http_listen:
-        workers.append(Worker("feast-http", feast_http(settings, reads).run))
+        edge = feast_http(settings, reads, FeastSearches(search, access))
+        workers.append(Worker("feast-http", edge.run))
 
     async def close() -> None:
         if ingestion is not None:
@@ -239,6 +249,7 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
             "millrace_api.feature.v1.TransformerService",
             "millrace_api.feature.v1.DefinitionsService",
             "millrace_api.feature.v1.OfflineService",
+            "millrace_api.feature.v1.VectorService",
         ],
         workers,
         [close],

@@ -11,12 +11,13 @@ from google.protobuf.message import DecodeError
 from millrace_api.events.v1 import events_pb2
 from millrace_kit.bus import Message, TopicPartition, records_topic
 
-from millrace_feature.metrics import APPLIED_RECORDS, BAD_MESSAGES, LATE_RECORDS, REPEATED_BATCHES
+from millrace_feature.metrics import APPLIED_RECORDS, BAD_MESSAGES, BAD_VECTORS, LATE_RECORDS, REPEATED_BATCHES
 from millrace_feature.plan import Definitions, LatestView, View, WindowView
 from millrace_feature.rows import Row, pick_rows
 from millrace_feature.store import Change, Followed, Mark
 from millrace_feature.tile_fields import FieldChange, layout_of
 from millrace_feature.tiles import MICROSECONDS, event_times, reduce_rows
+from millrace_feature.vectors import packed_columns
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def read_messages(messages: Sequence[Message], seen: Seen) -> _Reading:
         reading.positions[message.place] = message.offset + 1
         contract = message.topic.removeprefix(records_topic(""))
         try:
-            record, table = _decode(message, contract)
+            record, table = decode_message(message, contract)
         except (DecodeError, ValueError, pa.ArrowException, OSError) as error:
             BAD_MESSAGES.labels(contract).inc()
             log.error("%s offset %d cannot be read and is passed over: %s", message.topic, message.offset, error)  # noqa: TRY400
@@ -66,7 +67,12 @@ def read_messages(messages: Sequence[Message], seen: Seen) -> _Reading:
     return reading
 
 
-def _decode(message: Message, contract: str) -> tuple[events_pb2.RecordsLanded, pa.Table]:
+def decode_message(message: Message, contract: str) -> tuple[events_pb2.RecordsLanded, pa.Table]:
+    """(what landed, the records).
+
+    Raises:
+        DecodeError, ValueError, pa.ArrowException, OSError: the message cannot be read.
+    """
     record = events_pb2.RecordsLanded.FromString(message.value)
     if record.contract != contract:
         raise ValueError(f"it names contract {record.contract!r}")
@@ -117,6 +123,9 @@ def plan_change(
 
 
 def _pick(view: LatestView, table: pa.Table) -> Sequence[Row]:
+    table, bad = packed_columns(table, view.vectors)
+    for feature, count in bad.items():
+        BAD_VECTORS.labels(view.name, feature).inc(count)
     return pick_rows(table, keys=view.join_keys, event_time=view.event_time, columns=view.features)
 
 

@@ -23,11 +23,13 @@ from millrace_feature.plan import (
     ServicePlan,
     Transform,
     ValueType,
+    VectorField,
     View,
     ViewUse,
     WindowView,
 )
 from millrace_feature.transformers.attach import Attachments, Pinned
+from millrace_feature.vector_fields import LIST_TYPES, element_names, not_searched, vector_field
 
 FIELD = "feast_registry"
 DUMMY_ENTITY = "__dummy"
@@ -322,15 +324,25 @@ class _Compiler:
     def _latest(self, spec: Any) -> LatestView:
         contract, column, keys = self._place(spec)
         features = tuple(f.name for f in spec.features if f.name not in keys and f.name != column)
+        vectors: list[VectorField] = []
         for field in spec.features:
-            if field.name in features and _type_name(field.value_type) not in _TYPES:
+            kind = _type_name(field.value_type)
+            if kind in LIST_TYPES and field.name in features:
+                vectors.append(vector_field(spec.name, field, kind))
+                continue
+            not_searched(spec.name, field)
+            if field.name in features and kind not in _TYPES:
                 raise InvalidArgumentError(FIELD, f"{spec.name}.{field.name} has a type this service does not keep")
         if not features:
             raise InvalidArgumentError(FIELD, f"view {spec.name!r} needs a schema with at least one feature")
-        return LatestView(spec.name, contract, column, keys, spec.ttl.ToMicroseconds(), features)
+        feast_keys = tuple(c.name for c in spec.entity_columns) if vectors else ()
+        ttl_us = spec.ttl.ToMicroseconds()
+        return LatestView(spec.name, contract, column, keys, ttl_us, features, tuple(vectors), feast_keys)
 
     def _windows(self, spec: Any) -> WindowView:
         contract, column, keys = self._place(spec)
+        for field in spec.features:
+            not_searched(spec.name, field)
         hop_us = _hop_us(spec)
         found: dict[str, Aggregate] = {}
         for aggregation in spec.aggregations:
@@ -359,6 +371,7 @@ class _Compiler:
         transforms: dict[str, Transform] = {}
         request: dict[str, ValueType] = {}
         places: dict[str, tuple[str, str]] = {}
+        held: set[tuple[str, str]] = set()
         attached = Attachments(spec.name, spec.tags, self._pinned)
         for projection in spec.features:
             name = projection.feature_view_name
@@ -376,12 +389,18 @@ class _Compiler:
                 known = {f for f in self._views[name].features if self._is_number(name, f)}
                 known |= {f for f in self._views[name].features if f"{alias}__{f}" in attached.inputs}
             for column in columns:
-                if column not in known:
+                vector = self._vector(name, column)
+                if column not in known and vector is None:
                     problem = "is no feature the vector can hold (numbers and booleans; encode texts by a transformer)"
                     raise InvalidArgumentError(FIELD, f"{name}.{column} {problem}")
-                if places.setdefault(f"{alias}__{column}", (alias, column)) != (alias, column):
-                    raise InvalidArgumentError(FIELD, f"feature service {spec.name!r} has two {alias}__{column}")
-        if not places or len(places) < sum(len(p.feature_columns) for p in spec.features):
+                held.add((alias, column))
+                for full_name in _names(f"{alias}__{column}", vector):
+                    if vector is not None and not attached.inputs.isdisjoint({full_name, f"{alias}__{column}"}):
+                        problem = f"is taken by a transformer of {spec.name!r}; they take no embeddings"
+                        raise InvalidArgumentError(FIELD, f"{name}.{column} {problem}")
+                    if places.setdefault(full_name, (alias, column)) != (alias, column):
+                        raise InvalidArgumentError(FIELD, f"feature service {spec.name!r} has two {full_name}")
+        if not places or len(held) < sum(len(p.feature_columns) for p in spec.features):
             raise InvalidArgumentError(FIELD, f"feature service {spec.name!r} needs one or more distinct features")
         features, fitted = attached.applied(places, [*uses, *transforms])
         if not features:
@@ -394,6 +413,15 @@ class _Compiler:
             (*transforms.values(), *fitted),
             tuple(sorted(request.items())),
         )
+
+    def _vector(self, view: str, feature: str) -> VectorField | None:
+        """The embedding of that name, where it has a fixed length and so fits a model's vector."""
+        found = self._views.get(view)
+        field = found.vector(feature) if isinstance(found, LatestView) else None
+        if field is not None and not field.length:
+            problem = "has no vector_length; a model's vector holds embeddings of a fixed length only"
+            raise InvalidArgumentError(FIELD, f"{view}.{feature} {problem}")
+        return field
 
     def _is_number(self, view: str, feature: str) -> bool:
         if isinstance(self._views[view], WindowView):
@@ -445,6 +473,8 @@ class _Compiler:
         outputs = tuple(
             f.name for f in spec.features if _type_name(f.value_type) in {"INT32", "INT64", "FLOAT", "DOUBLE", "BOOL"}
         )
+        for field in spec.features:
+            not_searched(spec.name, field)
         if clash := sorted({f.name for f in spec.features} & {*fields, *(feature for _alias, feature in inputs)}):
             # Feast skips such a function without a word where a column of that name is there already (feast-dev/feast#5534).
             problem = (
@@ -452,6 +482,11 @@ class _Compiler:
             )
             raise InvalidArgumentError(FIELD, f"on-demand view {spec.name!r} {problem}")
         return Transform(spec.name, tuple(inputs), tuple(_once(fields)), outputs, spec.singleton, function.body)
+
+
+def _names(feature: str, vector: VectorField | None) -> Iterable[str]:
+    """What a feature is called in a service's vector: an embedding is one name a number."""
+    return [feature] if vector is None else element_names(feature, vector)
 
 
 def _once(names: Iterable[str]) -> list[str]:

@@ -14,6 +14,7 @@ from millrace_kit import check
 from millrace_kit.errors import InvalidArgumentError
 
 from millrace_feature.plan import Definitions, ServicePlan, ValueType
+from millrace_feature.rows import Scalar
 from millrace_feature.serving import Entity, Vector
 from millrace_feature.store import Followed
 from millrace_feature.training import Labels
@@ -46,16 +47,21 @@ class RowReader:
             for kind_names in [" and ".join(dict.fromkeys(accepted))]
         ]
 
-    def read(self, rows: Sequence[feature_pb2.EntityRow]) -> list[Entity]:
-        """Values by name; a join key that is missing is None, a request field must be there (but may be an unset Value)."""
-        return [self._row(row.values, i) for i, row in enumerate(rows)]
+    def read(self, rows: Sequence[feature_pb2.EntityRow], field: str = "rows") -> list[Entity]:
+        """Values by name; a join key that is missing is None, a request field must be there (but may be an unset Value).
 
-    def _row(self, values: Mapping[str, common_pb2.Value], number: int) -> Entity:
+        Args:
+            rows: of the request.
+            field: the request's field they are in.
+        """
+        return [self._row(row.values, field, i) for i, row in enumerate(rows)]
+
+    def _row(self, values: Mapping[str, common_pb2.Value], field: str, number: int) -> Entity:
         out: dict[str, Any] = {}
         for name, accepted, kinds in self._fields:
             if name not in values:
                 if name not in self._keys:
-                    raise InvalidArgumentError(f'rows[{number}].values["{name}"]', f"is needed ({kinds})")
+                    raise InvalidArgumentError(f'{field}[{number}].values["{name}"]', f"is needed ({kinds})")
                 out[name] = None
                 continue
             value = values[name]
@@ -63,13 +69,29 @@ class RowReader:
             if kind is None:
                 out[name] = None
             elif kind not in accepted:
-                raise InvalidArgumentError(f'rows[{number}].values["{name}"]', f"must be {kinds}, not {kind}")
+                raise InvalidArgumentError(f'{field}[{number}].values["{name}"]', f"must be {kinds}, not {kind}")
             elif kind == "timestamp_value":
-                out[name] = check.timestamp(value.timestamp_value, f'rows[{number}].values["{name}"]')
+                out[name] = check.timestamp(value.timestamp_value, f'{field}[{number}].values["{name}"]')
             else:
                 found = getattr(value, kind)
                 out[name] = None if isinstance(found, float) and math.isnan(found) else found
         return out
+
+
+def to_value(scalar: Scalar) -> common_pb2.Value:
+    """A row's value as a message, unset where it is missing; embeddings are none."""
+    match scalar:
+        case bool():
+            return common_pb2.Value(bool_value=scalar)
+        case int():
+            return common_pb2.Value(int64_value=scalar)
+        case float():
+            return common_pb2.Value(double_value=scalar)
+        case str():
+            return common_pb2.Value(string_value=scalar)
+        case datetime():
+            return common_pb2.Value(timestamp_value=to_timestamp(to_us(scalar)))
+    return common_pb2.Value()
 
 
 def rows_in_bounds(rows: Sequence[feature_pb2.EntityRow]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from millrace_kit.bus import TopicPartition
-from millrace_kit.errors import FailedPreconditionError
+from millrace_kit.errors import FailedPreconditionError, UnavailableError
 from millrace_kit.sql import open_engine, reading
 from sqlalchemy import Connection
 
@@ -221,6 +221,13 @@ class EmbeddedOnlineStore:
     async def fetch(self, asks: Sequence[Ask], contracts: Sequence[str]) -> _Memory:  # noqa: ARG002 - all is in memory
         """Everything is in memory."""
         return _Memory(self._followed, self._tiles, self._rows)
+
+    def keys(self, group: str) -> Sequence[str]:
+        """The entities of a newest-row view's group."""
+        rows = self._rows.get(group)
+        if rows is None:
+            raise UnavailableError("ONLINE_STORE_REBUILDING", "the view is made anew; try again", {"group": group})
+        return rows.keys()
 
     def entities(self) -> int:
         """Entities with at least one tile or row, over all groups."""

@@ -143,6 +143,11 @@ class RowIndex:
     def __len__(self) -> int:
         return len(self._series)
 
+    def keys(self) -> list[str]:
+        """The entities that have rows."""
+        with self._lock:
+            return list(self._series)
+
     def winners(self, rows: Iterable[Row]) -> list[Row]:
         """Those of `rows` (at most one per key and time) that no kept row with the same time beats."""
         return [row for row in rows if (series := self._series.get(row.key)) is None or series.beats(row)]

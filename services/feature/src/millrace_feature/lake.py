@@ -22,9 +22,11 @@ from millrace_kit.errors import FailedPreconditionError, NotFoundError, Unavaila
 
 from millrace_feature.cells import Cells
 from millrace_feature.functions import Schema
+from millrace_feature.metrics import BAD_VECTORS
 from millrace_feature.plan import LatestView, WindowView
 from millrace_feature.rows import Row, pick_rows
 from millrace_feature.tiles import Ints, Stats, Tiles, all_tiles, encode_key, reduce_rows
+from millrace_feature.vectors import packed_columns
 
 NO_TABLE = -1
 PLAIN_FEATURES = frozenset({"timestampNtz"})
@@ -299,6 +301,9 @@ class Query:
         where = f"WHERE epoch_us({quoted(view.event_time)}) >= {since_us}" if since_us is not None else ""
         chosen = ", ".join(quoted(c) for c in dict.fromkeys(columns))
         table = self.arrow(f"SELECT {chosen} FROM lake_{view.contract} {where}")
+        table, bad = packed_columns(table, view.vectors)
+        for feature, count in bad.items():
+            BAD_VECTORS.labels(view.name, feature).inc(count)
         return pick_rows(table, keys=view.join_keys, event_time=view.event_time, columns=view.features)
 
 

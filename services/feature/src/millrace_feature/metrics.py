@@ -21,6 +21,11 @@ LATE_RECORDS = Counter(
     "Records that came in later than the view's bound and do not count.",
     ["view"],
 )
+BAD_VECTORS = Counter(
+    "millrace_feature_bad_vectors_total",
+    "Values of embeddings that are no vectors of the field's length; they are missing.",
+    ["view", "feature"],
+)
 BAD_MESSAGES = Counter(
     "millrace_feature_bad_messages_total", "Bus messages that could not be read and were passed over.", ["contract"]
 )

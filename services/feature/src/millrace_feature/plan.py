@@ -90,6 +90,22 @@ class WindowView:
         return _identity("tiles 2", *place, self.hop_us, self.head_us, asdict(self.schema), self.reach_us)
 
 
+Metric = Literal["L2", "cosine", "inner_product"]
+
+
+@dataclass(frozen=True, slots=True)
+class VectorField:
+    """A feature that is a list of numbers: an embedding."""
+
+    feature: str
+    length: int
+    """Numbers in each; 0: any."""
+    is_wide: bool
+    """Whether the numbers are float64 (Array(Float64)) instead of float32."""
+    metric: Metric | None = None
+    """How near vectors are found, unless a search says otherwise; None where there is no `vector_index`."""
+
+
 @dataclass(frozen=True, slots=True)
 class LatestView:
     """The newest row per entity: a plain Feast FeatureView."""
@@ -102,6 +118,14 @@ class LatestView:
     """0 means forever."""
     features: tuple[str, ...]
     """Columns of the contract."""
+    vectors: tuple[VectorField, ...] = ()
+    """Those of the features that are embeddings."""
+    feast_keys: tuple[str, ...] = ()
+    """The join keys in the order of the view's schema, by which Feast's clients sort what a search found."""
+
+    def vector(self, feature: str) -> VectorField | None:
+        """The embedding called `feature`."""
+        return next((field for field in self.vectors if field.feature == feature), None)
 
     @property
     def reach_us(self) -> int:
@@ -111,7 +135,10 @@ class LatestView:
     @property
     def group(self) -> str:
         """Identity of the stored state."""
-        return _identity("rows 2", self.contract, self.event_time, self.join_keys, self.features, self.ttl_us)
+        # How vectors are searched is no part of it: an index is made from the same rows.
+        shapes = [(field.feature, field.length, field.is_wide) for field in self.vectors]
+        place = (self.contract, self.event_time, self.join_keys, self.features, self.ttl_us)
+        return _identity("rows 2", *place, *([shapes] if shapes else []))
 
 
 View = WindowView | LatestView
@@ -213,7 +240,9 @@ def _window_view(raw: dict[str, Any]) -> WindowView:
 
 
 def _latest_view(raw: dict[str, Any]) -> LatestView:
-    return LatestView(**{**raw, "join_keys": tuple(raw["join_keys"]), "features": tuple(raw["features"])})
+    vectors = tuple(VectorField(**field) for field in raw.get("vectors", ()))
+    names: dict[str, Any] = {"join_keys": tuple(raw["join_keys"]), "features": tuple(raw["features"])}
+    return LatestView(**{**raw, **names, "vectors": vectors, "feast_keys": tuple(raw.get("feast_keys", ()))})
 
 
 def _service(raw: dict[str, Any]) -> ServicePlan:

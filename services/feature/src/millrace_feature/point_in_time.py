@@ -14,6 +14,7 @@ from millrace_feature.lake import Query, quoted
 from millrace_feature.newest import NewestRows
 from millrace_feature.plan import LatestView, WindowView
 from millrace_feature.tiles import Floats, Ints, group_keys
+from millrace_feature.vectors import packed_columns
 from millrace_feature.windows import window_features
 
 PART_ROWS = 2_000_000
@@ -56,7 +57,7 @@ def newest_features(
 ) -> dict[str, pa.ChunkedArray]:
     """The view's newest row at or before each row's instant, by feature; null where there is none or it is older than the TTL.
 
-    Of rows with equal time the one whose values sort last counts; NaN is null.
+    Embeddings are packed (`vectors.py`). Of rows with equal time the one whose values sort last counts; NaN is null.
 
     Args:
         query: the lake.
@@ -92,10 +93,13 @@ def newest_features(
             f"JOIN {keys} AS k ON {' AND '.join(equal)} WHERE {' AND '.join(wanted)}",
             BATCH_ROWS,
         )
-        schema = pa.schema(list(reader.schema)[2:])
+        # Packed at once, so that rows of equal time are compared as the stream compares them, and kept rows are small.
+        packing = [replace(field, feature=f"f{view.features.index(field.feature)}") for field in view.vectors]
+        schema = packed_columns(pa.schema(list(reader.schema)[2:]).empty_table(), packing)[0].schema
         for batch in reader:
             codes, times = (np.asarray(batch.column(i).to_numpy(), np.int64) for i in (0, 1))
-            newest.add(codes, times, pa.Table.from_batches([batch.select(schema.names)]))
+            values, _bad = packed_columns(pa.Table.from_batches([batch.select(schema.names)]), packing)
+            newest.add(codes, times, values)
         found = newest.result(schema, ttl_us=view.ttl_us)
     return {f: found.column(i) for i, f in enumerate(view.features)}
 

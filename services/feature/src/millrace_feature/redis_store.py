@@ -25,7 +25,7 @@ from millrace_feature.redis_changes import SEEN_PER_SOURCE, ChangeWriter, in_par
 from millrace_feature.redis_groups import RedisGroups
 from millrace_feature.redis_layout import Group, Keys, Progress
 from millrace_feature.redis_pipeline import PipelinedRedis
-from millrace_feature.redis_reads import RedisAnswers, RedisReader
+from millrace_feature.redis_reads import RedisAnswers, RedisReader, rebuilding
 from millrace_feature.settings import RedisSettings
 from millrace_feature.store import Ask, Change, Content, Followed, Mark, rows_bound_us
 from millrace_feature.tile_fields import is_outdated, layout_of
@@ -202,6 +202,14 @@ class RedisOnlineStore:
     async def fetch(self, asks: Sequence[Ask], contracts: Sequence[str]) -> RedisAnswers:
         """One pipelined round trip."""
         return await self._reader.fetch(asks, contracts, self._opened)
+
+    def keys(self, group: str) -> Sequence[str]:
+        """The entities of a newest-row view's group."""
+        found = self._opened.get(group)
+        if found is None:
+            raise rebuilding(group)
+        names = self._keys.entities(found.id)
+        return [name.decode() for name in asked(lambda: set(self._client.sscan_iter(names, count=1000)))]
 
     def entities(self) -> int:
         """Entities with at least one tile or row, over all groups that are in use."""

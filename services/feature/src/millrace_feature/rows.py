@@ -4,6 +4,7 @@ Of two rows of one entity with the same event time the one whose values sort las
 depend on the order rows arrive in and the lake's answer is the stream's.
 """
 
+import base64
 import json
 import math
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _decode = msgspec.json.Decoder(list).decode
 
-Scalar = str | int | float | bool | datetime | None
+Scalar = str | int | float | bool | datetime | bytes | None
+"""A value of a row; bytes are a vector as `vectors.py` packs it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ def to_text(values: Sequence[Scalar]) -> str:
     def plain(value: object) -> object:
         if isinstance(value, datetime):
             return {"us": (value.astimezone(UTC) - EPOCH) // timedelta(microseconds=1)}
+        if isinstance(value, bytes):
+            return {"b64": base64.b64encode(value).decode("ascii")}
         raise TypeError(type(value).__name__)
 
     return json.dumps(values, default=plain)
@@ -75,7 +79,10 @@ def from_text(text: str | bytes) -> tuple[Scalar, ...]:
     """The values `to_text` wrote."""
 
     def scalar(value: Any) -> Scalar:
-        return EPOCH + timedelta(microseconds=value["us"]) if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            found: Scalar = value
+            return found
+        return base64.b64decode(value["b64"]) if "b64" in value else EPOCH + timedelta(microseconds=value["us"])
 
     try:
         values = _decode(text)

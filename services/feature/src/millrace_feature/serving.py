@@ -13,6 +13,7 @@ from millrace_feature.plan import Definitions, LatestView, ServicePlan, ViewUse,
 from millrace_feature.store import Answers, Ask, LatestAsk, OnlineStore, WindowAsk
 from millrace_feature.tiles import encode_key
 from millrace_feature.transforms import TransformRunner, or_none
+from millrace_feature.vector_picking import ElementPicker, readers_of, whole_feature
 from millrace_feature.windows import NAN, WindowReader
 
 PRESENT, MISSING, EXPIRED = 1, 2, 3
@@ -52,7 +53,13 @@ class _Source:
         self.group = view.group
         self.reader = WindowReader(view) if isinstance(view, WindowView) else None
         self.features = view.features
+        self.unpack = readers_of(view)
+        """Of each embedding what reads its stored value, as on-demand functions take it."""
         self._single = use.keys[0] if len(use.keys) == 1 else None
+
+    def full_name(self, place: int) -> str:
+        """What the feature at `place` is called in a service."""
+        return f"{self.use.alias}__{self.features[place]}"
 
     def keys(self, rows: Sequence[Entity]) -> list[str | None]:
         """The encoded entity per row; None where a join key is missing."""
@@ -126,32 +133,39 @@ class CompiledService:
     def _places(self) -> list[tuple[int, int]]:
         names = [s.use.alias for s in self._sources] + [r.plan.name for r in self._runners]
         known = [s.features for s in self._sources] + [r.plan.outputs for r in self._runners]
+        views = [s.view for s in self._sources]
         places: list[tuple[int, int]] = []
         for full_name in self.plan.features:
             # An alias may itself hold "__", so the longest part that fits is the right one.
-            part = max(
-                (
-                    i
-                    for i, name in enumerate(names)
-                    if full_name.startswith(f"{name}__") and full_name[len(name) + 2 :] in known[i]
-                ),
-                key=lambda i: len(names[i]),
-            )
-            places.append((part, known[part].index(full_name[len(names[part]) + 2 :])))
+            found = [
+                (len(name), i, feature)
+                for i, name in enumerate(names)
+                if full_name.startswith(f"{name}__")
+                and (feature := whole_feature(full_name[len(name) + 2 :], known[i], views[i : i + 1])) is not None
+            ]
+            _length, part, feature = max(found)
+            places.append((part, known[part].index(feature)))
         return places
 
     def _layout(self) -> list[tuple[int, Any, int]]:
         """(part, picker of its values, number of features) in vector order."""
         pieces: list[tuple[int, Any, int]] = []
-        chosen: list[tuple[int, list[int]]] = []
-        for part, place in self.places:
-            if chosen and chosen[-1][0] == part:
-                chosen[-1][1].append(place)
+        chosen: list[tuple[int, bool, list[int], list[str]]] = []
+        for (part, place), name in zip(self.places, self.plan.features, strict=True):
+            is_element = part < len(self._sources) and name != self._sources[part].full_name(place)
+            if chosen and chosen[-1][:2] == (part, is_element) and (not is_element or chosen[-1][2][0] == place):
+                chosen[-1][2].append(place)
+                chosen[-1][3].append(name)
             else:
-                chosen.append((part, [place]))
-        for part, places in chosen:
-            getter = itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
-            pieces.append((part, getter, len(places)))
+                chosen.append((part, is_element, [place], [name]))
+        for part, is_element, places, features in chosen:
+            if is_element:
+                source = self._sources[part]
+                numbers = [int(name.rpartition("__")[2]) for name in features]
+                picker: Any = ElementPicker(places[0], source.unpack[source.features[places[0]]], numbers)
+            else:
+                picker = itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
+            pieces.append((part, picker, len(places)))
         return pieces
 
     def asks(self, rows: Sequence[Entity], at_us: int) -> list[Ask]:
@@ -189,10 +203,14 @@ class CompiledService:
             for place, feature in enumerate(source.features):
                 if (source.use.alias, feature) not in wanted:
                     continue
+                column: list[Any]
                 if source.reader is not None:
                     column = [or_none(part.values[i][place]) for i in range(rows)]
                 else:
                     column = [None if part.values[i] is None else part.values[i][place] for i in range(rows)]
+                if feature in source.unpack:
+                    read = source.unpack[feature]
+                    column = [read(value) if isinstance(value, bytes) else None for value in column]
                 columns[source.use.alias, feature] = column
         return columns
 

@@ -86,6 +86,22 @@ class FeastSettings(Settings):
     """Whether the gRPC server answers Feast's `feast.serving.ServingService` and `GrpcFeatureServer` too."""
 
 
+class VectorSearchSettings(Settings):
+    """Search among the embeddings of views that have a `vector_index`; each process keeps their vectors in memory."""
+
+    max_memory_mib: int = Field(default=1024, ge=1, le=1_048_576)
+    """Memory of all indexes of one process: 4 bytes a number (8 for Array(Float64)) and about 270 a vector. A view whose vectors do not
+    fit is not searched, and searches of it say so."""
+    max_concurrent: int = Field(default=2, ge=1, le=64)
+    """Searches computed at once; each may take one core and, while it runs, 40 bytes a vector."""
+    max_waiting: int = Field(default=64, ge=0, le=10_000)
+    """Searches that wait for their turn; the next one gets RESOURCE_EXHAUSTED."""
+    poll_s: float = Field(default=0.2, gt=0, le=10)
+    """Longest wait of one poll of the bus for changes; also how soon other definitions are noticed."""
+    rebuild_every_s: int = Field(default=21_600, ge=60, le=30 * DAY_S)
+    """How often an index is read from the online store again, so that what left the store leaves it too."""
+
+
 class AccessSettings(Settings):
     """Who is who for the Feast permissions that are applied with definitions; without permissions everybody may do everything."""
 
@@ -132,6 +148,8 @@ class FeatureSettings(ServiceSettings):
     """Answers kept for a bounded time; off by default."""
     feast: FeastSettings = FeastSettings()
     """Reads by unmodified Feast clients."""
+    vector_search: VectorSearchSettings = VectorSearchSettings()
+    """Search among embeddings."""
     vector_search: VectorSearchSettings = VectorSearchSettings()
     """Search among embeddings."""
     set_pins: SetPinSettings = SetPinSettings()

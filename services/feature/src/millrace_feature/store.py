@@ -192,6 +192,14 @@ class OnlineStore(Protocol):
         """
         ...
 
+    def keys(self, group: str) -> Sequence[str]:
+        """The entities of a newest-row view's group that were there all the while, perhaps with some that were not.
+
+        Raises:
+            UnavailableError: the store does not answer, or the group is not there.
+        """
+        ...
+
     def entities(self) -> int:
         """Entities that hold at least one tile or row, over all groups."""
         ...

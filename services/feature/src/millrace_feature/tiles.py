@@ -7,6 +7,7 @@ last values and sketches are the same bits in whatever order tiles were made and
 fractions and squared deviations agree to within rounding, since addition in another order rounds otherwise.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +25,8 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 SEPARATOR = "\x1f"
+_MEANT = {"\\\\": "\\", "\\s": SEPARATOR}
+_ESCAPED = re.compile(r"\\[\\s]")
 MICROSECONDS = pa.timestamp("us", tz="UTC")
 
 
@@ -32,6 +35,13 @@ def encode_key(values: Sequence[str | int]) -> str:
     if len(values) == 1:
         return str(values[0])
     return SEPARATOR.join(str(v).replace("\\", "\\\\").replace(SEPARATOR, "\\s") for v in values)
+
+
+def decode_key(key: str, count: int) -> list[str]:
+    """The texts of the `count` values that `encode_key` joined."""
+    if count == 1:
+        return [key]
+    return [_ESCAPED.sub(lambda found: _MEANT[found.group()], value) for value in key.split(SEPARATOR)]
 
 
 def event_times(table: pa.Table, column: str) -> Ints:

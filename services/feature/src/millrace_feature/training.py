@@ -18,14 +18,18 @@ import pyarrow.parquet as pq
 from millrace_kit.errors import FailedPreconditionError, ResourceExhaustedError
 
 from millrace_feature.lake import NO_TABLE, Lake, Query, quoted
-from millrace_feature.plan import Definitions, ServicePlan, ViewUse, WindowView
+from millrace_feature.plan import Definitions, LatestView, ServicePlan, ViewUse, WindowView
 from millrace_feature.point_in_time import Entities, newest_features, windowed_features
 from millrace_feature.rows import known
 from millrace_feature.tiles import Floats
 from millrace_feature.transforms import Labelled, TransformRunner, or_none
+from millrace_feature.vector_fields import element_names
+from millrace_feature.vectors import elements, unpacked
 
 ROW_GROUP_ROWS = 65_536
 TRANSFORM_ROWS = 8_192
+USUAL_FEATURES = 64
+"""Sets with more features, such as those with embeddings, are made in steps of fewer rows."""
 NAN = float("nan")
 
 
@@ -80,7 +84,8 @@ class Build:
         self._definitions = definitions
         self._labels = labels
         self._max_rows = max_rows
-        self._rows_at_once = -(-rows_at_once // ROW_GROUP_ROWS) * ROW_GROUP_ROWS
+        fitting = rows_at_once * USUAL_FEATURES // max(USUAL_FEATURES, len(plan.features))
+        self._rows_at_once = max(1, -(-fitting // ROW_GROUP_ROWS)) * ROW_GROUP_ROWS
         """Whole row groups, so that the file does not depend on it."""
         self._lock = threading.Lock()
         self._query: Query | None = None
@@ -207,9 +212,10 @@ class Build:
             else:
                 found = newest_features(query, view, keys, at, until_us)
             stored.update({(use.alias, name): column for name, column in found.items()})
-        features = {
-            f"{alias}__{name}": _as_floats(column) for (alias, name), column in stored.items() if _is_number(column)
-        }
+        features = self._vector_elements(stored)
+        features.update(
+            (f"{alias}__{name}", _as_floats(column)) for (alias, name), column in stored.items() if _is_number(column)
+        )
         self._others = {
             name: column
             for (alias, feature), column in stored.items()
@@ -217,6 +223,21 @@ class Build:
         }
         features.update(self._transformed(stored, entities))
         return features
+
+    def _vector_elements(self, stored: dict[tuple[str, str], Any]) -> dict[str, Floats]:
+        """The numbers of embeddings that the vector holds, by full name; what is stored of them becomes lists."""
+        wanted = set(self._plan.features)
+        found: dict[str, Floats] = {}
+        for use in self._plan.uses:
+            view = self._definitions.view(use.view)
+            for field in view.vectors if isinstance(view, LatestView) else ():
+                place = (use.alias, field.feature)
+                names = element_names(f"{use.alias}__{field.feature}", field)
+                if not wanted.isdisjoint(names):
+                    numbers = elements(stored[place], field)
+                    found.update((name, numbers[i]) for i, name in enumerate(names) if name in wanted)
+                stored[place] = unpacked(stored[place], field)
+        return found
 
     def _entities(self, use: ViewUse, rows: pa.Table) -> Entities:
         if use.keys not in self._known:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 
-from google.protobuf.timestamp_pb2 import Timestamp
 from millrace_api.common.v1 import common_pb2
 from millrace_api.feature.v1 import feature_pb2
 from millrace_kit import check
@@ -11,8 +10,7 @@ from millrace_kit.errors import InvalidArgumentError
 
 from millrace_feature.consistency.comparison import Kind
 from millrace_feature.consistency.log import ConsistencyLog, Finding, Rates
-from millrace_feature.convert import now_timestamp, optional_us, to_timestamp
-from millrace_feature.rows import Scalar
+from millrace_feature.convert import optional_us, to_timestamp, to_value
 
 MAX_FINDINGS = 1000
 KINDS: Mapping[Kind, feature_pb2.ConsistencyKind.ValueType] = {
@@ -63,7 +61,7 @@ def _finding(one: Finding) -> feature_pb2.ConsistencyFinding:
         definitions_hash=one.digest,
         feature=one.feature,
         kind=KINDS[one.kind],
-        entity={name: _value(value) for name, value in one.entity.items()},
+        entity={name: to_value(value) for name, value in one.entity.items()},
         asked_for=to_timestamp(one.asked_us),
         served_at=to_timestamp(one.served_us),
         expected=math.nan if one.expected is None else one.expected,
@@ -72,19 +70,3 @@ def _finding(one: Finding) -> feature_pb2.ConsistencyFinding:
             common_pb2.TableVersion(table=table, version=version) for table, version in sorted(one.versions.items())
         ],
     )
-
-
-def _value(value: Scalar) -> common_pb2.Value:
-    match value:
-        case None:
-            return common_pb2.Value()
-        case bool():
-            return common_pb2.Value(bool_value=value)
-        case str():
-            return common_pb2.Value(string_value=value)
-        case int():
-            return common_pb2.Value(int64_value=value)
-        case float():
-            return common_pb2.Value(double_value=value)
-    stamp: Timestamp = now_timestamp(value)
-    return common_pb2.Value(timestamp_value=stamp)

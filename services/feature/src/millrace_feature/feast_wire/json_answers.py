@@ -21,7 +21,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ZERO = b'"1970-01-01T00:00:00Z"'
 _NAMES = {PRESENT: b'"PRESENT"', NOT_FOUND: b'"NOT_FOUND"', OUTSIDE_MAX_AGE: b'"OUTSIDE_MAX_AGE"'}
 _encode = msgspec.json.Encoder().encode
-_UNSPLIT = frozenset({"STRING"})
+_UNSPLIT = frozenset({"STRING", "FLOAT_LIST", "DOUBLE_LIST"})
 """Kinds whose JSON may hold a comma."""
 
 
@@ -99,12 +99,16 @@ def _infinity(value: float) -> str:
 
 
 def _time(time_us: int | None) -> bytes:
-    return _ZERO if time_us is None else _stamp(time_us)
+    return _ZERO if time_us is None else _quoted(time_us)
 
 
 @functools.lru_cache(maxsize=4096)
-def _stamp(time_us: int) -> bytes:
+def _quoted(time_us: int) -> bytes:
+    return b'"' + stamp(time_us).encode() + b'"'
+
+
+def stamp(time_us: int) -> str:
     """RFC 3339 with as many digits as are needed in groups of three."""
     precision = "seconds" if not time_us % 1_000_000 else "milliseconds" if not time_us % 1000 else "microseconds"
     instant = _EPOCH + timedelta(microseconds=time_us)
-    return b'"' + instant.replace(tzinfo=None).isoformat(timespec=precision).encode() + b'Z"'
+    return instant.replace(tzinfo=None).isoformat(timespec=precision) + "Z"

@@ -30,6 +30,14 @@ def _text(value: str) -> bytes:
     return sized(b"\x12", value.encode())
 
 
+def _doubles_list(value: Sequence[float]) -> bytes:
+    return sized(b"\x7a", sized(b"\x0a", np.asarray(value, "<f8").tobytes()))
+
+
+def _floats_list(value: Sequence[float]) -> bytes:
+    return sized(b"\x82\x01", sized(b"\x0a", np.asarray(value, "<f4").tobytes()))
+
+
 _WRITERS: dict[str, Callable[[Any], bytes]] = {
     "STRING": _text,
     "INT32": lambda value: b"\x18" + varint(value),
@@ -38,6 +46,8 @@ _WRITERS: dict[str, Callable[[Any], bytes]] = {
     "FLOAT": lambda value: b"\x35" + _PACK_FLOAT(value),
     "BOOL": lambda value: b"\x38\x01" if value else b"\x38\x00",
     "UNIX_TIMESTAMP": lambda value: b"\x40" + varint(value),
+    "FLOAT_LIST": _floats_list,
+    "DOUBLE_LIST": _doubles_list,
 }
 """The content of a `Value` by Feast's type."""
 

@@ -86,7 +86,7 @@ def _key_types(plan: ServicePlan, definitions: Definitions) -> dict[str, str]:
 def _blocks(service: CompiledService, definitions: Definitions, *, full_names: bool) -> tuple[Block, ...]:
     types = {view: dict(columns) for view, columns in definitions.feast_types}
     chosen: dict[int, list[int]] = {}
-    for part, place in service.places:
+    for part, place in dict.fromkeys(service.places):  # the numbers of an embedding lie at one place
         chosen.setdefault(part, []).append(place)
     uses, transforms = service.plan.uses, service.plan.transforms
     blocks = []
@@ -158,7 +158,7 @@ class Selections:
         request: dict[str, ValueType] = {}
         names: list[str] = []
         for i, reference in enumerate(references):
-            view_name, feature = _parsed(reference, f"features[{i}]")
+            view_name, feature = parsed_reference(reference, f"features[{i}]")
             if view_name in views:
                 view = views[view_name]
                 _known_feature(view_name, feature, view.features)
@@ -189,7 +189,7 @@ def _known_feature(view: str, feature: str, features: Sequence[str]) -> None:
         raise no_feature(view, feature)
 
 
-def _parsed(reference: str, field: str) -> tuple[str, str]:
+def parsed_reference(reference: str, field: str) -> tuple[str, str]:
     """(view, feature) of `view:feature`; `view@latest` is the view."""
     view, colon, feature = reference.partition(":")
     view, at, version = view.partition("@")

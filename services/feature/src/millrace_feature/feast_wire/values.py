@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
+
+from millrace_feature.vectors import unpack
 
 NAN = float("nan")
 PRESENT, NULL_VALUE, NOT_FOUND, OUTSIDE_MAX_AGE = 1, 2, 3, 4
@@ -49,5 +52,7 @@ CONVERTERS: dict[str, Callable[[Sequence[Any]], list[Any]]] = {
     "BOOL": _each(bool),
     "STRING": _each(str),
     "UNIX_TIMESTAMP": _each(_seconds),
+    "FLOAT_LIST": _each(partial(unpack, is_wide=False)),
+    "DOUBLE_LIST": _each(partial(unpack, is_wide=True)),
 }
 """By Feast's type: the ones that views may have (see `compiler.py`)."""
