@@ -1,6 +1,7 @@
 """The services around the controller, inside the test: a registry with real artifacts, a gateway that sends real requests, a drift monitor."""
 
 import asyncio
+import hashlib
 import random
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
@@ -13,7 +14,7 @@ from millrace_api.drift.v1 import drift_pb2, drift_pb2_grpc
 from millrace_api.prediction.v1 import prediction_pb2, prediction_pb2_grpc
 from millrace_api.registry.v1 import registry_pb2, registry_pb2_grpc
 from millrace_api.rollout.v1 import rollout_pb2, rollout_pb2_grpc
-from millrace_kit.errors import DataLossError, NotFoundError
+from millrace_kit.errors import DataLossError, NotFoundError, UnavailableError
 from millrace_kit.server import Service, running
 from millrace_kit.settings import ServiceSettings
 from millrace_rollout_controller.probe import sample_request
@@ -30,6 +31,10 @@ class Peers:
 
     contents: dict[str, bytes] = field(default_factory=dict)
     """ONNX by version."""
+    kept: dict[str, bytes] = field(default_factory=dict)
+    """Evidence the registry has got, by its digest."""
+    refuses: bool = False
+    """The registry takes no artifact now."""
     tampered: set[str] = field(default_factory=set)
     features: dict[str, int] = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=lambda: defaultdict(lambda: 0.8))
@@ -76,6 +81,16 @@ class _Registry(registry_pb2_grpc.RegistryServiceServicer):
         artifact = ref.artifacts[0]
         version.artifacts.add(path=artifact.path, sha256=artifact.sha256, size_bytes=artifact.size_bytes)
         return registry_pb2.GetVersionResponse(version=version)
+
+    async def PutArtifact(self, request_iterator, context):
+        parts = [part async for part in request_iterator]
+        content = b"".join(part.chunk for part in parts[1:])
+        if self._peers.refuses:
+            raise UnavailableError("STORE_DOWN", "no artifact is taken now")
+        assert hashlib.sha256(content).hexdigest() == parts[0].header.sha256
+        assert len(content) == parts[0].header.size_bytes
+        self._peers.kept[parts[0].header.sha256] = content
+        return registry_pb2.PutArtifactResponse(sha256=parts[0].header.sha256)
 
     async def GetArtifact(self, request, context):
         for version, content in self._peers.contents.items():

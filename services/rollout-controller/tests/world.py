@@ -225,9 +225,9 @@ class World:
             assert s.route.weight(s.stable.ref.version) == 100
             assert not mirrored
 
-    def act(self, verb: Verb, weight: float | None = None) -> Refused | None:
+    def act(self, verb: Verb, weight: float | None = None, to: str = "") -> Refused | None:
         """A person's verb, as the store does it."""
-        found = act(self.wanted, self.status, verb, weight, self.now)
+        found = act(self.wanted, self.status, verb, weight, self.now, to=to)
         if isinstance(found, Refused):
             return found
         self.status = found

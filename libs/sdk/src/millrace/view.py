@@ -1,9 +1,11 @@
 """View models of ModelDeployments: the same rows for the table, the watch and the tests."""
 
+import json
 from collections.abc import Sequence
 from datetime import datetime
 
-from millrace_api.rollout.v1.rollout_pb2 import ComparisonResult, Deployment, Verdict
+from google.protobuf.json_format import MessageToDict
+from millrace_api.rollout.v1.rollout_pb2 import ComparisonResult, Decision, Deployment, Verdict
 
 COLUMNS = ("NAME", "READY", "STABLE", "CANDIDATE", "WEIGHT", "STEP", "AGE")
 WIDE_COLUMNS = (*COLUMNS, "PHASE", "GENERATION", "GATES")
@@ -31,6 +33,30 @@ def comparison_words(result: ComparisonResult) -> str:
         f"candidate {result.candidate:g} over {result.candidate_samples}, stable {result.stable:g} over {result.stable_samples}, "
         f"difference {result.lower:+g} to {result.upper:+g} at {result.confidence:.0%}: {result.better}"
     )
+
+
+HISTORY_COLUMNS = ("REVISION", "AT", "VERSION", "DECISION", "WEIGHT", "MESSAGE")
+
+
+def history_text(decisions: Sequence[Decision], output: str) -> str:
+    """Decisions as a table, wide with a line for every gate and the evidence bundle under each, or as JSON."""
+    if output == "json":
+        data = [MessageToDict(one, preserving_proto_field_name=True) for one in decisions]
+        return json.dumps(data, indent=2, ensure_ascii=False)
+    rows = [
+        (str(one.revision or "-"), one.at, one.version, one.decision, f"{one.weight:g}%", one.message)
+        for one in decisions
+    ]
+    lines = table(HISTORY_COLUMNS, rows).splitlines()
+    if output != "wide":
+        return "\n".join(lines)
+    shown = [lines[0]]
+    for line, one in zip(lines[1:], decisions, strict=True):
+        shown.append(line)
+        shown += [f"    {verdict_word(gate.verdict)}: {gate.gate}: {gate.evidence}" for gate in one.gates]
+        if one.bundle_sha256:
+            shown.append(f"    evidence: artifact {one.bundle_sha256}")
+    return "\n".join(shown)
 
 
 def deployment_row(deployment: Deployment, now: datetime, *, wide: bool = False) -> tuple[str, ...]:

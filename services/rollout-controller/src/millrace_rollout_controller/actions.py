@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import yaml
 
+from millrace_rollout_controller.history import once_stable
 from millrace_rollout_controller.manifest import Spec
 from millrace_rollout_controller.state import Status
 
@@ -27,7 +28,9 @@ class Refused:
     """Field of the request that is wrong; empty when the state is what does not fit."""
 
 
-def act(spec: Spec, status: Status, verb: Verb, weight: float | None, now: datetime) -> Status | Refused:
+def act(
+    spec: Spec, status: Status, verb: Verb, weight: float | None, now: datetime, *, to: str = ""
+) -> Status | Refused:
     """The status with the person's mark, or why not; the arguments are left as they are.
 
     Args:
@@ -36,6 +39,7 @@ def act(spec: Spec, status: Status, verb: Verb, weight: float | None, now: datet
         verb: what is asked.
         weight: percent, for `set-weight` only.
         now: for the event that says so.
+        to: of `undo`: version or revision to go back to; empty is the one before.
 
     After `undo` the spec has to name `status.undo`; who keeps the manifest changes it in the same transaction.
     """
@@ -43,7 +47,7 @@ def act(spec: Spec, status: Status, verb: Verb, weight: float | None, now: datet
         return Refused("INVALID_ARGUMENT", "belongs to set-weight, and set-weight needs it", "weight")
     after = status.model_copy(deep=True)
     if verb == "undo":
-        refused = _undo(after)
+        refused = _undo(after, to)
     elif status.candidate is None:
         hint = "; undo goes back to " + status.previous_version if verb == "abort" and status.previous_version else ""
         refused = Refused("NO_ROLLOUT", f"no rollout is under way (phase {status.phase}){hint}")
@@ -56,10 +60,16 @@ def act(spec: Spec, status: Status, verb: Verb, weight: float | None, now: datet
     return after
 
 
-def _undo(s: Status) -> Refused | None:
-    previous = s.previous_version
+def _undo(s: Status, to: str) -> Refused | None:
+    previous = once_stable(s, to) if to else s.previous_version
+    if to and not previous:
+        return Refused(
+            "INVALID_ARGUMENT", f"{to[:100]!r} is no version or revision in the history that was stable", "to"
+        )
     if not previous or s.stable is None:
         return Refused("NO_PREVIOUS_VERSION", "no version was stable before this one")
+    if s.candidate is None and previous == s.stable.ref.version:
+        return Refused("ALREADY_STABLE", f"{previous} is the stable version")
     if s.candidate is not None and s.candidate.ref.version != previous:
         version = s.candidate.ref.version
         return Refused("ROLLOUT_UNDER_WAY", f"the rollout of {version} is under way; abort ends it")

@@ -1,5 +1,6 @@
 """Which version is on trial: chosen, admitted, sent away. Pure; part of the reconciler."""
 
+from millrace_rollout_controller.history import record
 from millrace_rollout_controller.plans import Draft, Refusal
 from millrace_rollout_controller.state import Arm, Failed, Retiring, VersionRef
 
@@ -88,6 +89,7 @@ def fail(d: Draft, reason: str, message: str) -> None:
     version = s.candidate.ref.version
     s.failed = Failed(version=version, reason=reason, message=message)
     s.event(d.now, "Warning", reason, f"{version}: {message}")
+    record(d, reason, message, finished=True)
     send_away(d)
     if s.stable is not None:
         s.phase = "RollingBack"

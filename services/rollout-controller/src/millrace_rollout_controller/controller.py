@@ -13,6 +13,7 @@ from millrace_kit.clock import Clock
 from millrace_kit.errors import ConflictError, UnavailableError
 
 from millrace_rollout_controller import manifest, metrics
+from millrace_rollout_controller.archive import Archive
 from millrace_rollout_controller.evidence import Evidence, Poll, advance
 from millrace_rollout_controller.executor import Executor, Wanted
 from millrace_rollout_controller.hub import Hub
@@ -91,6 +92,7 @@ class Controller:
     ) -> None:
         self._warmer = warmer
         self._trial_save_s = trial_save_s
+        self._archive = Archive(registry.put, clock)
         self._store = store
         self._hub = hub
         self._executor = executor
@@ -154,6 +156,7 @@ class Controller:
                 task.cancel()
             if self._asking is not None:
                 self._asking.cancel()
+            self._archive.close()
             if self._warmer is not None:
                 self._warmer.close()
 
@@ -258,6 +261,7 @@ class Controller:
         )
         item = Item(row.name, known.spec, row.generation, row.deleting)
         after, actions = reconcile(item, status, observed, evidence, now, limits=self._limits)
+        after.unsent = self._archive.left(after.unsent)
         monotonic = self._clock.monotonic()
         stale = monotonic - known.saved_at >= (self._trial_save_s if on_trial else EVIDENCE_SAVE_S)
         changed = after != status
@@ -357,7 +361,7 @@ def _by_deployment(seen: Mapping[tuple[str, str], ArmSeen]) -> dict[str, dict[st
 def _rest(row: Row, known: _Known, observed: Observed) -> object:
     """What a look at a deployment at rest depends on; None where time alone may move it."""
     status = row.status
-    moves = status.candidate is not None or status.retiring or status.unready_since is not None or row.deleting
+    moves = status.candidate is not None or status.retiring or status.unready_since is not None or row.deleting or status.unsent
     return None if moves or known.actions is None else (row.generation, known.manifest_text, status, observed)
 
 

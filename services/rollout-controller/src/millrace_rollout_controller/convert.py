@@ -11,8 +11,17 @@ from millrace_rollout_controller import manifest
 from millrace_rollout_controller.conditions import is_ready
 from millrace_rollout_controller.counts import Counts
 from millrace_rollout_controller.hub import Table
-from millrace_rollout_controller.stages import stages
-from millrace_rollout_controller.state import ArtifactRef, Route, RouteArm, Tensor, VersionRef
+from millrace_rollout_controller.stages import guarded_until, stages
+from millrace_rollout_controller.state import (
+    ArtifactRef,
+    ComparisonView,
+    Decision,
+    GateView,
+    Route,
+    RouteArm,
+    Tensor,
+    VersionRef,
+)
 from millrace_rollout_controller.store import Row
 
 _VERDICTS = {
@@ -87,6 +96,9 @@ def _route(route: Route) -> rollout_pb2.ModelRoute:
         feature_names=route.feature_names,
         input_tensor=route.input_tensor,
         output_tensor=route.output_tensor,
+        hedge_after_ms=route.hedge_after_ms,
+        callers=route.callers,
+        testers=route.testers,
     )
 
 
@@ -134,16 +146,7 @@ def deployment(row: Row) -> rollout_pb2.Deployment:
             )
             for c in status.conditions
         ],
-        gates=[
-            rollout_pb2.GateResult(
-                gate=g.gate,
-                verdict=_VERDICTS[g.verdict],
-                evidence=g.evidence,
-                candidate_samples=g.candidate_samples,
-                stable_samples=g.stable_samples,
-            )
-            for g in status.verdicts
-        ],
+        gates=[_gate(gate) for gate in status.verdicts],
         events=[
             rollout_pb2.StatusEvent(at=_time(e.at), type=e.type, reason=e.reason, message=e.message)
             for e in status.events
@@ -153,20 +156,50 @@ def deployment(row: Row) -> rollout_pb2.Deployment:
         previous_version=status.previous_version,
         waiting=status.waiting,
         strategy=spec.rollout.strategy,
-        comparisons=[
-            rollout_pb2.ComparisonResult(
-                metric=c.metric,
-                candidate=c.candidate,
-                stable=c.stable,
-                candidate_samples=c.candidate_samples,
-                stable_samples=c.stable_samples,
-                lower=c.lower,
-                upper=c.upper,
-                confidence=c.confidence,
-                better=c.better,
-            )
-            for c in status.comparisons
-        ],
+        comparisons=[_comparison(one) for one in status.comparisons],
+        requests_per_second=row.evidence.rate,
+        history=[decision(one, whole=False) for one in status.history],
+        guarded_until=_time(until) if (until := guarded_until(spec, status)) is not None else "",
+    )
+
+
+def _gate(gate: GateView) -> rollout_pb2.GateResult:
+    return rollout_pb2.GateResult(
+        gate=gate.gate,
+        verdict=_VERDICTS[gate.verdict],
+        evidence=gate.evidence,
+        candidate_samples=gate.candidate_samples,
+        stable_samples=gate.stable_samples,
+    )
+
+
+def _comparison(one: ComparisonView) -> rollout_pb2.ComparisonResult:
+    return rollout_pb2.ComparisonResult(
+        metric=one.metric,
+        candidate=one.candidate,
+        stable=one.stable,
+        candidate_samples=one.candidate_samples,
+        stable_samples=one.stable_samples,
+        lower=one.lower,
+        upper=one.upper,
+        confidence=one.confidence,
+        better=one.better,
+    )
+
+
+def decision(one: Decision, *, whole: bool = True) -> rollout_pb2.Decision:
+    """A decision; with `whole` also the evidence behind it."""
+    return rollout_pb2.Decision(
+        at=_time(one.at),
+        revision=one.revision,
+        version=one.version,
+        against=one.against,
+        decision=one.decision,
+        message=one.message,
+        weight=one.weight,
+        gates=[_gate(gate) for gate in one.gates] if whole else (),
+        comparisons=[_comparison(result) for result in one.comparisons] if whole else (),
+        bundle_sha256=one.bundle,
     )
 
 

@@ -81,20 +81,20 @@ class Deployments:
         """Begin to take the deployment away; asking again is free."""
         self._change(name, lambda row: row if row.deleting else _changed(row, deleting=True))
 
-    def act(self, name: str, verb: Verb, weight: float | None = None) -> Row:
+    def act(self, name: str, verb: Verb, weight: float | None = None, to: str = "") -> Row:
         """Do what a person asks.
 
         Raises:
             FailedPreconditionError: there is nothing to do it to.
-            InvalidArgumentError: the weight is wrong.
+            InvalidArgumentError: the weight is wrong, or `to` (of undo) names nothing that was stable.
         """
-        return self._change(name, lambda row: self._acted(row, verb, weight))
+        return self._change(name, lambda row: self._acted(row, verb, weight, to))
 
-    def _acted(self, row: Row, verb: Verb, weight: float | None) -> Row:
+    def _acted(self, row: Row, verb: Verb, weight: float | None, to: str) -> Row:
         if row.deleting:
             raise FailedPreconditionError("DEPLOYMENT_DELETING", f"{row.name!r} is being deleted", {"name": row.name})
         spec = manifest.parse(row.manifest).spec
-        found = actions.act(spec, row.status, verb, weight, self._clock.now())
+        found = actions.act(spec, row.status, verb, weight, self._clock.now(), to=to)
         if isinstance(found, Refused):
             if found.field:
                 raise InvalidArgumentError(found.field, found.message)

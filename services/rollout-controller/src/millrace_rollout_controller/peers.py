@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -20,12 +20,13 @@ from millrace_rollout_controller.counts import Counts
 from millrace_rollout_controller.evidence import GatewayFigures, Poll
 from millrace_rollout_controller.metrics import POLL_FAILURES
 from millrace_rollout_controller.reconciler import Refusal
-from millrace_rollout_controller.state import ArtifactRef, VersionRef
+from millrace_rollout_controller.state import ArtifactRef, Bundle, VersionRef
 
 log = logging.getLogger(__name__)
 REFUSAL_TTL_S = 2.0
 """How long an answer like "no such version" is believed."""
 MAX_CACHED = 1000
+CHUNK_BYTES = 1 << 20
 _STATES = {grpc.StatusCode.NOT_FOUND: "VersionNotFound", grpc.StatusCode.DATA_LOSS: "DataLoss"}
 
 
@@ -65,6 +66,23 @@ class Registry:
         self._known = dict(list(self._known.items())[-MAX_CACHED:])
         self._known[name] = ref
         return ref
+
+    async def put(self, bundle: Bundle) -> bool:
+        """Keep the evidence of a rollout as an artifact; False while the registry does not take it."""
+        content = bundle.text.encode()
+
+        async def parts() -> AsyncIterator[registry_pb2.PutArtifactRequest]:
+            header = registry_pb2.PutArtifactHeader(sha256=bundle.sha256, size_bytes=len(content))
+            yield registry_pb2.PutArtifactRequest(header=header)
+            for at in range(0, len(content), CHUNK_BYTES):
+                yield registry_pb2.PutArtifactRequest(chunk=content[at : at + CHUNK_BYTES])
+
+        try:
+            await self._stub.PutArtifact(parts(), timeout=self._artifact_timeout_s)
+        except grpc.aio.AioRpcError as error:
+            log.warning("registry: evidence %s is not kept yet: %s", bundle.sha256[:12], error.details())
+            return False
+        return True
 
     async def fetch(self, artifact: ArtifactRef, target: Path) -> None:
         """See `ArtifactSource.fetch`."""

@@ -95,10 +95,19 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         weight = check.finite(request.weight, "weight")
         if weight and verb != "set-weight":
             raise InvalidArgumentError("weight", "belongs to VERB_SET_WEIGHT")
+        if request.to and verb != "undo":
+            raise InvalidArgumentError("to", "belongs to VERB_UNDO")
+        to = check.optional_text(request.to, "to", limit=128)
         asked = weight if verb == "set-weight" else None
-        row = await asyncio.to_thread(self._deployments.act, name, verb, asked)
+        row = await asyncio.to_thread(self._deployments.act, name, verb, asked, to)
         self._controller.wake()
         return rollout_pb2.ActResponse(deployment=convert.deployment(row))
+
+    async def GetHistory(
+        self, request: rollout_pb2.GetHistoryRequest, context: grpc.aio.ServicerContext
+    ) -> rollout_pb2.GetHistoryResponse:
+        row = await asyncio.to_thread(self._deployments.get, check.name(request.name, "name"))
+        return rollout_pb2.GetHistoryResponse(decisions=[convert.decision(one) for one in row.status.history])
 
     async def WatchRoutes(
         self, request_iterator: AsyncIterator[rollout_pb2.WatchRoutesRequest], context: grpc.aio.ServicerContext

@@ -4,9 +4,11 @@ One machine walks all strategies; they differ in this list only. The last stage 
 """
 
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from millrace_rollout_controller.manifest import ABTest, BlueGreen, Metric, Pause, Shadow, Spec, Step, Strategy
 from millrace_rollout_controller.manifest_rules import seconds
+from millrace_rollout_controller.state import Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,14 @@ def stages(spec: Spec) -> tuple[Stage, ...]:
     if steps[-1].weight != 100:
         steps = (*steps, Step(weight=100.0))
     return tuple(_canary(step) for step in steps)
+
+
+def guarded_until(spec: Spec, status: Status) -> datetime | None:
+    """When the guard's window closes; None outside of one."""
+    if not status.guarding or status.step_since is None:
+        return None
+    found = stages(spec)
+    return status.step_since + timedelta(seconds=found[min(status.step, len(found) - 1)].lasts_s)
 
 
 def compared(spec: Spec) -> tuple[Metric, ...]:

@@ -181,6 +181,30 @@ class ComparisonView(Frozen):
     better: Literal["candidate", "stable", "undecided"]
 
 
+class Decision(Frozen):
+    """One decision about a version, with the evidence behind it."""
+
+    at: datetime
+    revision: int = 0
+    """Counts the versions that became stable; 0 for decisions of another kind."""
+    version: str
+    against: str = ""
+    decision: str
+    message: str
+    weight: float = 0.0
+    gates: tuple[GateView, ...] = ()
+    comparisons: tuple[ComparisonView, ...] = ()
+    bundle: str = ""
+    """SHA-256 of the evidence bundle of a finished rollout."""
+
+
+class Bundle(Frozen):
+    """The evidence of a finished rollout."""
+
+    sha256: str
+    text: str
+
+
 class Status(Mutable):
     """Where a deployment stands."""
 
@@ -230,6 +254,13 @@ class Status(Mutable):
     """Result of the last A/B test or shadow run; so far, while it is under way."""
     conditions: list[Condition] = []
     events: list[Event] = []
+    history: list[Decision] = []
+    revision: int = 0
+    """Of the stable version."""
+    unsent: list[Bundle] = []
+    """Evidence the registry does not have yet."""
+    guarding: bool = False
+    """The candidate has all it will get, and a guard's window is open."""
 
     @property
     def verdicts(self) -> list[GateView]:

@@ -4,6 +4,7 @@ from datetime import timedelta
 
 from millrace_rollout_controller.candidates import fail
 from millrace_rollout_controller.capacity import short
+from millrace_rollout_controller.history import record
 from millrace_rollout_controller.judging import judge_gates, missing
 from millrace_rollout_controller.plans import Draft
 from millrace_rollout_controller.state import Retiring
@@ -50,6 +51,7 @@ def _take_first(d: Draft, enough: bool) -> None:
     s.phase = "Preparing"
     if not enough or s.candidate is None:
         return
+    record(d, "FirstVersion", "there was no version before it", stable=True)
     s.stable, s.candidate, s.weight = s.candidate, None, 0.0
     s.stable.served = True
     s.event(
@@ -109,6 +111,7 @@ def _progress(d: Draft, ready: bool) -> None:
         return
     if s.step < last:
         if not short(d, d.stages[s.step + 1].weight):
+            record(d, "StepPassed", f"step {s.step + 1} of {last + 1} has what it asks for")
             _enter(d, s.step + 1)
     elif d.in_force(version, 100.0):
         _complete(d)
@@ -147,6 +150,8 @@ def _complete(d: Draft) -> None:
     s = d.status
     if s.candidate is None or s.stable is None:
         return
+    why = "a person asked for it" if s.forced else "every step has what it asks for"
+    record(d, "Promoted", why, stable=True, finished=True)
     old, new = s.stable, s.candidate
     # One old version is enough to go back to.
     s.retiring = [gone.model_copy(update={"kept_until": None}) for gone in s.retiring]

@@ -85,6 +85,12 @@ class RolloutArea:
         answer: rollout.ListDeploymentsResponse = call(self.stub.ListDeployments, rollout.ListDeploymentsRequest())
         return answer.deployments
 
+    def history(self, name: str) -> Sequence[rollout.Decision]:
+        """The newest decisions about a deployment's versions with their evidence, newest last."""
+        request = rollout.GetHistoryRequest(name=name)
+        answer: rollout.GetHistoryResponse = call(self.stub.GetHistory, request)
+        return answer.decisions
+
     def watch(self, name: str) -> Iterator[rollout.Deployment]:
         """The ModelDeployment now and after every change."""
         for answer in stream(self.stub.WatchDeployment, rollout.WatchDeploymentRequest(name=name), LONG_TIMEOUT_S):
@@ -94,9 +100,10 @@ class RolloutArea:
         """Delete a ModelDeployment and stop its servers."""
         call(self.stub.DeleteDeployment, rollout.DeleteDeploymentRequest(name=name))
 
-    def act(self, name: str, verb: rollout.Verb.ValueType, weight: float = 0.0) -> rollout.Deployment:
-        """Promote, pause, resume, abort, undo, or hold the candidate at `weight` percent (VERB_SET_WEIGHT only)."""
-        answer: rollout.ActResponse = call(self.stub.Act, rollout.ActRequest(name=name, verb=verb, weight=weight))
+    def act(self, name: str, verb: rollout.Verb.ValueType, weight: float = 0.0, to: str = "") -> rollout.Deployment:
+        """Promote, pause, resume, abort, undo (`to` a version or revision), or hold the candidate at `weight` percent (VERB_SET_WEIGHT only)."""
+        request = rollout.ActRequest(name=name, verb=verb, weight=weight, to=to)
+        answer: rollout.ActResponse = call(self.stub.Act, request)
         return answer.deployment
 
 

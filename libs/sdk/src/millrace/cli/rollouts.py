@@ -1,11 +1,13 @@
-"""`apply`, `get`, `describe`, `promote`, `pause`, `resume`, `abort`, `undo`, `set-weight`, `delete`: ModelDeployments."""
+"""`lint`, `apply`, `get`, `describe`, `promote`, `pause`, `resume`, `abort`, `undo`, `history`, `set-weight`, `delete`: ModelDeployments."""
 
 import json
 import sys
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from typing import TextIO
 
 import click
+import grpc
 import yaml
 from google.protobuf.json_format import MessageToDict
 from millrace_api.rollout.v1.rollout_pb2 import (
@@ -18,9 +20,11 @@ from millrace_api.rollout.v1.rollout_pb2 import (
     Deployment,
     Verb,
 )
+from millrace_kit.errors import MillraceError
 
+from millrace import linting
 from millrace.cli.local import Context
-from millrace.view import COLUMNS, WIDE_COLUMNS, comparison_words, deployment_row, table, verdict_word
+from millrace.view import COLUMNS, WIDE_COLUMNS, comparison_words, deployment_row, history_text, table, verdict_word
 
 OUTPUT = click.Choice(["table", "wide", "json", "yaml", "name"])
 
@@ -119,6 +123,30 @@ def _verb(word: str, verb: Verb.ValueType, text: str) -> click.Command:
     return command
 
 
+@click.command("undo")
+@click.argument("name")
+@click.option(
+    "--to", default="", metavar="VERSION|REVISION", help="What to go back to; the version before when it is not given."
+)
+@click.pass_obj
+def undo(context: Context, name: str, to: str) -> None:
+    """Go back to a version that was stable before, without steps; `history` lists them."""
+    with context.client() as client:
+        deployment = client.rollout.act(name, VERB_UNDO, to=to)
+    click.echo(f"modeldeployment/{name} undo: {deployment.phase}")
+
+
+@click.command("history")
+@click.argument("name")
+@click.option("-o", "--output", type=click.Choice(["table", "wide", "json"]), default="table", show_default=True)
+@click.pass_obj
+def history(context: Context, name: str, output: str) -> None:
+    """List the newest decisions about a deployment's versions; wide and json with the evidence of every gate."""
+    with context.client() as client:
+        decisions = client.rollout.history(name)
+    click.echo(history_text(decisions, output))
+
+
 @click.command("set-weight")
 @click.argument("name")
 @click.argument("weight", type=click.FloatRange(0, 100))
@@ -141,7 +169,53 @@ def delete(context: Context, name: str) -> None:
     click.echo(f"modeldeployment/{name} deleted")
 
 
+@click.command("lint")
+@linting.options
+@click.pass_obj
+def lint(
+    context: Context,
+    *,
+    paths: tuple[str, ...],
+    no_plan: bool,
+    show: bool,
+    rate: float | None,
+    live: bool,
+    outcome_share: float,
+    baselines: tuple[str, ...],
+) -> None:
+    """Check manifests, and whether their steps can decide their gates; nothing has to run but for --live."""
+    if find_spec("cel") is None:
+        raise click.UsageError("needs common-expression-language (pip install 'millrace[kubernetes]')")
+    from millrace.kubectl import lint as rules
+    from millrace.kubectl import schema
+
+    known = linting.traffic(rate, outcome_share, baselines)
+    definition, wrong = schema.crd(), 0
+    with context.client() as client:
+
+        def present(name: str) -> float:
+            try:
+                return client.rollout.get(name).requests_per_second
+            except MillraceError as error:
+                if error.code is not grpc.StatusCode.NOT_FOUND:
+                    raise
+                return 0.0
+
+        for path in paths:
+            text = linting.read(path)
+            found = list(rules.lint(text, definition))
+            for finding in found:
+                click.echo(f"{path}: {finding}")
+            wrong += len(found)
+            if not found and not no_plan:
+                linting.plan(path, text, known, present if live else None, show=show)
+    if wrong:
+        sys.exit(1)
+    click.echo(f"{len(paths)} file{'s' if len(paths) > 1 else ''} ok", err=True)
+
+
 COMMANDS = (
+    lint,
     apply,
     get,
     describe,
@@ -149,7 +223,8 @@ COMMANDS = (
     _verb("pause", VERB_PAUSE, "Hold the rollout at its present weight."),
     _verb("resume", VERB_RESUME, "Go on with a paused rollout."),
     _verb("abort", VERB_ABORT, "Send all traffic back to the stable version."),
-    _verb("undo", VERB_UNDO, "Go back to the version that was stable before, without steps."),
+    undo,
+    history,
     set_weight,
     delete,
 )

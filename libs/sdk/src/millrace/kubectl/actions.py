@@ -56,10 +56,11 @@ def act(
     verb: str,
     weight: float | None = None,
     *,
+    to: str = "",
     timeout_s: float = ANSWER_TIMEOUT_S,
     nonce: Callable[[], str] = lambda: uuid4().hex[:12],
 ) -> Object:
-    """Ask, and wait for the answer; the ModelDeployment as it is then.
+    """Ask, and wait for the answer; the ModelDeployment as it is then. `to` is the version or revision that `undo` goes back to.
 
     Raises:
         ActionRefusedError: the controller said no.
@@ -70,7 +71,9 @@ def act(
     if verb == "undo":
         # The resource version makes it one change: nobody can promote another version in between.
         item = cluster.deployment(name)
-        version = (item.get("status") or {}).get("previousVersion", "")
+        version = _target(item.get("status") or {}, to)
+        if not version and to:
+            raise ActionRefusedError(verb, f"{to!r} is no version or revision in the history of {name} that was stable")
         if not version:
             raise ActionRefusedError(verb, f"no version of {name} was stable before this one")
     asked = nonce()
@@ -88,6 +91,15 @@ def act(
     if found.get("result") != "Done":
         raise ActionRefusedError(verb, found.get("message") or "the controller refused")
     return item
+
+
+def _target(status: Object, to: str) -> str:
+    """The version that undo goes back to; empty when there is none."""
+    previous = str(status.get("previousVersion", ""))
+    if not to:
+        return previous
+    stable = {str(one["revision"]): str(one["version"]) for one in status.get("history", ()) if one.get("revision")}
+    return to if to in {*stable.values(), previous} else stable.get(to, "")
 
 
 def _check_mine(item: Object, asked: str, verb: str) -> None:

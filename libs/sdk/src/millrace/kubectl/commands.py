@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import click
@@ -13,12 +12,13 @@ import grpc
 from millrace_kit.errors import MillraceError
 from rich.live import Live
 
+from millrace import linting
 from millrace.kubectl import actions, lint, printing, schema, watching
 from millrace.kubectl.cluster import API_VERSION, KIND, Cluster, ClusterError
 from millrace.kubectl.objects import deployment, pods
 from millrace.kubectl.printing import say
 from millrace.tree import plain, rollout_tree
-from millrace.view import COLUMNS, deployment_row, table
+from millrace.view import COLUMNS, deployment_row, history_text, table
 
 FAILED, TIMED_OUT = 1, 3
 OUTPUT = click.Choice(["table", "wide", "json", "yaml", "name"])
@@ -183,8 +183,10 @@ def status(cluster: Cluster, name: str, watch: bool, timeout_s: float) -> None:
             return
 
 
-def _act(cluster: Cluster, name: str, verb: str, timeout_s: float, weight: float | None = None) -> None:
-    item = actions.retry_conflicts(lambda: actions.act(cluster, name, verb, weight, timeout_s=timeout_s))
+def _act(
+    cluster: Cluster, name: str, verb: str, timeout_s: float, weight: float | None = None, *, to: str = ""
+) -> None:
+    item = actions.retry_conflicts(lambda: actions.act(cluster, name, verb, weight, to=to, timeout_s=timeout_s))
     words = f"{verb} {weight:g}" if weight is not None else verb
     click.echo(f"modeldeployment.millrace.dev/{name} {words}: {(item.get('status') or {}).get('phase', '')}")
     say(f"next: kubectl millrace get {name} -n {cluster.namespace} -w")
@@ -210,9 +212,33 @@ for _word, _text in {
     "pause": "Hold the rollout at its present weight.",
     "resume": "Go on with a paused rollout.",
     "abort": "Send all traffic back to the stable version.",
-    "undo": "Go back to the version that was stable before, without steps.",
 }.items():
     _verb(_word, _text)
+
+
+@root.command("undo")
+@click.argument("name")
+@click.option(
+    "--to", default="", metavar="VERSION|REVISION", help="What to go back to; the version before when it is not given."
+)
+@_timeout
+@_cluster_options()
+def undo(cluster: Cluster, name: str, to: str, timeout_s: float) -> None:
+    """Go back to a version that was stable before, without steps; `history` lists them."""
+    _act(cluster, name, "undo", timeout_s, to=to)
+
+
+@root.command("history")
+@click.argument("name")
+@click.option("-o", "--output", type=click.Choice(["table", "wide", "json"]), default="table", show_default=True)
+@_cluster_options()
+def history(cluster: Cluster, name: str, output: str) -> None:
+    """List the newest decisions about a deployment's versions; wide and json with the evidence of every gate."""
+    decisions = deployment(cluster.deployment(name)).history
+    if not decisions and output != "json":
+        say(f"Nothing was decided about {name} yet.")
+        return
+    click.echo(history_text(decisions, output))
 
 
 @root.command("set-weight")
@@ -226,28 +252,54 @@ def set_weight(cluster: Cluster, name: str, weight: float, timeout_s: float) -> 
 
 
 @root.command("lint")
-@click.argument("paths", nargs=-1, required=True, type=click.Path(dir_okay=False, allow_dash=True), metavar="FILE…")
+@linting.options
 @click.option("--server", is_flag=True, help="Ask the API server too (a dry run); without it no cluster is needed.")
-@click.option("-n", "--namespace", metavar="NAME", help="With --server: namespace.")
-@click.option("--context", metavar="NAME", help="With --server: context of the kubeconfig.")
-@click.option("--kubeconfig", type=click.Path(dir_okay=False), help="With --server: path of the kubeconfig.")
+@click.option("-n", "--namespace", metavar="NAME", help="With --server and --live: namespace.")
+@click.option("--context", metavar="NAME", help="With --server and --live: context of the kubeconfig.")
+@click.option("--kubeconfig", type=click.Path(dir_okay=False), help="With --server and --live: path of the kubeconfig.")
 def lint_(
-    paths: tuple[str, ...], server: bool, namespace: str | None, context: str | None, kubeconfig: str | None
+    *,
+    paths: tuple[str, ...],
+    server: bool,
+    namespace: str | None,
+    context: str | None,
+    kubeconfig: str | None,
+    no_plan: bool,
+    show: bool,
+    rate: float | None,
+    live: bool,
+    outcome_share: float,
+    baselines: tuple[str, ...],
 ) -> None:
-    """Check manifests by the rules of the ModelDeployment resource; names the field of everything that is wrong."""
-    cluster = Cluster.connect(kubeconfig, context, namespace) if server else None
+    """Check manifests by the rules of the ModelDeployment resource, and whether their steps can decide their gates.
+
+    Names the field of everything that is wrong, and warns of steps whose minRequests are fewer than their gates need.
+    """
+    cluster = Cluster.connect(kubeconfig, context, namespace) if server or live else None
+    known = linting.traffic(rate, outcome_share, baselines)
     definition, wrong = schema.crd(), 0
     for path in paths:
-        try:
-            text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise click.UsageError(f"{path}: {error}") from error
+        text = linting.read(path)
         found = list(lint.lint(text, definition))
-        if cluster is not None and not found:
+        if cluster is not None and server and not found:
             found = list(lint.on_server(text, cluster))
         for finding in found:
             click.echo(f"{path}: {finding}")
         wrong += len(found)
+        if not found and not no_plan:
+            linting.plan(path, text, known, _rates(cluster) if cluster is not None and live else None, show=show)
     if wrong:
         sys.exit(FAILED)
     say(f"{len(paths)} file{'s' if len(paths) > 1 else ''} ok")
+
+
+def _rates(cluster: Cluster) -> linting.Live:
+    def rate(name: str) -> float:
+        try:
+            return float((cluster.deployment(name).get("status") or {}).get("requestsPerSecond", 0.0))
+        except ClusterError as error:
+            if error.status != 404:
+                raise
+            return 0.0
+
+    return rate

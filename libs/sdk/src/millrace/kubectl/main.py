@@ -3,7 +3,7 @@
 import sys
 from importlib.util import find_spec
 
-NEEDED = {"kubernetes": "kubernetes", "cel": "common-expression-language"}
+NEEDED = {"kubernetes": "kubernetes", "cel": "common-expression-language", "numpy": "numpy"}
 
 
 def main() -> None:

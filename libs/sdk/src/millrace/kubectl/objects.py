@@ -47,16 +47,7 @@ def deployment(item: Mapping[str, Any]) -> rollout.Deployment:
             )
             for one in conditions
         ],
-        gates=[
-            rollout.GateResult(
-                gate=one["gate"],
-                verdict=_VERDICTS.get(one.get("verdict", ""), rollout.VERDICT_UNSPECIFIED),
-                evidence=one.get("evidence", ""),
-                candidate_samples=one.get("candidateSamples", 0),
-                stable_samples=one.get("stableSamples", 0),
-            )
-            for one in status.get("gates", [])
-        ],
+        gates=[_gate(one) for one in status.get("gates", [])],
         events=[
             rollout.StatusEvent(at=one["at"], type=one["type"], reason=one["reason"], message=one["message"])
             for one in status.get("events", [])
@@ -90,6 +81,32 @@ def deployment(item: Mapping[str, Any]) -> rollout.Deployment:
             )
             for one in status.get("comparisons", [])
         ],
+        requests_per_second=status.get("requestsPerSecond", 0),
+        history=[
+            rollout.Decision(
+                at=one["at"],
+                revision=one.get("revision", 0),
+                version=one["version"],
+                against=one.get("against", ""),
+                decision=one["decision"],
+                message=one.get("message", ""),
+                weight=one.get("weight", 0),
+                gates=[_gate(gate) for gate in one.get("gates", [])],
+                bundle_sha256=one.get("bundleSha256", ""),
+            )
+            for one in status.get("history", [])
+        ],
+        guarded_until=status.get("guardedUntil", ""),
+    )
+
+
+def _gate(one: Mapping[str, Any]) -> rollout.GateResult:
+    return rollout.GateResult(
+        gate=one["gate"],
+        verdict=_VERDICTS.get(one.get("verdict", ""), rollout.VERDICT_UNSPECIFIED),
+        evidence=one.get("evidence", ""),
+        candidate_samples=one.get("candidateSamples", 0),
+        stable_samples=one.get("stableSamples", 0),
     )
 
 

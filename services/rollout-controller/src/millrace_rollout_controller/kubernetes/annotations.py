@@ -6,6 +6,7 @@ from datetime import datetime
 
 from millrace_rollout_controller import actions
 from millrace_rollout_controller.actions import Refused, Verb
+from millrace_rollout_controller.history import once_stable
 from millrace_rollout_controller.kubernetes import names
 from millrace_rollout_controller.kubernetes.api import Object
 from millrace_rollout_controller.manifest import Spec
@@ -52,7 +53,11 @@ def perform(asked: Asked, spec: Spec, status: Status, now: datetime) -> tuple[St
     if asked.problem:
         return status, _record(asked, "Refused", asked.problem, now)
     verb: Verb = asked.verb  # type: ignore[assignment]
-    found = actions.act(spec, status, verb, asked.weight, now)
+    # The patch that asks for an undo names its target as spec.version.
+    to = spec.version if verb == "undo" and once_stable(status, spec.version) == spec.version else ""
+    if status.stable is not None and to == status.stable.ref.version:
+        to = ""
+    found = actions.act(spec, status, verb, asked.weight, now, to=to)
     if isinstance(found, Refused):
         text = f"{found.field}: {found.message}" if found.field else found.message
         return status, _record(asked, "Refused", text, now)

@@ -74,6 +74,18 @@ _EVENT = _object(
     reason=_text("One word."),
     message=_text("For people."),
 )
+_DECISION = _object(
+    "One decision with the evidence behind it.",
+    at=_text("When."),
+    revision=_whole("Counts the versions that became stable; absent for decisions of another kind."),
+    version=_text("Version it is about."),
+    against=_text("Version it was compared with."),
+    decision=_text("FirstVersion, StepPassed, Guarded, Promoted or the reason of a rollback."),
+    message=_text("For people."),
+    weight=_number("Percent of the candidate at that time."),
+    gates=_list("Verdicts at that time.", _GATE),
+    bundleSha256=_text("Artifact of the registry with all evidence of the finished rollout."),
+)
 STATUS: Schema = _object(
     "Written by the controller.",
     observedGeneration=_whole("Generation the controller has looked at."),
@@ -96,6 +108,9 @@ STATUS: Schema = _object(
     arms=_list("Versions with servers.", _ARM, **{"x-kubernetes-list-type": "atomic"}),
     gates=_list("Gates of this or the last rollout.", _GATE, **{"x-kubernetes-list-type": "atomic"}),
     comparisons=_list("Results of an A/B test or a shadow run.", _COMPARISON, **{"x-kubernetes-list-type": "atomic"}),
+    history=_list("The newest decisions.", _DECISION, **{"x-kubernetes-list-type": "atomic"}),
+    requestsPerSecond=_number("Requests a second of the model when the status was last written."),
+    guardedUntil=_text("Until when the previous version is kept warm and late outcomes may take the new one back."),
     events=_list("The newest events.", _EVENT, **{"x-kubernetes-list-type": "atomic"}),
     failed=_object(
         "The version that is not tried again until the spec changes.",

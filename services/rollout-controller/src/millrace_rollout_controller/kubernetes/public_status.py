@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict
 from millrace_rollout_controller.evidence import Evidence
 from millrace_rollout_controller.kubernetes.api import Object
 from millrace_rollout_controller.manifest import Spec
-from millrace_rollout_controller.stages import stages
-from millrace_rollout_controller.state import Condition, Status
+from millrace_rollout_controller.stages import guarded_until, stages
+from millrace_rollout_controller.state import Condition, Decision, Status
 
 FORMAT = 1
 """Of `internal`; a controller that does not know a format keeps its hands off."""
@@ -69,7 +69,13 @@ def _text(packed: str) -> bytes:
 
 
 def public(
-    spec: Spec, status: Status, *, generation: int, problem: Problem | None, last_action: Object | None
+    spec: Spec,
+    status: Status,
+    *,
+    generation: int,
+    problem: Problem | None,
+    last_action: Object | None,
+    rate: float = 0.0,
 ) -> Object:
     """Everything but `internal`; what is unknown or empty is left out.
 
@@ -79,6 +85,7 @@ def public(
         generation: the object's own.
         problem: why a newer manifest is not in force.
         last_action: what the last action came to.
+        rate: requests a second of the model.
     """
     candidate = status.candidate.ref.version if status.candidate is not None else ""
     steps = len(stages(spec))
@@ -144,6 +151,12 @@ def public(
             for event in status.events[-SHOWN_EVENTS:]
         ],
     }
+    if rate:
+        shown["requestsPerSecond"] = float(f"{rate:.3g}")
+    if status.history:
+        shown["history"] = [_decision(one) for one in status.history[-SHOWN_DECISIONS:]]
+    if (until := guarded_until(spec, status)) is not None:
+        shown["guardedUntil"] = time(until)
     if status.failed is not None:
         shown["failed"] = status.failed.model_dump()
     if last_action is not None:
@@ -153,6 +166,23 @@ def public(
 
 SHOWN_EVENTS = 20
 """Events in the public status; Kubernetes Events carry each one."""
+
+
+SHOWN_DECISIONS = 10
+"""Decisions in the public status; GetHistory has them all."""
+
+
+def _decision(one: Decision) -> Object:
+    shown: Object = {
+        "at": time(one.at),
+        "version": one.version,
+        "decision": one.decision,
+        "message": one.message,
+        "weight": _number(one.weight),
+        "gates": [{"gate": gate.gate, "verdict": gate.verdict, "evidence": gate.evidence} for gate in one.gates],
+    }
+    more = {"revision": one.revision, "against": one.against, "bundleSha256": one.bundle}
+    return shown | {key: value for key, value in more.items() if value}
 
 
 def condition(c: Condition, generation: int) -> Object:

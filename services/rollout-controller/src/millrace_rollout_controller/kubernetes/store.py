@@ -220,6 +220,7 @@ class KubernetesStore:
             generation=item["metadata"]["generation"],
             problem=one.problem,
             last_action=last_action or before,
+            rate=row.evidence.rate,
         )
         internal = Internal(
             format=FORMAT,
