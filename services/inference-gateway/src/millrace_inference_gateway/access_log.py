@@ -52,6 +52,10 @@ class InferenceCall:
     request: bytes
     """Body, when it was sampled, else empty."""
     response: bytes
+    segment: str = ""
+    """Of a copy: value of the route's segment header."""
+    sampled: bool = False
+    """Of a copy: its answer was to be kept."""
     http: HttpForms | None = None
     """Of a call by HTTP, how to read its bodies; None for gRPC."""
 
@@ -79,6 +83,8 @@ def read_entry(entry: accesslog_pb2.HTTPAccessLogEntry) -> InferenceCall | None:
         trace_id=trace[1] if trace else "",
         request=_payload(common, "request"),
         response=_payload(common, "response"),
+        segment=_text(common, "segment"),
+        sampled=bool(_text(common, "sampled")),
         http=HttpForms(_form(headers), _form(entry.response.response_headers)) if is_http(entry) else None,
     )
 
@@ -142,13 +148,15 @@ def _form(headers: Mapping[str, str]) -> HttpForm:
     return HttpForm(json_bytes, headers.get("content-encoding", ""))
 
 
-def _payload(common: accesslog_pb2.AccessLogCommon, key: str) -> bytes:
+def _text(common: accesslog_pb2.AccessLogCommon, key: str) -> str:
     if NAMESPACE not in common.metadata.filter_metadata:
-        return b""
+        return ""
     fields = common.metadata.filter_metadata[NAMESPACE].fields
-    if key not in fields:
-        return b""
+    return fields[key].string_value if key in fields else ""
+
+
+def _payload(common: accesslog_pb2.AccessLogCommon, key: str) -> bytes:
     try:
-        return base64.b64decode(fields[key].string_value, validate=True)
+        return base64.b64decode(_text(common, key), validate=True)
     except (binascii.Error, ValueError):
         return b""

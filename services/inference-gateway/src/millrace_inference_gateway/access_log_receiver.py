@@ -9,7 +9,9 @@ import grpc.aio
 from envoy.service.accesslog.v3 import als_pb2
 
 from millrace_inference_gateway.access_log import OK, InferenceCall, read_entry
+from millrace_inference_gateway.answers import Answers
 from millrace_inference_gateway.envoy_bootstrap import PUBLIC
+from millrace_inference_gateway.envoy_mirrors import MIRROR_LISTENER
 from millrace_inference_gateway.figures import Figures
 from millrace_inference_gateway.ledger import instance_key
 from millrace_inference_gateway.prediction_log import PredictionLog
@@ -22,9 +24,10 @@ SERVICE = "envoy.service.accesslog.v3.AccessLogService"
 class AccessLogReceiver:
     """The `AccessLogService` Envoy calls."""
 
-    def __init__(self, figures: Figures, log_: PredictionLog) -> None:
+    def __init__(self, figures: Figures, log_: PredictionLog, answers: Answers) -> None:
         self._figures = figures
         self._log = log_
+        self._answers = answers
         self._closing = asyncio.Event()
 
     async def watch_stop(self, stop: asyncio.Event) -> None:
@@ -79,7 +82,10 @@ class AccessLogReceiver:
             if call is None:
                 continue
             self._figures.record(call.model, call.version, call.status, call.latency_ms)
-            if call.status == OK and path == PUBLIC:
+            if path == MIRROR_LISTENER:
+                self._answers.copied(call)
+            elif call.status == OK and path == PUBLIC:
+                self._answers.called(call)
                 answered.append(call)
         if answered:
             self._log.write_calls(answered, instance)

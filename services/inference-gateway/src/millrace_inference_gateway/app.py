@@ -14,6 +14,7 @@ from prometheus_client import REGISTRY
 from tritonclient.grpc import service_pb2_grpc
 
 from millrace_inference_gateway.access_log_receiver import AccessLogReceiver
+from millrace_inference_gateway.answers import Answers
 from millrace_inference_gateway.applier import Applier
 from millrace_inference_gateway.call_door import CallDoor
 from millrace_inference_gateway.endpoints import EndpointSource, ListedEndpoints, SliceEndpoints
@@ -31,9 +32,12 @@ from millrace_inference_gateway.model_lines import ModelLines
 from millrace_inference_gateway.prediction_log import PredictionLog
 from millrace_inference_gateway.predictor import Predictor
 from millrace_inference_gateway.publisher import Publisher
+from millrace_inference_gateway.request_samples import RequestSamples
 from millrace_inference_gateway.route_watch import RouteWatch
 from millrace_inference_gateway.servicer import GatewayServicer, PredictionServicer, ServerServicer, door_methods
 from millrace_inference_gateway.settings import GatewaySettings
+from millrace_inference_gateway.shadow_figures import ShadowFigures
+from millrace_inference_gateway.shadow_pairs import ShadowPairs
 from millrace_inference_gateway.slice_watch import SliceWatch
 from millrace_inference_gateway.store import RouteStore, remembered
 from millrace_inference_gateway.upstream import Channels, ModelCaller
@@ -80,7 +84,9 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
     collectors = (FiguresCollector(figures), RoutesCollector(lambda: applier.in_force, lambda: log.counts))
     for collector in collectors:
         REGISTRY.register(collector)
-    receiver = AccessLogReceiver(figures, log)
+    shadows, samples = ShadowFigures(), RequestSamples()
+    answers = Answers(samples, ShadowPairs(lambda: applier.table, shadows, clock.monotonic), clock.monotonic)
+    receiver = AccessLogReceiver(figures, log, answers)
     ledger = Ledger(settings.ledger, log)
 
     features = Channels(settings.feature_address, FEATURE_CHANNELS, settings.max_message_mib, settings.tls)
@@ -94,6 +100,7 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
         ),
         models=ModelCaller(models),
         log=log,
+        answers=answers,
         clock=clock,
         new_id=uuid7,
     )
@@ -104,7 +111,9 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
         max_concurrent=settings.max_concurrent_rpcs,
         default_deadline_s=settings.predict_timeout_s,
     )
-    gateway = GatewayServicer(figures, log, lambda: applier.in_force, clock, uuid7())
+    gateway = GatewayServicer(
+        figures, log, lambda: applier.in_force, clock, uuid7(), shadows=shadows, samples=samples
+    )
     server = ServerServicer(lambda: applier.in_force, version("millrace-inference-gateway"))
 
     def add(to: grpc.aio.Server) -> None:

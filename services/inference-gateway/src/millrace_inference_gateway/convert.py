@@ -8,6 +8,7 @@ from millrace_api.prediction.v1 import prediction_pb2
 
 from millrace_inference_gateway.figures import VersionCounts
 from millrace_inference_gateway.prediction_log import LogCounts
+from millrace_inference_gateway.shadow_figures import ShadowCounts, ShadowFigures
 
 
 def prediction_of(
@@ -31,14 +32,34 @@ def figures_response(
     versions: Iterable[tuple[str, str, VersionCounts]],
     counts: LogCounts,
     generation: int,
+    *,
+    shadows: ShadowFigures,
 ) -> prediction_pb2.GetFiguresResponse:
     """Everything the gateway counts."""
     response = prediction_pb2.GetFiguresResponse(
         instance_id=instance, logged=counts.logged, dropped=counts.dropped, routes_generation=generation
     )
+    response.shadow_unpaired = shadows.unpaired
     response.started_at.FromDatetime(started_at)
     for model, version, found in versions:
         message = response.versions.add(model=model, version=version, requests=found.requests, errors=found.errors)
         for bound, count in found.latency():
             message.latency.add(le_ms=bound, count=count)
+        for segment, shadow in shadows.of(model, version).items():
+            message.shadow.append(_shadow(segment, shadow))
     return response
+
+
+def _shadow(segment: str, counts: ShadowCounts) -> prediction_pb2.ShadowFigures:
+    message = prediction_pb2.ShadowFigures(
+        segment=segment,
+        pairs=counts.pairs,
+        label_flips=counts.flips,
+        shift_sum=counts.shift_sum,
+        shift_square_sum=counts.shift_square_sum,
+    )
+    for tensor, buckets in counts.differences.items():
+        found = message.differences.add(tensor=tensor)
+        for edge, count in sorted(buckets.items()):
+            found.buckets.add(le=edge, count=count)
+    return message

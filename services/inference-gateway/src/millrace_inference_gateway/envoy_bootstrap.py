@@ -41,7 +41,14 @@ from millrace_inference_gateway.envoy_clusters import (
 )
 from millrace_inference_gateway.envoy_door import door_cluster, take_http1
 from millrace_inference_gateway.envoy_files import EnvoyFiles
-from millrace_inference_gateway.envoy_mirrors import MIRROR_LISTENER, MIRRORS_NAME, MODEL_HEADER, mirror_cluster
+from millrace_inference_gateway.envoy_mirrors import (
+    ANSWERS_FILTER,
+    MIRROR_LISTENER,
+    MIRRORS_NAME,
+    MODEL_HEADER,
+    SAMPLED_HEADER,
+    mirror_cluster,
+)
 from millrace_inference_gateway.envoy_routes import ROUTES_NAME
 from millrace_inference_gateway.envoy_stats import stats_manager
 from millrace_inference_gateway.envoy_tls import transport_socket
@@ -102,6 +109,7 @@ def _public(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> list
         samples_per_s=log.samples_per_s,
         sample_max_bytes=log.sample_max_bytes,
         model_header=MODEL_HEADER,
+        sampled_header=SAMPLED_HEADER,
     )
     lua = lua_pb2.Lua(default_source_code=base_pb2.DataSource(inline_string=source))
     manager.http_filters.insert(0, hcm_pb2.HttpFilter(name=LUA_FILTER, typed_config=packed(lua)))
@@ -144,6 +152,14 @@ def _mirror(settings: GatewaySettings, files: EnvoyFiles) -> listener_pb2.Listen
     manager = _manager(MIRROR_LISTENER, settings, files)
     manager.preserve_external_request_id = True
     manager.rds.CopyFrom(hcm_pb2.Rds(route_config_name=MIRRORS_NAME, config_source=file_source(str(files.mirrors))))
+    if settings.prediction_log.samples_payloads:
+        log = settings.prediction_log
+        script = resources.files(__package__).joinpath("mirror_answers.lua").read_text(encoding="utf-8")
+        source = script.format(
+            samples_per_s=log.samples_per_s, sample_max_bytes=log.sample_max_bytes, sampled_header=SAMPLED_HEADER
+        )
+        lua = lua_pb2.Lua(default_source_code=base_pb2.DataSource(inline_string=source))
+        manager.http_filters.insert(0, hcm_pb2.HttpFilter(name=ANSWERS_FILTER, typed_config=packed(lua)))
     place = address_pb2.Address(pipe=address_pb2.Pipe(path=str(settings.mirror_socket), mode=0o600))
     return _listener("mirror", place, manager)
 

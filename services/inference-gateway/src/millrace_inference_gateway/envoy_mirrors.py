@@ -1,8 +1,8 @@
 """Copies of requests to a version whose answers nobody gets.
 
 Envoy keeps no access log of the copies it makes, so they go to a listener of its own first, which writes one and sends them on to the
-version's servers: the figures of a shadow come by the same way as everybody's. Copies are never retried, never sampled and never in the
-prediction log, and their number at once is limited by itself, so that a slow shadow fills nothing that callers need.
+version's servers: the figures of a shadow come by the same way as everybody's. Copies are never retried and never in the
+prediction log; answers to copies of sampled requests are kept to be compared, and their number at once is limited by itself, so that a slow shadow fills nothing that callers need.
 """
 
 from envoy.config.cluster.v3 import circuit_breaker_pb2, cluster_pb2
@@ -20,6 +20,10 @@ MIRRORS_NAME = "mirrors"
 MIRROR_CLUSTER = "mirror"
 MIRROR_LISTENER = "mirror"
 MODEL_HEADER = "x-millrace-model"
+SAMPLED_HEADER = "x-millrace-sampled"
+"""Marks a call whose payload was sampled, so that the answer to its copy is kept too."""
+ANSWERS_FILTER = "envoy.filters.http.lua"
+"""Filter that keeps answers to copies; Lua reads a route's metadata under this name."""
 MAX_COPIES_AT_ONCE = 256
 """Copies under way; more are not made, and Envoy counts them in `cluster.mirror.upstream_rq_pending_overflow`."""
 
@@ -60,7 +64,10 @@ def mirror_configuration(table: RouteTable) -> route_pb2.RouteConfiguration:
             by_http = route_components_pb2.RouteMatch(prefix="/v2/", headers=match.headers)
             for cluster, each in ((arm.http_cluster, by_http), (arm.cluster, match)):
                 action = route_components_pb2.RouteAction(cluster=cluster, timeout=duration(route.timeout_ms / 1000))
-                routes.append(route_components_pb2.Route(name=cluster, match=each, route=action))
+                made = route_components_pb2.Route(name=cluster, match=each, route=action)
+                if route.segment_header:
+                    made.metadata.filter_metadata[ANSWERS_FILTER].update({"segment_header": route.segment_header})
+                routes.append(made)
     # Copies that come after their shadow has gone.
     nobody = route_components_pb2.DirectResponseAction(status=404)
     rest = route_components_pb2.RouteMatch(prefix="/")

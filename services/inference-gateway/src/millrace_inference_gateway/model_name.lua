@@ -89,6 +89,8 @@ function envoy_on_request(handle)
   end
   local method = string.sub(path, #V2 + 1)
   local sampled = method == "ModelInfer" and take_sample(handle)
+  -- So that the answer of a version that gets a copy is kept too.
+  if sampled then headers:replace("{sampled_header}", "1") end
   if headers:get("{model_header}") == nil then
     if method == "ModelStreamInfer" then
       return refuse(handle, "3", "x-millrace-model: a stream needs the model's name in its metadata")

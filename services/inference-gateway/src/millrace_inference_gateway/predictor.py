@@ -11,6 +11,7 @@ from millrace_kit.clock import Clock, IdSource
 from millrace_kit.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from millrace_kit.telemetry import current_trace_id
 
+from millrace_inference_gateway.answers import Answers
 from millrace_inference_gateway.convert import prediction_of
 from millrace_inference_gateway.feature_reads import FeatureReads
 from millrace_inference_gateway.predict import (
@@ -45,6 +46,7 @@ class Predictor:
         features: FeatureReads,
         models: ModelCaller,
         log: PredictionLog,
+        answers: Answers,
         clock: Clock,
         new_id: IdSource,
     ) -> None:
@@ -53,6 +55,7 @@ class Predictor:
         self._features = features
         self._models = models
         self._log = log
+        self._answers = answers
         self._clock = clock
         self._new_id = new_id
         self._heads: dict[Route, bytes] = {}
@@ -94,6 +97,7 @@ class Predictor:
             prediction.event_time.CopyFrom(request.event_time)
         else:
             prediction.event_time.FromDatetime(now)
+        self._answers.predicted(prediction_id, route.model, answer.version, body, answer.body)
         # Before the answer goes out: an answered prediction is in the log whatever happens next.
         self._log.write(prediction)
         return prediction_of(prediction, vector.missing(route.feature_names), vector.max_age_ms)

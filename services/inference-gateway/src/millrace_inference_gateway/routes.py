@@ -109,6 +109,8 @@ class Route:
     feature_names: tuple[str, ...]
     input_tensor: str
     output_tensor: str
+    segment_header: str = ""
+    """Header by whose value comparisons of copies are kept apart too; empty for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,15 @@ def _check_route(message: rollout_pb2.ModelRoute, where: str) -> Route:
         feature_names=tuple(message.feature_names),
         input_tensor=message.input_tensor,
         output_tensor=message.output_tensor,
+        segment_header=_check_segment(message.segment_header, f"{where}.segment_header"),
     )
+
+
+def _check_segment(text: str, where: str) -> str:
+    header = text.lower()
+    if header and not _HEADER.fullmatch(header):
+        raise InvalidArgumentError(where, "is no header name")
+    return header
 
 
 def _check_arms(message: rollout_pb2.ModelRoute, model: str, where: str) -> tuple[Arm, ...]:

@@ -6,6 +6,7 @@ import grpc.aio
 from millrace_api.prediction.v1 import prediction_pb2, prediction_pb2_grpc
 from millrace_kit import check
 from millrace_kit.clock import Clock
+from millrace_kit.errors import InvalidArgumentError
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from millrace_inference_gateway.call_door import DoorCall, Method
@@ -13,8 +14,12 @@ from millrace_inference_gateway.convert import figures_response
 from millrace_inference_gateway.figures import Figures
 from millrace_inference_gateway.prediction_log import PredictionLog
 from millrace_inference_gateway.predictor import Predictor
+from millrace_inference_gateway.request_samples import RequestSamples
 from millrace_inference_gateway.routes import RouteTable
+from millrace_inference_gateway.shadow_figures import ShadowFigures
 
+MAX_ASKED = 256
+"""Samples of requests in one answer."""
 PREDICT = "/millrace_api.prediction.v1.PredictionService/Predict"
 
 
@@ -50,7 +55,12 @@ class GatewayServicer(prediction_pb2_grpc.GatewayServiceServicer):
         in_force: Callable[[], RouteTable | None],
         clock: Clock,
         instance: str,
+        *,
+        shadows: ShadowFigures,
+        samples: RequestSamples,
     ) -> None:
+        self._shadows = shadows
+        self._samples = samples
         self._figures = figures
         self._log = log
         self._in_force = in_force
@@ -69,7 +79,17 @@ class GatewayServicer(prediction_pb2_grpc.GatewayServiceServicer):
             self._figures.versions(request.model),
             self._log.counts,
             table.generation if table else 0,
+            shadows=self._shadows,
         )
+
+    async def GetRequestSamples(
+        self, request: prediction_pb2.GetRequestSamplesRequest, _context: grpc.aio.ServicerContext
+    ) -> prediction_pb2.GetRequestSamplesResponse:
+        check.name(request.model, "model")
+        if not 1 <= request.limit <= MAX_ASKED:
+            raise InvalidArgumentError("limit", f"must be 1 to {MAX_ASKED}")
+        found = self._samples.newest(request.model, request.limit)
+        return prediction_pb2.GetRequestSamplesResponse(requests=found)
 
 
 class ServerServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]

@@ -10,6 +10,7 @@ from millrace_kit.client import open_bare_channel, target_options
 from millrace_kit.settings import TlsSettings
 from millrace_kit.telemetry import trace_headers
 
+from millrace_inference_gateway.envoy_mirrors import SAMPLED_HEADER
 from millrace_inference_gateway.model_lines import ModelLines
 from millrace_inference_gateway.routes import Route
 
@@ -65,6 +66,8 @@ class ModelCaller:
             (b"x-millrace-model", route.model.encode()),
             (b"x-request-id", prediction_id.encode()),
         ]
+        if any(arm.mirror for arm in route.arms):
+            metadata.append((SAMPLED_HEADER.encode(), b"1"))
         if sticky and route.sticky_header:
             metadata.append((route.sticky_header.encode(), sticky.encode()))
         body, headers = await self._lines.call(_MODEL_INFER, metadata, request, timeout_s)
