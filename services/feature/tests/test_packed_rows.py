@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from millrace_feature.packed_rows import NO_ROW, FloatRows, bound_of, pack_row, time_of, unpack_row
 
@@ -33,6 +33,7 @@ def same(found: Any, given_value: Any) -> bool:
     return type(found) is type(given_value) and found == given_value
 
 
+@settings(max_examples=50, deadline=None)
 @given(TIMES, st.lists(VALUES, min_size=1, max_size=300))
 def test_rows_come_back(time_us: int, values: list[Any]) -> None:
     packed = pack_row(time_us, tuple(values))
@@ -42,6 +43,7 @@ def test_rows_come_back(time_us: int, values: list[Any]) -> None:
     assert all(map(same, found, values))
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.one_of(st.none(), st.tuples(TIMES, st.tuples(FLOATS, FLOATS, FLOATS))), min_size=1, max_size=20))
 def test_rows_of_floats_are_arrays(rows: list[Any]) -> None:
     packed = [None if row is None else pack_row(*row) for row in rows]

@@ -129,7 +129,7 @@ class RedisReader:
             if isinstance(ask, WindowAsk):
                 fields.setdefault(ask.group, {}).update(dict.fromkeys(ask.reader.fields(ask.end_hop).names))
                 places.update(((ask.group, key), None) for key in ask.keys if key is not None)
-            elif request.batches and request.batches[-1][0] == ask.keys:
+            elif request.batches and request.batches[-1][0] is ask.keys:
                 request.batches[-1][1].append(ask)
             else:
                 request.batches.append((ask.keys, [ask]))
