@@ -165,6 +165,17 @@ async def test_http_has_the_weights_and_rules_of_grpc() -> None:
         for n in range(10):
             answer = await asyncio.to_thread(http_call, url, json_body(), x_user=f"u{n}", x_user_type="premium")
             assert answer[1]["x-millrace-version"] == "1.1.0"
+        # A version in the path is one the caller chose, and no evidence.
+        chosen = f"http://{g.public}/v2/models/{MODEL}/versions/1.1.0"
+        assert (await asyncio.to_thread(http_call, f"{chosen}/infer", json_body()))[0] == 403
+        made.testers.append("*")
+        await rollout.in_force(rollout.set(made))
+        for _ in range(3):
+            answer = await asyncio.to_thread(http_call, f"{chosen}/infer", json_body())
+            assert (answer[0], answer[1]["x-millrace-version"]) == (200, "1.1.0")
+        assert (await asyncio.to_thread(http_call, f"{chosen}/ready"))[0] == 200
+        unknown = f"http://{g.public}/v2/models/{MODEL}/versions/9.9.9/infer"
+        assert (await asyncio.to_thread(http_call, unknown, json_body()))[0] == 404
         # What the model refuses is its caller's fault, and counted as no error.
         wrong = json.dumps({"inputs": [{"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [1.0]}]}).encode()
         status, _, body = await asyncio.to_thread(http_call, url, wrong)

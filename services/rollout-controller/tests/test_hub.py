@@ -9,7 +9,7 @@ from millrace_rollout_controller.state import Route, RouteArm
 def route(version: str, model: str = "m") -> Route:
     arm = RouteArm(version=version, digest="", candidate=False, weight=100, endpoints=(f"{version}:1",))
     return Route(
-        model=model, arms=(arm,), sticky_header="", rules=(), round_robin=False, timeout_ms=1, feature_service="",
+        model=model, arms=(arm,), sticky_header="", rules=(), timeout_ms=1, feature_service="",
         feature_names=(), input_tensor="", output_tensor="",
     )  # fmt: skip
 

@@ -121,7 +121,7 @@ async def test_routes_and_gateways(store: Store) -> None:
     assert await call(store.load_routes) == Table()
     arm = RouteArm(version="1.0.0", digest="d", candidate=False, weight=100, endpoints=("a:1",), service="n/s:8001")
     route = Route(
-        model="m", arms=(arm,), sticky_header="", rules=(), round_robin=False, timeout_ms=5, feature_service="",
+        model="m", arms=(arm,), sticky_header="", rules=(), timeout_ms=5, feature_service="",
         feature_names=("f",), input_tensor="i", output_tensor="o",
     )  # fmt: skip
     for table in (Table(5, (route,)), Table(6, ())):

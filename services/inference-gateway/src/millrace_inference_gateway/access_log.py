@@ -26,6 +26,7 @@ HTTP_STATUSES = {
 # Bytes of JSON at the head of a body of V2 over HTTP; tensors follow.
 JSON_BYTES_HEADER = "inference-header-content-length"
 MAX_DIGITS = 10
+MAX_CLIENT = 256
 # A batch names one subject a row.
 MAX_SUBJECT = 16_384
 _TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -52,6 +53,12 @@ class InferenceCall:
     request: bytes
     """Body, when it was sampled, else empty."""
     response: bytes
+    server: tuple[str, str, int] | None = None
+    """Cluster of the version, host and gRPC port of the server that answered."""
+    client: str = ""
+    """Who called, where the gateway asks."""
+    pinned: bool = False
+    """Whether the caller chose the version."""
     segment: str = ""
     """Of a copy: value of the route's segment header."""
     sampled: bool = False
@@ -85,6 +92,9 @@ def read_entry(entry: accesslog_pb2.HTTPAccessLogEntry) -> InferenceCall | None:
         response=_payload(common, "response"),
         segment=_text(common, "segment"),
         sampled=bool(_text(common, "sampled")),
+        server=_server(common, arm),
+        client=headers.get("x-millrace-client", "")[:MAX_CLIENT],
+        pinned=common.route_name.partition("/")[2].startswith("pinned/"),
         http=HttpForms(_form(headers), _form(entry.response.response_headers)) if is_http(entry) else None,
     )
 
@@ -101,6 +111,14 @@ def _arm(entry: accesslog_pb2.HTTPAccessLogEntry) -> tuple[str, str] | None:
     version = entry.response.response_headers.get(VERSION_HEADER, "")
     # Routes of copies have the name of their only cluster.
     return cluster_arm(common.route_name) or ((model, version) if model and version else None)
+
+
+def _server(common: accesslog_pb2.AccessLogCommon, arm: tuple[str, str]) -> tuple[str, str, int] | None:
+    place = common.upstream_remote_address.socket_address
+    if not place.address:
+        return None
+    by_http = common.upstream_cluster.startswith("http/")
+    return f"arm/{arm[0]}/{arm[1]}", place.address, place.port_value + by_http
 
 
 def _status(entry: accesslog_pb2.HTTPAccessLogEntry) -> int:

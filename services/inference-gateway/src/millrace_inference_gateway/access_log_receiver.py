@@ -13,6 +13,7 @@ from millrace_inference_gateway.answers import Answers
 from millrace_inference_gateway.envoy_bootstrap import PUBLIC
 from millrace_inference_gateway.envoy_mirrors import MIRROR_LISTENER
 from millrace_inference_gateway.figures import Figures
+from millrace_inference_gateway.latency_weights import LatencyWeights
 from millrace_inference_gateway.ledger import instance_key
 from millrace_inference_gateway.prediction_log import PredictionLog
 
@@ -24,10 +25,11 @@ SERVICE = "envoy.service.accesslog.v3.AccessLogService"
 class AccessLogReceiver:
     """The `AccessLogService` Envoy calls."""
 
-    def __init__(self, figures: Figures, log_: PredictionLog, answers: Answers) -> None:
+    def __init__(self, figures: Figures, log_: PredictionLog, answers: Answers, weights: LatencyWeights) -> None:
         self._figures = figures
         self._log = log_
         self._answers = answers
+        self._weights = weights
         self._closing = asyncio.Event()
 
     async def watch_stop(self, stop: asyncio.Event) -> None:
@@ -81,7 +83,11 @@ class AccessLogReceiver:
                 call = None
             if call is None:
                 continue
-            self._figures.record(call.model, call.version, call.status, call.latency_ms)
+            if not call.pinned:
+                # Who chose a version says nothing about it: testers call what is broken on purpose.
+                self._figures.record(call.model, call.version, call.status, call.latency_ms)
+            if call.server is not None and call.status == OK:
+                self._weights.record(call.server, call.latency_ms)
             if path == MIRROR_LISTENER:
                 self._answers.copied(call)
             elif call.status == OK and path == PUBLIC:

@@ -100,4 +100,6 @@ function envoy_on_request(handle)
     }}, nil)
   end
   headers:replace("x-millrace-client", name)
+  -- Rules may ask for the name.
+  handle:clearRouteCache()
 end

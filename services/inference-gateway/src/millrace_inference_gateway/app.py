@@ -26,6 +26,7 @@ from millrace_inference_gateway.envoy_files import envoy_files
 from millrace_inference_gateway.feature_reads import FeatureReads
 from millrace_inference_gateway.figures import Figures
 from millrace_inference_gateway.journal import Journal
+from millrace_inference_gateway.latency_weights import LatencyWeights
 from millrace_inference_gateway.ledger import Ledger
 from millrace_inference_gateway.metrics import FiguresCollector, RoutesCollector
 from millrace_inference_gateway.model_lines import ModelLines
@@ -56,7 +57,8 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
     admin = EnvoyAdmin(settings.envoy_admin_listen)
     store, files = RouteStore(settings.folder), envoy_files(settings)
     source, following = _endpoint_source(settings, store, clock)
-    applier = Applier(settings, EnvoyControl(files, admin, settings), store, source, clock)
+    weights = LatencyWeights()
+    applier = Applier(settings, EnvoyControl(files, admin, settings), store, source, clock, weights=weights)
     rollout = open_channel(settings.rollout_address, tls=settings.tls)
     watch = RouteWatch(
         rollout,
@@ -86,7 +88,7 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
         REGISTRY.register(collector)
     shadows, samples = ShadowFigures(), RequestSamples()
     answers = Answers(samples, ShadowPairs(lambda: applier.table, shadows, clock.monotonic), clock.monotonic)
-    receiver = AccessLogReceiver(figures, log, answers)
+    receiver = AccessLogReceiver(figures, log, answers, weights)
     ledger = Ledger(settings.ledger, log)
 
     features = Channels(settings.feature_address, FEATURE_CHANNELS, settings.max_message_mib, settings.tls)
@@ -139,6 +141,7 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
             Worker("routes", applier.run),
             Worker("route-watch", watch.run),
             Worker("access-log", receiver.watch_stop),
+            Worker("latency-weights", weights.run),
             Worker("publisher", lambda stop: publisher.run(folder, stop)),
             Worker("ledger", ledger.run),
             Worker("door", lambda stop: door.run(settings.door_socket, stop, settings.drain_s)),

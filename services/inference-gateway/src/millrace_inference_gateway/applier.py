@@ -22,6 +22,7 @@ from prometheus_client import Counter, Gauge
 from millrace_inference_gateway.endpoints import EndpointSource, resolved
 from millrace_inference_gateway.envoy_admin import EnvoyDownError
 from millrace_inference_gateway.envoy_control import POLL_S, EnvoyControl, Servers, servers
+from millrace_inference_gateway.latency_weights import LatencyWeights
 from millrace_inference_gateway.routes import Arm, RouteTable, check_routes
 from millrace_inference_gateway.settings import GatewaySettings
 from millrace_inference_gateway.store import KeptRoutes, RouteStore
@@ -54,12 +55,20 @@ class Applier:
     """Owns the routes: those wanted, those in force."""
 
     def __init__(
-        self, settings: GatewaySettings, envoy: EnvoyControl, store: RouteStore, source: EndpointSource, clock: Clock
+        self,
+        settings: GatewaySettings,
+        envoy: EnvoyControl,
+        store: RouteStore,
+        source: EndpointSource,
+        clock: Clock,
+        *,
+        weights: LatencyWeights | None = None,
     ) -> None:
         self._settings = settings
         self._envoy = envoy
         self._store = store
         self._source = source
+        self._weights = weights
         self._clock = clock
         self._wanted = store.load()
         self._applied: RouteTable | None = None
@@ -69,6 +78,8 @@ class Applier:
         self._health_deadline: float | None = None
         self._listeners: list[Callable[[], None]] = []
         source.on_changed(self._news.set)
+        if weights is not None:
+            weights.on_changed(self._news.set)
 
     @property
     def table(self) -> RouteTable:
@@ -122,7 +133,7 @@ class Applier:
 
     async def _try(self, kept: KeptRoutes) -> bool:
         table = kept.table
-        wanted = resolved(table, self._source)
+        wanted = resolved(table, self._source, self._weights)
         if table is self._applied and wanted == self._in_force:
             return True
         try:
@@ -255,7 +266,9 @@ def _joined(arm: Arm, old: Arm, healthy: Servers) -> Arm:
         return arm
     if servers(arm.cluster, arm) & healthy:
         return arm
-    return replace(arm, endpoints=tuple(dict.fromkeys((*arm.endpoints, *old.endpoints))))
+    known = {(endpoint.host, endpoint.port) for endpoint in arm.endpoints}
+    stay = (endpoint for endpoint in old.endpoints if (endpoint.host, endpoint.port) not in known)
+    return replace(arm, endpoints=(*arm.endpoints, *stay))
 
 
 def _same_kind(one: RouteTable, two: RouteTable) -> bool:

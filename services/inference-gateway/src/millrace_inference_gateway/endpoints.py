@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from typing import Any, Protocol, TypeAlias
 
+from millrace_inference_gateway.latency_weights import LatencyWeights
 from millrace_inference_gateway.routes import MAX_ENDPOINTS, Arm, Endpoint, RouteTable, Service
 
 IPV4, IPV6 = "IPv4", "IPv6"
@@ -35,11 +36,13 @@ class ListedEndpoints:
         """Nothing ever changes."""
 
 
-def resolved(table: RouteTable, source: EndpointSource) -> RouteTable:
-    """`table` with the servers `source` knows."""
+def resolved(table: RouteTable, source: EndpointSource, weights: LatencyWeights | None = None) -> RouteTable:
+    """`table` with the servers `source` knows, and their weights where latency makes them."""
     routes = {}
     for model, route in table.routes.items():
         arms = tuple(replace(arm, endpoints=source.endpoints(arm)) for arm in route.arms)
+        if weights is not None and route.balancing == "response_time":
+            arms = tuple(weights.weighted(arm) for arm in arms)
         routes[model] = replace(route, arms=arms)
     return RouteTable(table.generation, routes)
 

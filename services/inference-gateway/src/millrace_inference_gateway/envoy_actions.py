@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from envoy.config.core.v3 import base_pb2
@@ -12,6 +13,7 @@ from google.protobuf.any_pb2 import Any
 from google.protobuf.wrappers_pb2 import UInt32Value
 from google.rpc import error_details_pb2, status_pb2
 
+from millrace_inference_gateway.envoy_access import access_options
 from millrace_inference_gateway.envoy_clusters import duration, packed
 from millrace_inference_gateway.routes import WEIGHT_UNITS, Arm, Route
 from millrace_inference_gateway.settings import GatewaySettings
@@ -21,6 +23,10 @@ LUA_FILTER = "millrace.model_name"
 RETRY_UNPROCESSED = "connect-failure,refused-stream,reset-before-request,unavailable"
 _RETRY_UNPROCESSED_HTTP = "connect-failure,refused-stream,reset-before-request,retriable-status-codes"
 _HTTP_UNAVAILABLE = 503
+
+# How a caller chooses a version, and how the routes of such calls are named.
+VERSION_HEADER = "x-millrace-version"
+PINNED = "pinned"
 
 RouteMessage: TypeAlias = route_components_pb2.Route
 
@@ -51,6 +57,10 @@ def route_action(
         action.timeout.CopyFrom(timeout)
         if settings.envoy.max_retries:
             action.retry_policy.CopyFrom(_retry(settings, http=http))
+            if route.hedge_after_ms:
+                # The late call goes on beside its copy; whichever answers first is the answer. Copies count as retries.
+                action.retry_policy.per_try_timeout.CopyFrom(duration(route.hedge_after_ms / 1000))
+                action.hedge_policy.hedge_on_per_try_timeout = True
         if not http:
             # A caller's own, shorter deadline (grpc-timeout) counts too.
             action.max_stream_duration.grpc_timeout_header_max.CopyFrom(timeout)
@@ -60,13 +70,28 @@ def route_action(
     return action
 
 
-def aim(message: RouteMessage, route: Route, only: Arm | None, *, http: bool) -> None:
-    """Send the calls of `message` to the route's arms by weight, or all to one."""
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The one arm that all calls of a route go to, because of a rule or because their callers chose it."""
+
+    arm: Arm
+    pinned: bool = False
+
+    @property
+    def mark(self) -> str:
+        """Part of the route's name that tells calls that chose their version."""
+        return f"{PINNED}/" if self.pinned else ""
+
+
+def aim(message: RouteMessage, route: Route, only: Target | None, *, http: bool) -> None:
+    """Send the calls of `message` to the route's arms by weight, or all to one; only of those who may."""
+    for name, options in access_options(route, pinned=only is not None and only.pinned).items():
+        message.typed_per_filter_config[name].CopyFrom(options)
     if only is None:
         message.route.weighted_clusters.CopyFrom(_split(route, http=http))
     else:
-        message.route.cluster = _cluster(only, http=http)
-        message.response_headers_to_add.extend(arm_headers(only))
+        message.route.cluster = _cluster(only.arm, http=http)
+        message.response_headers_to_add.extend(arm_headers(only.arm))
 
 
 def without_lua() -> dict[str, Any]:

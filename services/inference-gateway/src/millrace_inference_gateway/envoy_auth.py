@@ -22,6 +22,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 from google.protobuf.wrappers_pb2 import UInt32Value
 
+from millrace_inference_gateway.envoy_access import CLIENT_HEADER
 from millrace_inference_gateway.envoy_clusters import duration, file_source, packed
 from millrace_inference_gateway.envoy_files import EnvoyFiles, write_resources
 from millrace_inference_gateway.settings import AuthSettings, JwtSettings
@@ -142,6 +143,8 @@ def _jwt_filter(jwt: JwtSettings, *, optional: bool) -> jwt_pb2.JwtAuthenticatio
         require_expiration=True,
         local_jwks=base_pb2.DataSource(inline_string=keys),
         payload_in_metadata="jwt",
+        claim_to_headers=[jwt_pb2.JwtClaimToHeader(header_name=CLIENT_HEADER, claim_name="sub")],
+        clear_route_cache=True,
     )
     needed = jwt_pb2.JwtRequirement(provider_name="clients")
     if optional:

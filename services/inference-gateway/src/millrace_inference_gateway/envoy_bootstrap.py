@@ -28,7 +28,8 @@ from google.protobuf.message import Message
 from google.protobuf.wrappers_pb2 import BoolValue, UInt32Value
 
 from millrace_inference_gateway.access_log import JSON_BYTES_HEADER
-from millrace_inference_gateway.envoy_actions import LUA_FILTER
+from millrace_inference_gateway.envoy_access import CLIENT_HEADER, access_filter
+from millrace_inference_gateway.envoy_actions import LUA_FILTER, header
 from millrace_inference_gateway.envoy_auth import auth_filters
 from millrace_inference_gateway.envoy_clusters import (
     access_log_service,
@@ -95,11 +96,10 @@ def _public(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> list
     # HTTP/1.1 too, for REST and for V2 over HTTP.
     manager.codec_type = hcm_pb2.HttpConnectionManager.AUTO
     manager.access_log.append(_ledger(settings, instance))
-    # A client's own request id is no prediction id: two calls may carry the same one.
     manager.early_header_mutation_extensions.append(
         _extension(
             "envoy.http.early_header_mutation.header_mutation",
-            header_mutation_pb2.HeaderMutation(mutations=[mutation_rules_pb2.HeaderMutation(remove="x-request-id")]),
+            header_mutation_pb2.HeaderMutation(mutations=_own_headers(settings)),
         )
     )
     script = resources.files(__package__).joinpath("model_name.lua").read_text(encoding="utf-8")
@@ -112,6 +112,7 @@ def _public(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> list
         sampled_header=SAMPLED_HEADER,
     )
     lua = lua_pb2.Lua(default_source_code=base_pb2.DataSource(inline_string=source))
+    manager.http_filters.insert(0, access_filter())
     manager.http_filters.insert(0, hcm_pb2.HttpFilter(name=LUA_FILTER, typed_config=packed(lua)))
     for number, each in enumerate([*_translators(), *auth_filters(files, settings.auth)]):
         manager.http_filters.insert(number, each)
@@ -124,6 +125,15 @@ def _public(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> list
     if (socket := transport_socket(files, settings.public_tls)) is not None:
         listener.filter_chains[0].transport_socket.CopyFrom(socket)
     return listener
+
+
+def _own_headers(settings: GatewaySettings) -> list[mutation_rules_pb2.HeaderMutation]:
+    """What clients may not say of themselves: an id of a prediction (two calls may carry the same one), and who they are."""
+    found = [mutation_rules_pb2.HeaderMutation(remove=name) for name in ("x-request-id", CLIENT_HEADER)]
+    if settings.public_tls.mode == "mutual":
+        who = header(CLIENT_HEADER, "%DOWNSTREAM_PEER_URI_SAN%")
+        found.append(mutation_rules_pb2.HeaderMutation(append=who))
+    return found
 
 
 def _translators() -> list[hcm_pb2.HttpFilter]:
@@ -222,6 +232,7 @@ def _access_logs(name: str, settings: GatewaySettings) -> list[accesslog_pb2.Acc
             SUBJECT_HEADER,
             EVENT_TIME_HEADER,
             MODEL_HEADER,
+            CLIENT_HEADER,
             "traceparent",
             JSON_BYTES_HEADER,
             "content-encoding",

@@ -9,10 +9,18 @@ import re
 from envoy.config.route.v3 import route_components_pb2
 from envoy.type.matcher.v3 import regex_pb2
 
-from millrace_inference_gateway.envoy_actions import RouteMessage, aim, answer, header, route_action, without_lua
+from millrace_inference_gateway.envoy_actions import (
+    RouteMessage,
+    Target,
+    aim,
+    answer,
+    header,
+    route_action,
+    without_lua,
+)
 from millrace_inference_gateway.envoy_mirrors import MODEL_HEADER, mirror_policies
 from millrace_inference_gateway.openapi import openapi_page
-from millrace_inference_gateway.routes import Arm, Route, RouteTable
+from millrace_inference_gateway.routes import Route, RouteTable
 from millrace_inference_gateway.settings import GatewaySettings
 
 HTTP_MODELS = "/v2/models/"
@@ -26,20 +34,21 @@ EXTENSIONS = ("model_configuration", "statistics", "binary_tensor_data", "genera
 MAX_ANSWER_BYTES = 128 << 10
 
 
-def http_model_routes(route: Route, settings: GatewaySettings, only: Arm | None = None) -> list[RouteMessage]:
-    """Routes of one model by its path; `only` sends all to one arm, whatever version the path names."""
+def http_model_routes(route: Route, settings: GatewaySettings, only: Target | None) -> list[RouteMessage]:
+    """Routes of one model by its path; `only` sends all to one arm. Only calls that chose a version may have one in their path."""
     found = []
-    version = "" if only is None else f"({_VERSION})?"
+    pinned = only is not None and only.pinned
+    version = f"({_VERSION})?" if pinned else ""
     for kind, tail in (("http", _UNARY), ("http-stream", _STREAM)):
         stream = kind == "http-stream"
         action = route_action(route, settings, http=True, stream=stream)
-        if not stream:
-            action.request_mirror_policies.extend(mirror_policies(route, only))
-        if only is not None:
+        if not stream and not pinned:
+            action.request_mirror_policies.extend(mirror_policies(route, only.arm if only else None))
+        if pinned:
             # The server knows the model by one version, its own; the gateway's are the registry's.
             action.regex_rewrite.pattern.CopyFrom(_regex(_VERSION))
         message = RouteMessage(
-            name=f"{route.model}/{kind}",
+            name=f"{route.model}/{only.mark if only else ''}{kind}",
             match=_path(f"{HTTP_MODELS}{re.escape(route.model)}{version}{tail}"),
             route=action,
             request_headers_to_add=[header(MODEL_HEADER, route.model)],
@@ -50,6 +59,16 @@ def http_model_routes(route: Route, settings: GatewaySettings, only: Arm | None 
         aim(message, route, only, http=True)
         found.append(message)
     return found
+
+
+def path_names_version(version: str | None = None) -> str:
+    """A pattern of paths that name that version, or any."""
+    return f"{HTTP_MODELS}[^/]+/versions/{re.escape(version) if version is not None else '[^/]+'}(/.*)?"
+
+
+def http_refusal(status: int, message: str) -> RouteMessage:
+    """The refusal of whatever comes here, as Triton words its errors."""
+    return answer("refusal", route_components_pb2.RouteMatch(prefix="/"), status, {"error": message})
 
 
 def http_server_routes(table: RouteTable, version: str) -> list[RouteMessage]:

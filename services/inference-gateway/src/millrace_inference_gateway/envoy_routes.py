@@ -1,6 +1,7 @@
 """The route table as Envoy's messages: models by metadata or path, splits by hash, rules by CEL, everything else a clear refusal."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 
 from envoy.config.route.v3 import route_components_pb2, route_pb2
@@ -12,7 +13,9 @@ from xds.type.matcher.v3 import matcher_pb2
 from millrace_inference_gateway.envoy_actions import (
     LUA_FILTER,
     RETRY_UNPROCESSED,
+    VERSION_HEADER,
     RouteMessage,
+    Target,
     aim,
     header,
     refusal,
@@ -25,12 +28,21 @@ from millrace_inference_gateway.envoy_http import (
     HTTP_MODELS,
     MAX_ANSWER_BYTES,
     http_model_routes,
+    http_refusal,
     http_server_routes,
     no_such_path,
+    path_names_version,
 )
 from millrace_inference_gateway.envoy_mirrors import MODEL_HEADER, mirror_policies
-from millrace_inference_gateway.envoy_rules import rule_predicate
-from millrace_inference_gateway.routes import Arm, Route, RouteTable
+from millrace_inference_gateway.envoy_rules import (
+    Predicate,
+    either,
+    header_equals,
+    header_matches,
+    header_present,
+    rule_predicate,
+)
+from millrace_inference_gateway.routes import Route, RouteTable
 from millrace_inference_gateway.settings import GatewaySettings
 
 ROUTES_NAME = "routes"
@@ -46,20 +58,30 @@ _PYTHON_SERVICES = (
     "grpc.reflection.v1alpha.ServerReflection",
     "grpc.reflection.v1.ServerReflection",
 )
-_NOT_FOUND, _UNIMPLEMENTED = 5, 12
+_NOT_FOUND, _PERMISSION_DENIED, _UNIMPLEMENTED = 5, 7, 12
+_REASONS = {_NOT_FOUND: "VERSION_NOT_FOUND", _PERMISSION_DENIED: "VERSION_NOT_PERMITTED"}
+_HTTP_CODES = {_NOT_FOUND: 404, _PERMISSION_DENIED: 403}
 
-ModelRoutes = Callable[[Route, Arm | None], list[RouteMessage]]
+
+@dataclass(frozen=True, slots=True)
+class _Protocol:
+    """How one model's calls of a protocol become routes."""
+
+    routes: Callable[[Route, Target | None], list[RouteMessage]]
+    chose: Callable[[str | None], Predicate]
+    """Holds for calls that chose that version, or any."""
+    refuse: Callable[[int, str], RouteMessage]
+    """Refuses everything with a gRPC status."""
 
 
 def route_configuration(table: RouteTable, settings: GatewaySettings) -> route_pb2.RouteConfiguration:
     """Every route. A call finds its model's part by one look-up, whatever the number of models; there the rules come first."""
-
-    def grpc(route: Route, only: Arm | None) -> list[RouteMessage]:
-        return [*_grpc_model_routes(route, settings, only), _unknown_method()]
-
-    def http(route: Route, only: Arm | None) -> list[RouteMessage]:
-        return [*http_model_routes(route, settings, only), no_such_path("/")]
-
+    grpc = _Protocol(
+        lambda route, only: [*_grpc_model_routes(route, settings, only), _unknown_method()], _chose_by_header, _refuse
+    )
+    http = _Protocol(
+        lambda route, only: [*http_model_routes(route, settings, only), no_such_path("/")], _chose_by_path, _refuse_http
+    )
     about_no_model = matcher_pb2.Matcher(
         on_no_match=_routes_action(
             [
@@ -102,17 +124,40 @@ def route_configuration(table: RouteTable, settings: GatewaySettings) -> route_p
     )
 
 
-def _model_part(route: Route, routes: ModelRoutes) -> matcher_pb2.Matcher.OnMatch:
-    """One model's routes: those of its rules first, then those by weight."""
-    matcher = matcher_pb2.Matcher(on_no_match=_routes_action(routes(route, None)))
+def _model_part(route: Route, protocol: _Protocol) -> matcher_pb2.Matcher.OnMatch:
+    """One model's routes: those of callers who chose a version first, then those of its rules, then those by weight."""
+    cases: list[tuple[Predicate, list[RouteMessage]]] = []
+    if route.testers:
+        cases += [(protocol.chose(arm.version), protocol.routes(route, Target(arm, pinned=True))) for arm in route.arms]
+        cases.append((protocol.chose(None), [protocol.refuse(_NOT_FOUND, "the model does not have this version here")]))
+    else:
+        text = "nobody may choose a version of this model (spec.routing.testers)"
+        cases.append((protocol.chose(None), [protocol.refuse(_PERMISSION_DENIED, text)]))
     for rule in route.rules:
         arm = next(arm for arm in route.arms if arm.candidate == rule.candidate and not arm.leaving)
+        cases.append((rule_predicate(rule.when), protocol.routes(route, Target(arm))))
+    matcher = matcher_pb2.Matcher(on_no_match=_routes_action(protocol.routes(route, None)))
+    for predicate, routes in cases:
         matcher.matcher_list.matchers.append(
-            matcher_pb2.Matcher.MatcherList.FieldMatcher(
-                predicate=rule_predicate(rule.when), on_match=_routes_action(routes(route, arm))
-            )
+            matcher_pb2.Matcher.MatcherList.FieldMatcher(predicate=predicate, on_match=_routes_action(routes))
         )
     return matcher_pb2.Matcher.OnMatch(matcher=matcher)
+
+
+def _chose_by_header(version: str | None) -> Predicate:
+    return header_present(VERSION_HEADER) if version is None else header_equals(VERSION_HEADER, version)
+
+
+def _chose_by_path(version: str | None) -> Predicate:
+    return either(_chose_by_header(version), header_matches(":path", path_names_version(version)))
+
+
+def _refuse(code: int, message: str) -> RouteMessage:
+    return refusal("refusal", route_components_pb2.RouteMatch(prefix="/"), code, _REASONS[code], message)
+
+
+def _refuse_http(code: int, message: str) -> RouteMessage:
+    return http_refusal(_HTTP_CODES[code], message)
 
 
 def _tree(
@@ -153,15 +198,17 @@ def _unknown_method() -> RouteMessage:
     )
 
 
-def _grpc_model_routes(route: Route, settings: GatewaySettings, only: Arm | None) -> list[RouteMessage]:
+def _grpc_model_routes(route: Route, settings: GatewaySettings, only: Target | None) -> list[RouteMessage]:
     """Routes of one model: unary methods, and the stream whose life no request deadline may end. `only` sends all to one arm."""
     found = []
     for name, methods in (("unary", _UNARY_METHODS), ("stream", "ModelStreamInfer")):
         stream = name == "stream"
         action = route_action(route, settings, http=False, stream=stream)
-        if not stream:
-            action.request_mirror_policies.extend(mirror_policies(route, only))
-        message = RouteMessage(name=f"{route.model}/{name}", match=_methods(methods), route=action)
+        if not stream and not (only and only.pinned):
+            action.request_mirror_policies.extend(mirror_policies(route, only.arm if only else None))
+        message = RouteMessage(
+            name=f"{route.model}/{only.mark if only else ''}{name}", match=_methods(methods), route=action
+        )
         if not settings.prediction_log.samples_payloads:
             message.typed_per_filter_config[LUA_FILTER].CopyFrom(without_lua()[LUA_FILTER])
         aim(message, route, only, http=False)

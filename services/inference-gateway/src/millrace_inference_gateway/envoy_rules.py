@@ -28,12 +28,23 @@ def header_equals(header: str, value: str) -> Predicate:
     return _single(header, string_pb2.StringMatcher(exact=value))
 
 
+def header_matches(header: str, pattern: str) -> Predicate:
+    """Holds when the whole value of the header matches (RE2)."""
+    return _single(header, _regex(pattern))
+
+
+def header_present(header: str) -> Predicate:
+    """Holds when the header is there."""
+    return _present(header)
+
+
 def both(left: Predicate, right: Predicate) -> Predicate:
     """Holds when both do."""
     return Predicate(and_matcher=Predicate.PredicateList(predicate=[left, right]))
 
 
-def _either(left: Predicate, right: Predicate) -> Predicate:
+def either(left: Predicate, right: Predicate) -> Predicate:
+    """Holds when one of them does."""
     return Predicate(or_matcher=Predicate.PredicateList(predicate=[left, right]))
 
 
@@ -54,7 +65,7 @@ def _true(node: Node) -> Predicate:
         case And(left=left, right=right):
             return both(_true(left), _true(right))
         case Or(left=left, right=right):
-            return _either(_true(left), _true(right))
+            return either(_true(left), _true(right))
 
 
 def _false(node: Node) -> Predicate:
@@ -68,7 +79,7 @@ def _false(node: Node) -> Predicate:
         case Not(operand=operand):
             return _true(operand)
         case And(left=left, right=right):
-            return _either(_false(left), _false(right))
+            return either(_false(left), _false(right))
         case Or(left=left, right=right):
             return both(_false(left), _false(right))
 
@@ -78,7 +89,7 @@ def _test(node: Test) -> Predicate:
         return _no(_always())
     found = _single(node.header, _matcher(node, node.values[0]))
     for value in node.values[1:]:
-        found = _either(found, _single(node.header, _matcher(node, value)))
+        found = either(found, _single(node.header, _matcher(node, value)))
     return found
 
 

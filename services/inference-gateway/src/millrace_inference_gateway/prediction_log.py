@@ -119,6 +119,8 @@ def call_predictions(call: InferenceCall, max_rows: int) -> list[events_pb2.Pred
             latency_ms=call.latency_ms,
             trace_id=call.trace_id,
             path="v2",
+            client=call.client,
+            pinned=call.pinned,
         )
         prediction.predicted_at.seconds, prediction.predicted_at.nanos = divmod(call.finished_ns, 1_000_000_000)
         prediction.event_time.seconds, prediction.event_time.nanos = divmod(call.event_time_ns, 1_000_000_000)

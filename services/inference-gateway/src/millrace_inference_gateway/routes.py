@@ -4,8 +4,10 @@ Knows neither Envoy nor gRPC's transport; `envoy_routes` turns these values into
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
+from typing import Literal, TypeAlias
 
 from millrace_api.rollout.v1 import rollout_pb2
 from millrace_kit import check
@@ -17,11 +19,22 @@ MAX_ARMS = 8
 MAX_RULES = 64
 MAX_ENDPOINTS = 1000
 MAX_TIMEOUT_MS = 600_000
+MAX_CALLERS = 256
 DEFAULT_TIMEOUT_MS = 30_000
 # Weights are percents with two decimals.
 WEIGHT_UNITS = 10_000
 # So are shares of copies.
 MIRROR_UNITS = 10_000
+ANYBODY = "*"
+Balancing: TypeAlias = Literal["least_request", "round_robin", "response_time", "consistent_hash"]
+_BALANCING: dict[int, Balancing] = {
+    rollout_pb2.BALANCING_UNSPECIFIED: "least_request",
+    rollout_pb2.BALANCING_LEAST_REQUEST: "least_request",
+    rollout_pb2.BALANCING_ROUND_ROBIN: "round_robin",
+    rollout_pb2.BALANCING_RESPONSE_TIME: "response_time",
+    rollout_pb2.BALANCING_CONSISTENT_HASH: "consistent_hash",
+}
+_CALLER = re.compile(r"\*|[A-Za-z0-9][A-Za-z0-9._@:/-]{0,127}")
 _HEADER = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
 _SERVICE = re.compile(
     r"(?P<namespace>[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)/(?P<name>[a-z]([a-z0-9-]{0,61}[a-z0-9])?):(?P<port>[0-9]{1,5})"
@@ -35,11 +48,13 @@ class Endpoint:
 
     host: str
     port: int
+    weight: int = 1
+    """Relative to the arm's other servers."""
 
     @property
     def http(self) -> "Endpoint":
         """Where the same server speaks V2 over HTTP."""
-        return Endpoint(self.host, self.port - 1)
+        return Endpoint(self.host, self.port - 1, self.weight)
 
     @property
     def is_ip(self) -> bool:
@@ -103,7 +118,7 @@ class Route:
     arms: tuple[Arm, ...]
     sticky_header: str
     rules: tuple[Rule, ...]
-    round_robin: bool
+    balancing: Balancing
     timeout_ms: int
     feature_service: str
     feature_names: tuple[str, ...]
@@ -111,6 +126,12 @@ class Route:
     output_tensor: str
     segment_header: str = ""
     """Header by whose value comparisons of copies are kept apart too; empty for none."""
+    hedge_after_ms: int = 0
+    """After so long without an answer another server is asked too; 0 never."""
+    callers: tuple[str, ...] = ()
+    """Who may call; empty is everybody."""
+    testers: tuple[str, ...] = ()
+    """Who may choose a version; `*` is everybody who may call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,14 +195,37 @@ def _check_route(message: rollout_pb2.ModelRoute, where: str) -> Route:
         arms=arms,
         sticky_header=sticky,
         rules=tuple(rules),
-        round_robin=message.balancing == rollout_pb2.BALANCING_ROUND_ROBIN,
+        balancing=_check_balancing(message, where),
         timeout_ms=message.timeout_ms or DEFAULT_TIMEOUT_MS,
         feature_service=message.feature_service,
         feature_names=tuple(message.feature_names),
         input_tensor=message.input_tensor,
         output_tensor=message.output_tensor,
         segment_header=_check_segment(message.segment_header, f"{where}.segment_header"),
+        hedge_after_ms=message.hedge_after_ms,
+        callers=_check_names(message.callers, f"{where}.callers"),
+        testers=_check_names(message.testers, f"{where}.testers"),
     )
+
+
+def _check_balancing(message: rollout_pb2.ModelRoute, where: str) -> Balancing:
+    found = _BALANCING.get(message.balancing)
+    if found is None:
+        raise InvalidArgumentError(f"{where}.balancing", "is not known to this gateway")
+    if found == "consistent_hash" and not message.sticky_header:
+        raise InvalidArgumentError(f"{where}.sticky_header", "is needed for BALANCING_CONSISTENT_HASH")
+    if not 0 <= message.hedge_after_ms <= MAX_TIMEOUT_MS:
+        raise InvalidArgumentError(f"{where}.hedge_after_ms", f"must be 0 to {MAX_TIMEOUT_MS}")
+    return found
+
+
+def _check_names(names: Sequence[str], where: str) -> tuple[str, ...]:
+    if len(names) > MAX_CALLERS:
+        raise InvalidArgumentError(where, f"has more than {MAX_CALLERS} names")
+    for index, name in enumerate(names):
+        if not _CALLER.fullmatch(name):
+            raise InvalidArgumentError(f"{where}[{index}]", "is no name of a caller")
+    return tuple(names)
 
 
 def _check_segment(text: str, where: str) -> str:

@@ -38,6 +38,8 @@ class EnvoySettings(Settings):
     """Failed checks in a row that take a server out of the rotation; one good check brings it back."""
     ejection_s: float = Field(default=5.0, gt=0, le=600)
     """First time-out of a server that refuses or loses three calls in a row; grows with each repetition."""
+    slow_start_s: float = Field(default=0.0, ge=0, le=3600)
+    """A server that joins gets its full share only after so long, for models that warm up; not with ConsistentHash. 0 is at once."""
     stream_idle_s: float = Field(default=300.0, ge=1, le=86_400)
     """A stream on which nothing moves for so long is ended."""
     grace_s: float = Field(default=10.0, ge=0, le=600)

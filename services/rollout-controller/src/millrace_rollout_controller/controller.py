@@ -361,7 +361,13 @@ def _by_deployment(seen: Mapping[tuple[str, str], ArmSeen]) -> dict[str, dict[st
 def _rest(row: Row, known: _Known, observed: Observed) -> object:
     """What a look at a deployment at rest depends on; None where time alone may move it."""
     status = row.status
-    moves = status.candidate is not None or status.retiring or status.unready_since is not None or row.deleting or status.unsent
+    moves = (
+        status.candidate is not None
+        or status.retiring
+        or status.unready_since is not None
+        or row.deleting
+        or status.unsent
+    )
     return None if moves or known.actions is None else (row.generation, known.manifest_text, status, observed)
 
 

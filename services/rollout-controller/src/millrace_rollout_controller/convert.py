@@ -24,6 +24,12 @@ from millrace_rollout_controller.state import (
 )
 from millrace_rollout_controller.store import Row
 
+_BALANCING = {
+    "LeastRequest": rollout_pb2.BALANCING_LEAST_REQUEST,
+    "RoundRobin": rollout_pb2.BALANCING_ROUND_ROBIN,
+    "ResponseTime": rollout_pb2.BALANCING_RESPONSE_TIME,
+    "ConsistentHash": rollout_pb2.BALANCING_CONSISTENT_HASH,
+}
 _VERDICTS = {
     "pass": rollout_pb2.VERDICT_PASS,
     "fail": rollout_pb2.VERDICT_FAIL,
@@ -84,13 +90,12 @@ def routes(table: Table) -> rollout_pb2.Routes:
 
 
 def _route(route: Route) -> rollout_pb2.ModelRoute:
-    balancing = rollout_pb2.BALANCING_ROUND_ROBIN if route.round_robin else rollout_pb2.BALANCING_LEAST_REQUEST
     return rollout_pb2.ModelRoute(
         model=route.model,
         arms=[_arm(arm) for arm in route.arms],
         sticky_header=route.sticky_header,
         rules=[rollout_pb2.Rule(when=rule.when, to=_role(rule.candidate)) for rule in route.rules],
-        balancing=balancing,
+        balancing=_BALANCING[route.balancing],
         timeout_ms=route.timeout_ms,
         feature_service=route.feature_service,
         feature_names=route.feature_names,

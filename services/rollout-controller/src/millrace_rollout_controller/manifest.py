@@ -14,6 +14,7 @@ MAX_MANIFEST_CHARACTERS = 65_536
 MAX_STEPS = 20
 MAX_GATES = 20
 MAX_RULES = 64
+MAX_CALLERS = 256
 MAX_PROMQL_CHARACTERS = 2000
 MAX_KEEP_OLD_SECONDS = 7 * 86_400
 
@@ -22,6 +23,9 @@ Duration = Annotated[str, Field(min_length=2, max_length=21, pattern=r"^([0-9]{1
 Confidence = Annotated[float, Field(ge=0.5, le=0.999999)]
 """One minus the chance of a wrong answer, over the whole rollout and however often it is read."""
 Strategy = Literal["Canary", "BlueGreen", "ABTest", "Shadow"]
+Balancing = Literal["LeastRequest", "RoundRobin", "ResponseTime", "ConsistentHash"]
+"""Over the servers of a version: fewest requests under way, in turn, faster ones more, or one server for each value of the sticky header."""
+Caller = Annotated[str, Field(pattern=r"^(\*|[A-Za-z0-9][A-Za-z0-9._@:/-]{0,127})$")]
 Metric = Literal["errorRate", "latencyP99Ms", "outcome/accuracy", "outcome/brier"]
 """Of a comparison that a strategy reports."""
 GateMetric = Literal[
@@ -55,6 +59,13 @@ class Routing(Block):
 
     sticky: Sticky | None = None
     rules: tuple[Rule, ...] = Field(default=(), max_length=MAX_RULES)
+    hedge_after_ms: Annotated[int, Field(ge=1, le=600_000)] | None = None
+    """A call without an answer after so long goes to another server too, and the first answer counts. For models whose p99 is far from
+    their median; None never."""
+    callers: Annotated[tuple[Caller, ...], Field(min_length=1, max_length=MAX_CALLERS)] | None = None
+    """Who may call the model: names of API keys or subjects of tokens, as the gateway knows them. None lets everybody."""
+    testers: Annotated[tuple[Caller, ...], Field(min_length=1, max_length=MAX_CALLERS)] | None = None
+    """Who may choose a version by `x-millrace-version`; `*` is everybody who may call. Such calls are no evidence. None is nobody."""
 
 
 class Pause(Block):
@@ -217,7 +228,7 @@ class Spec(Block):
     version: str
     server: Server = Server()
     routing: Routing = Routing()
-    balancing: Literal["LeastRequest", "RoundRobin"] = "LeastRequest"
+    balancing: Balancing = "LeastRequest"
     rollout: Rollout = Rollout()
 
 

@@ -53,6 +53,10 @@ def check_spec(spec: "Spec") -> None:
             raise InvalidArgumentError(
                 f"spec.routing.rules[{index}].to", "cannot be candidate: a shadow answers nobody"
             )
+    if spec.balancing == "ConsistentHash" and spec.routing.sticky is None:
+        raise InvalidArgumentError(
+            "spec.routing.sticky", "is needed by ConsistentHash: its header's value chooses the server"
+        )
     _check_strategy(spec)
     for index, gate in enumerate(spec.rollout.gates):
         _check_gate(gate, f"spec.rollout.gates[{index}]")

@@ -30,12 +30,15 @@ def wanted_route(spec: Spec, status: Status, *, candidate_ready: bool) -> Route 
             for rule in spec.routing.rules
             if rule.to == "stable" or on_trial
         ),
-        round_robin=spec.balancing == "RoundRobin",
+        balancing=spec.balancing,
         timeout_ms=spec.server.timeout_ms,
         feature_service=ref.feature_service,
         feature_names=ref.feature_names,
         input_tensor=ref.inputs[0].name if len(ref.inputs) == 1 else "",
         output_tensor=ref.outputs[0].name if ref.outputs else "",
+        hedge_after_ms=spec.routing.hedge_after_ms or 0,
+        callers=spec.routing.callers or (),
+        testers=spec.routing.testers or (),
     )
 
 

@@ -125,12 +125,15 @@ class Route(Frozen):
     arms: tuple[RouteArm, ...]
     sticky_header: str
     rules: tuple[RouteRule, ...]
-    round_robin: bool
+    balancing: str = "LeastRequest"
     timeout_ms: int
     feature_service: str
     feature_names: tuple[str, ...]
     input_tensor: str
     output_tensor: str
+    hedge_after_ms: int = 0
+    callers: tuple[str, ...] = ()
+    testers: tuple[str, ...] = ()
 
     def weight(self, version: str) -> float:
         """Percent of a version; 0 when it is not there."""

@@ -96,6 +96,11 @@ CEL: dict[str, list[Rule]] = {
             ".routing.sticky",
         ),
         _rule(
+            "!has(self.balancing) || self.balancing != 'ConsistentHash' || (has(self.routing) && has(self.routing.sticky))",
+            "is needed by ConsistentHash: its header's value chooses the server",
+            ".routing.sticky",
+        ),
+        _rule(
             "!has(self.rollout) || !has(self.rollout.strategy) || self.rollout.strategy != 'Shadow'"
             " || !has(self.routing) || !has(self.routing.rules) || self.routing.rules.all(r, r.to != 'candidate')",
             "cannot send to candidate: a shadow answers nobody",
