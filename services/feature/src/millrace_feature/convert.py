@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 from millrace_api.common.v1 import common_pb2
 from millrace_api.feature.v1 import feature_pb2
 from millrace_kit import check
 from millrace_kit.errors import InvalidArgumentError
 
+from millrace_feature.float_parts import VectorTable
 from millrace_feature.plan import Definitions, ServicePlan, ValueType
 from millrace_feature.rows import Scalar
-from millrace_feature.serving import Entity, Vector
+from millrace_feature.serving import Entity, Vector, Vectors
 from millrace_feature.store import Followed
 from millrace_feature.training import Labels
 from millrace_feature.wire_format import sized, varint
@@ -100,10 +102,20 @@ def rows_in_bounds(rows: Sequence[feature_pb2.EntityRow]) -> None:
         raise InvalidArgumentError("rows", f"needs 1 to {MAX_ROWS} rows, not {len(rows)}")
 
 
-def to_answer(features: tuple[str, ...], vectors: Sequence[Vector], digest: str, cache_age_ms: int) -> bytes:
+def to_answer(features: tuple[str, ...], vectors: Vectors, digest: str, cache_age_ms: int) -> bytes:
     """The bytes of a `GetOnlineFeaturesResponse`, written without making one: that costs as much as the read."""
-    out = [_names(features)]
-    count = len(features)
+    out = [
+        _names(features),
+        *([_table(vectors)] if isinstance(vectors, VectorTable) else _rows(vectors, len(features))),
+    ]
+    out.append(sized(b"\x1a", digest.encode()))
+    if cache_age_ms:
+        out.append(b"\x20" + varint(cache_age_ms))
+    return b"".join(out)
+
+
+def _rows(vectors: Sequence[Vector], count: int) -> list[bytes]:
+    out = []
     pack = struct.Struct(f"<{count}d").pack
     head = b"\x0a" + varint(8 * count)
     marks = b"\x12" + varint(count)
@@ -112,10 +124,18 @@ def to_answer(features: tuple[str, ...], vectors: Sequence[Vector], digest: str,
         if vector.max_age_ms:
             content += b"\x18" + varint(vector.max_age_ms)
         out.append(sized(b"\x12", content))
-    out.append(sized(b"\x1a", digest.encode()))
-    if cache_age_ms:
-        out.append(b"\x20" + varint(cache_age_ms))
-    return b"".join(out)
+    return out
+
+
+def _table(table: VectorTable) -> bytes:
+    """All vectors at once: every one has the same length."""
+    rows, count = table.values.shape
+    head, marks = b"\x0a" + varint(8 * count), b"\x12" + varint(count)
+    tail = b"\x18" + varint(table.max_age_ms) if table.max_age_ms else b""
+    head = b"\x12" + varint(len(head) + 9 * count + len(marks) + len(tail)) + head
+    pieces = head, np.ascontiguousarray(table.values, "<f8").view(np.uint8), marks, table.marks, tail
+    out = [np.broadcast_to(np.frombuffer(p, np.uint8), (rows, len(p))) if isinstance(p, bytes) else p for p in pieces]
+    return np.concatenate(out, axis=1).tobytes()
 
 
 @functools.lru_cache(maxsize=1024)

@@ -24,8 +24,9 @@ from millrace_feature.convert import (
     to_services,
 )
 from millrace_feature.definitions import Applier
+from millrace_feature.float_parts import VectorTable
 from millrace_feature.metrics import READ_FEATURES, READ_ROWS
-from millrace_feature.serving import MISSING, PRESENT, Serving, Vector
+from millrace_feature.serving import MISSING, PRESENT, Serving, Vectors
 from millrace_feature.store import Followed
 from millrace_feature.versioning.access import Access
 from millrace_feature.versioning.servicer import caller_of
@@ -153,13 +154,15 @@ class FeatureServicer(feature_pb2_grpc.FeatureServiceServicer):
         return await asyncio.to_thread(to_response, self._consistency, request)
 
 
-def _count(service: str, vectors: list[Vector]) -> None:
-    total = missing = present = 0
-    for vector in vectors:
-        total += len(vector.statuses)
-        present += vector.statuses.count(PRESENT)
-        missing += vector.statuses.count(MISSING)
-    READ_ROWS.labels(service).inc(len(vectors))
+def _count(service: str, vectors: Vectors) -> None:
+    if isinstance(vectors, VectorTable):
+        rows, total = vectors.marks.shape
+        total *= rows
+        present, missing = vectors.count(PRESENT), vectors.count(MISSING)
+    else:
+        rows, total = len(vectors), sum(len(vector.statuses) for vector in vectors)
+        present, missing = (sum(vector.statuses.count(mark) for vector in vectors) for mark in (PRESENT, MISSING))
+    READ_ROWS.labels(service).inc(rows)
     READ_FEATURES.labels(service, "present").inc(present)
     READ_FEATURES.labels(service, "missing").inc(missing)
     READ_FEATURES.labels(service, "expired").inc(total - present - missing)

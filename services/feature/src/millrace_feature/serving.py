@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 from millrace_kit.errors import FailedPreconditionError, NotFoundError, UnavailableError
 
 from millrace_feature.cache import OnlineCache
+from millrace_feature.float_parts import ROWS, FloatPart, VectorTable
 from millrace_feature.plan import Definitions, LatestView, ServicePlan, ViewUse, WindowView
 from millrace_feature.store import Answers, Ask, LatestAsk, OnlineStore, WindowAsk
 from millrace_feature.tiles import encode_key
@@ -44,6 +46,10 @@ class Part:
     """Event time of what each row's values come from; None where there is none. A window's is its end, or the watermark."""
 
 
+Vectors = list[Vector] | VectorTable
+"""One vector per row."""
+
+
 class _Source:
     """One view as a service uses it, ready to read."""
 
@@ -68,13 +74,13 @@ class _Source:
         found: list[list[Any]] = [[row.get(name) for name in self.use.keys] for row in rows]
         return [None if None in values else encode_key(values) for values in found]
 
-    def ask(self, rows: Sequence[Entity], at_us: int) -> Ask:
-        """What the store has to know for a read at `at_us`."""
+    def ask(self, keys: Sequence[str | None], at_us: int) -> Ask:
+        """What the store has to know for a read of `keys` at `at_us`."""
         if self.reader is not None:
-            return WindowAsk(self.group, self.reader, self.keys(rows), at_us // self.reader.hop_us)
-        return LatestAsk(self.group, self.keys(rows), at_us, len(self.features))
+            return WindowAsk(self.group, self.reader, keys, at_us // self.reader.hop_us)
+        return LatestAsk(self.group, keys, at_us, len(self.features))
 
-    def part(self, ask: Ask, known: Answers, at_us: int) -> Part:
+    def part(self, ask: Ask, known: Answers, at_us: int) -> Part | FloatPart:
         """The view's features at `at_us`."""
         if isinstance(ask, WindowAsk):
             followed = known.followed.get(self.view.contract)
@@ -85,6 +91,8 @@ class _Source:
             return Part(known.windows(ask), set(), [age], [None if key is None else time_us for key in ask.keys])
         assert isinstance(self.view, LatestView)
         ttl_us = self.view.ttl_us
+        if len(ask.keys) >= ROWS and (floats := known.floats(ask)) is not None:
+            return FloatPart(*floats, ttl_us=ttl_us, at_us=at_us)
         part = Part([], set(), [], [])
         for i, found in enumerate(known.latest(ask)):
             if found is None:
@@ -119,6 +127,7 @@ class CompiledService:
         self.places = self._places()
         """(part, place among its values) of each feature in vector order; parts are the sources, then the transforms."""
         self._pieces = self._layout()
+        self._piece_columns = self._columns_of_pieces()
 
     @property
     def rows_on_loop(self) -> int:
@@ -168,13 +177,30 @@ class CompiledService:
             pieces.append((part, picker, len(places)))
         return pieces
 
+    def _columns_of_pieces(self) -> list[slice | list[int]]:
+        """Per piece where its features stand among its part's values."""
+        out: list[slice | list[int]] = []
+        at = 0
+        for _part, _picker, size in self._pieces:
+            places = [place for _number, place in self.places[at : at + size]]
+            follow = places == list(range(places[0], places[0] + size))
+            out.append(slice(places[0], places[0] + size) if follow else places)
+            at += size
+        return out
+
     def asks(self, rows: Sequence[Entity], at_us: int) -> list[Ask]:
         """What the store has to know, per view."""
-        return [source.ask(rows, at_us) for source in self._sources]
+        known: dict[tuple[str, ...], list[str | None]] = {}
+        for source in self._sources:
+            if source.use.keys not in known:
+                known[source.use.keys] = source.keys(rows)
+        return [source.ask(known[source.use.keys], at_us) for source in self._sources]
 
-    def parts(self, asks: Sequence[Ask], known: Answers, rows: Sequence[Entity], at_us: int) -> list[Part]:
+    def parts(self, asks: Sequence[Ask], known: Answers, rows: Sequence[Entity], at_us: int) -> list[Part | FloatPart]:
         """What each source and then each transform gives at `at_us` (microseconds since the epoch)."""
-        parts = [source.part(ask, known, at_us) for source, ask in zip(self._sources, asks, strict=True)]
+        parts: list[Part | FloatPart] = [
+            source.part(ask, known, at_us) for source, ask in zip(self._sources, asks, strict=True)
+        ]
         if self._runners:
             columns = self._inputs(parts, len(rows))
             request = {name: [row.get(name) for row in rows] for name, _kind in self.plan.request_fields}
@@ -184,18 +210,24 @@ class CompiledService:
                 parts.append(Part(list(zip(*outputs, strict=True)), set(), [], [None] * len(rows)))
         return parts
 
-    def vectors(self, asks: Sequence[Ask], known: Answers, rows: Sequence[Entity], at_us: int) -> list[Vector]:
+    def vectors(self, asks: Sequence[Ask], known: Answers, rows: Sequence[Entity], at_us: int) -> Vectors:
         """One vector per row, as known at `at_us` (microseconds since the epoch)."""
         parts = self.parts(asks, known, rows, at_us)
         stored = len(self._sources)
         age_ms = max((max(part.ages_us) for part in parts if part.ages_us), default=0) // 1000
+        pieces = [parts[number] for number, _picker, _size in self._pieces]
+        arrays = [
+            (p, places) for p, places in zip(pieces, self._piece_columns, strict=True) if isinstance(p, FloatPart)
+        ]
+        if len(arrays) == len(pieces):
+            return VectorTable.of(arrays, age_ms, present=PRESENT, missing=MISSING, expired=EXPIRED)
         return [self._vector(parts, stored, i, age_ms) for i in range(len(rows))]
 
-    def row_values(self, parts: Sequence[Part], row: int) -> Sequence[float]:
+    def row_values(self, parts: Sequence[Part | FloatPart], row: int) -> Sequence[float]:
         """The vector of one row."""
         return self._vector(parts, len(self._sources), row, 0).values
 
-    def _inputs(self, parts: Sequence[Part], rows: int) -> dict[tuple[str, str], list[Any]]:
+    def _inputs(self, parts: Sequence[Part | FloatPart], rows: int) -> dict[tuple[str, str], list[Any]]:
         """Columns the transforms read, by (alias, feature)."""
         wanted = {pair for runner in self._runners for pair in runner.plan.inputs}
         columns: dict[tuple[str, str], list[Any]] = {}
@@ -214,7 +246,7 @@ class CompiledService:
                 columns[source.use.alias, feature] = column
         return columns
 
-    def _vector(self, parts: Sequence[Part], stored: int, row: int, age_ms: int) -> Vector:
+    def _vector(self, parts: Sequence[Part | FloatPart], stored: int, row: int, age_ms: int) -> Vector:
         values: list[float] = []
         statuses: list[int] = []
         for number, picker, size in self._pieces:
@@ -230,6 +262,10 @@ class CompiledService:
             values += picked
             statuses += [PRESENT if value == value else MISSING for value in picked]  # noqa: PLR0124 - NaN is not itself
         return Vector(values, statuses, age_ms)
+
+
+def _values(vectors: Vectors, row: int) -> Sequence[float]:
+    return vectors.row(row) if isinstance(vectors, VectorTable) else vectors[row].values
 
 
 Observe = Callable[[CompiledService, Sequence[Entity], int, Callable[[int], Sequence[float]]], None]
@@ -312,7 +348,7 @@ class Serving(Generic[R]):
             raise NotFoundError("feature service", name)
         return service
 
-    async def read(self, service: CompiledService, rows: Sequence[Entity], at_us: int) -> list[Vector]:
+    async def read(self, service: CompiledService, rows: Sequence[Entity], at_us: int) -> Vectors:
         """One vector per row, as the store knows it.
 
         Raises:
@@ -322,7 +358,7 @@ class Serving(Generic[R]):
 
     async def read_aged(
         self, service: CompiledService, rows: Sequence[Entity], at_us: int, *, may_be_kept: bool
-    ) -> tuple[list[Vector], int]:
+    ) -> tuple[Vectors, int]:
         """(one vector per row, age in milliseconds of the oldest kept answer used; 0 where all came from the store).
 
         Raises:
@@ -334,7 +370,7 @@ class Serving(Generic[R]):
         else:
             vectors = await asyncio.to_thread(service.vectors, asks, known, rows, at_us)
         if not age_ms:  # what was kept may lawfully differ from the lake
-            self.note(service, rows, at_us, lambda row: vectors[row].values)
+            self.note(service, rows, at_us, partial(_values, vectors))
         return vectors, age_ms
 
     def note(

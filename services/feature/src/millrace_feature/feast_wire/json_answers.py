@@ -15,6 +15,7 @@ from millrace_feature.feast_wire.layout import statuses
 from millrace_feature.feast_wire.reads import Answer
 from millrace_feature.feast_wire.selection import Block
 from millrace_feature.feast_wire.values import CONVERTERS, NOT_FOUND, OUTSIDE_MAX_AGE, PRESENT, doubles
+from millrace_feature.float_parts import FloatPart
 from millrace_feature.serving import Part
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -46,13 +47,16 @@ def _tail(status: bytes, time: bytes, count: int) -> bytes:
     )
 
 
-def _block(block: Block, part: Part) -> bytes:
+def _block(block: Block, part: Part | FloatPart) -> bytes:
     """The results of a block, joined by commas."""
     if len(part.values) == 1:
         row = part.values[0]
         status = PRESENT if row is not None else OUTSIDE_MAX_AGE if part.expired else NOT_FOUND
         tail = _tail(_NAMES[status], _time(part.times_us[0]), 1)
         texts: Iterable[bytes] = [b"[null]"] * len(block.names) if row is None else _single(block, block.picker(row))
+    elif isinstance(part, FloatPart) and block.is_all_double:
+        tail = _tails(part)
+        texts = [_list("DOUBLE", column) for column in block.picker(part.table.T.tolist())]
     else:
         tail = _tails(part)
         nothing = (None,) * len(block.names)
@@ -61,7 +65,7 @@ def _block(block: Block, part: Part) -> bytes:
     return b'{"values":' + (tail + b',{"values":').join(texts) + tail
 
 
-def _tails(part: Part) -> bytes:
+def _tails(part: Part | FloatPart) -> bytes:
     marks = b",".join([_NAMES[status] for status in statuses(part)])
     times = b",".join([_time(time_us) for time_us in part.times_us])
     return b',"statuses":[' + marks + b'],"event_timestamps":[' + times + b"]}"

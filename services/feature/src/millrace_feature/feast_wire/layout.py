@@ -6,6 +6,7 @@ from typing import Any
 
 from millrace_feature.feast_wire.selection import Block
 from millrace_feature.feast_wire.values import CONVERTERS, NOT_FOUND, OUTSIDE_MAX_AGE, PRESENT, doubles
+from millrace_feature.float_parts import FloatPart
 from millrace_feature.serving import Part
 
 
@@ -21,8 +22,10 @@ class Columns:
     """Per row."""
 
 
-def statuses(part: Part) -> list[int]:
+def statuses(part: Part | FloatPart) -> list[int]:
     """Feast's status of each row."""
+    if isinstance(part, FloatPart) and part.is_whole:
+        return [PRESENT] * len(part.instants)
     if part.expired:
         found = [PRESENT if values is not None else NOT_FOUND for values in part.values]
         for row in part.expired:
@@ -31,7 +34,7 @@ def statuses(part: Part) -> list[int]:
     return [PRESENT if values is not None else NOT_FOUND for values in part.values]
 
 
-def columns(block: Block, part: Part) -> Columns:
+def columns(block: Block, part: Part | FloatPart) -> Columns:
     """The block's features of every row."""
     nothing = (None,) * len(block.names)
     picked = [nothing if values is None else block.picker(values) for values in part.values]

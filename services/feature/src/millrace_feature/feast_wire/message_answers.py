@@ -14,6 +14,7 @@ from millrace_feature.feast_wire.layout import columns, statuses
 from millrace_feature.feast_wire.reads import Answer
 from millrace_feature.feast_wire.selection import Block
 from millrace_feature.feast_wire.values import PRESENT, doubles
+from millrace_feature.float_parts import FloatPart, doubles_fields, time_fields
 from millrace_feature.serving import Part
 from millrace_feature.wire_format import sized, varint
 
@@ -85,10 +86,15 @@ def _time(time_us: int | None) -> bytes:
     return sized(b"\x1a", content)
 
 
-def _block(block: Block, part: Part) -> bytes:
+def _block(block: Block, part: Part | FloatPart) -> bytes:
     """The results of a block."""
-    tail = _tail(statuses(part), b"".join([_time(time_us) for time_us in part.times_us]))
-    if block.is_all_double and None not in part.values:
+    times = time_fields(part.instants) if isinstance(part, FloatPart) else None
+    if times is None:
+        times = b"".join([_time(time_us) for time_us in part.times_us])
+    tail = _tail(statuses(part), times)
+    if isinstance(part, FloatPart) and block.is_all_double:
+        return b"".join([sized(b"\x12", one) for one in doubles_fields(np.asarray(block.picker(part.table.T)), tail)])
+    if isinstance(part, Part) and block.is_all_double and None not in part.values:
         return _doubles(block, part, tail)
     found = columns(block, part)
     out = []

@@ -12,6 +12,7 @@ from millrace_kit.errors import UnavailableError
 
 from millrace_feature.feast_wire.requests import Given, Request, given
 from millrace_feature.feast_wire.selection import Selection, Selections
+from millrace_feature.float_parts import FloatPart
 from millrace_feature.metrics import READ_FEATURES, READ_ROWS
 from millrace_feature.serving import Part, Serving
 from millrace_feature.versioning.access import Access, Caller
@@ -27,7 +28,7 @@ class Answer:
 
     selection: Selection
     given: Given
-    parts: Sequence[Part]
+    parts: Sequence[Part | FloatPart]
     with_versions: bool
 
     @property
@@ -106,6 +107,8 @@ class _Counters:
         for block in answer.selection.blocks:
             part, width = answer.parts[block.part], len(block.names)
             total += width * answer.rows
+            if isinstance(part, FloatPart) and part.is_whole:
+                continue
             if None in part.values:
                 expired += len(part.expired) * width
                 missing += (part.values.count(None) - len(part.expired)) * width
