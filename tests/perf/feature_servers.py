@@ -177,35 +177,56 @@ def http_calls(port: int, what: dict[str, object], callers: int) -> Calls:
     return lambda chosen: asyncio.run(all_callers(chosen))
 
 
-def feast_grpc(address: str, method: str, service: str) -> Calls:
-    """Feast's gRPC API, without making messages of the answers."""
+def grpc_calls(address: str, method: str, request_of: Callable[[list[int]], bytes], callers: int) -> Calls:
+    """A gRPC method whose requests are ready-made bytes and whose answers are left as they come.
+
+    Args:
+        address: of the server.
+        method: its full name.
+        request_of: the request for some entities.
+        callers: calls at once; each asks again as soon as it has its answer.
+    """
+
+    async def caller(call: Any, waiting: list[bytes], latencies: list[float]) -> None:
+        while waiting:
+            content = waiting.pop()
+            at = time.perf_counter()
+            if len(await call(content, timeout=30)) < 400:
+                raise RuntimeError("a read came back short")
+            latencies.append((time.perf_counter() - at) * 1000)
+
+    async def all_callers(chosen: Sequence[list[int]]) -> list[float]:
+        waiting, latencies = [request_of(entities) for entities in chosen], []
+        async with grpc.aio.insecure_channel(address) as channel:
+            await channel.channel_ready()
+            call = channel.unary_unary(method)
+            await asyncio.gather(*(caller(call, waiting, latencies) for _ in range(callers)))
+        return latencies
+
+    return lambda chosen: asyncio.run(all_callers(chosen))
+
+
+def feast_grpc(address: str, method: str, service: str, callers: int = 1) -> Calls:
+    """Feast's gRPC API."""
     from feast.protos.feast.serving.ServingService_pb2 import GetOnlineFeaturesRequest
 
-    channel = grpc.insecure_channel(address)
-    call = channel.unary_unary(method, request_serializer=GetOnlineFeaturesRequest.SerializeToString)
-
-    def read(entities: list[int]) -> None:
+    def request_of(entities: list[int]) -> bytes:
         request = GetOnlineFeaturesRequest(feature_service=service)
         for i in entities:
             request.entities["user"].val.add(string_val=f"u{i}")
-        if len(call(request, timeout=30)) < 1000:
-            raise RuntimeError("a read came back short")
+        return bytes(request.SerializeToString())
 
-    return one_by_one(read)
+    return grpc_calls(address, method, request_of, callers)
 
 
-def native_grpc(address: str, service: str) -> Calls:
+def native_grpc(address: str, service: str, callers: int = 1) -> Calls:
     """The feature service's own RPC."""
-    channel = grpc.insecure_channel(address)
-    method = "/millrace_api.feature.v1.FeatureService/GetOnlineFeatures"
-    call = channel.unary_unary(method, request_serializer=pb.GetOnlineFeaturesRequest.SerializeToString)
 
-    def read(entities: list[int]) -> None:
-        keys = [pb.EntityRow(values={"user": Value(string_value=f"u{i}")}) for i in entities]
-        if len(call(pb.GetOnlineFeaturesRequest(feature_service=service, rows=keys), timeout=30)) < 1000:
-            raise RuntimeError("a read came back short")
+    def request_of(entities: list[int]) -> bytes:
+        rows = [pb.EntityRow(values={"user": Value(string_value=f"u{i}")}) for i in entities]
+        return pb.GetOnlineFeaturesRequest(feature_service=service, rows=rows).SerializeToString()
 
-    return one_by_one(read)
+    return grpc_calls(address, "/millrace_api.feature.v1.FeatureService/GetOnlineFeatures", request_of, callers)
 
 
 def raw_by_hand(port: int, tables: list[pa.Table], names: Sequence[Sequence[str]]) -> Calls:
@@ -237,17 +258,13 @@ def raw_commands(port: int, views: Sequence[LatestView]) -> Calls:
     parser = hiredis.Reader()
 
     def read(entities: list[int]) -> None:
-        commands = [
-            hiredis.pack_command(("ZREVRANGEBYSCORE", keys.rows(group, f"u{i}"), "+inf", "-inf", "LIMIT", 0, 1))
-            for i in entities
-            for group in ids
-        ]
+        commands = [hiredis.pack_command(("HMGET", keys.newest(f"u{i}"), *ids)) for i in entities]
         connection.sendall(b"".join(commands))
         replies = 0
         while replies < len(commands):
             parser.feed(connection.recv(1 << 20))
             while (reply := parser.gets()) is not False:
-                if not reply:
+                if None in reply:
                     raise RuntimeError("a raw read came back empty")
                 replies += 1
 
