@@ -28,6 +28,7 @@ _KINDS = {
     pb.COLUMN_TYPE_DOUBLE: "double",
     pb.COLUMN_TYPE_BOOL: "bool",
     pb.COLUMN_TYPE_TIMESTAMP: "timestamp",
+    pb.COLUMN_TYPE_FLOAT_LIST: "float_list",
 }
 Report = Callable[[pb.WriteResponse, int], None]
 """Told each batch that landed, and about how many bytes of the file were read for it."""

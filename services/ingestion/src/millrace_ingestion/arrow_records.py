@@ -133,6 +133,8 @@ def _converted(given: pa.ChunkedArray, column: Column, max_bytes: int) -> tuple[
     if pa.types.is_null(kind):
         return pa.nulls(len(values), target), None
     match column.type:
+        case ColumnType.FLOAT_LIST if _is_number_list(kind):
+            return values.cast(target, safe=False), None
         case ColumnType.STRING if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
             return values.cast(target), None
         case ColumnType.INT64 if pa.types.is_integer(kind):
@@ -148,6 +150,12 @@ def _converted(given: pa.ChunkedArray, column: Column, max_bytes: int) -> tuple[
             return values.view(_UTC), None
         case _:
             return pa.nulls(len(values), target), np.asarray(values.is_valid().to_numpy(zero_copy_only=False), np.bool_)
+
+
+def _is_number_list(kind: pa.DataType) -> bool:
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return False
+    return bool(pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type))
 
 
 def _bounded(values: pa.Array, target: pa.DataType, low: int, high: int) -> tuple[pa.Array, Mask]:

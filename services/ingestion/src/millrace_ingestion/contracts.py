@@ -24,6 +24,7 @@ class ColumnType(Enum):
     DOUBLE = "DOUBLE"
     BOOL = "BOOL"
     TIMESTAMP = "TIMESTAMP"
+    FLOAT_LIST = "FLOAT_LIST"
 
 
 ARROW_TYPES: dict[ColumnType, pa.DataType] = {
@@ -32,6 +33,7 @@ ARROW_TYPES: dict[ColumnType, pa.DataType] = {
     ColumnType.DOUBLE: pa.float64(),
     ColumnType.BOOL: pa.bool_(),
     ColumnType.TIMESTAMP: pa.timestamp("us", "UTC"),
+    ColumnType.FLOAT_LIST: pa.list_(pa.float32()),
 }
 NUMBERS = frozenset({ColumnType.INT64, ColumnType.DOUBLE})
 
@@ -48,7 +50,7 @@ class Column:
     allowed: tuple[str, ...] = ()
     pattern: str = ""
     min_length: int | None = None
-    """In characters, as is `max_length`."""
+    """In characters, of a list in numbers, as is `max_length`."""
     max_length: int | None = None
     allowed_numbers: tuple[int, ...] = ()
     max_null_rate: float | None = None

@@ -5,7 +5,8 @@ What is converted to what (anything else is WRONG_TYPE, there is no guessing fro
 - INT64 from numbers without fraction and exponent, where the value fits;
 - DOUBLE from numbers, and from "NaN", "Infinity" and "-Infinity" (protobuf's JSON mapping);
 - BOOL from true and false;
-- TIMESTAMP from RFC 3339 strings (no offset means UTC) and from whole numbers as microseconds since the epoch.
+- TIMESTAMP from RFC 3339 strings (no offset means UTC) and from whole numbers as microseconds since the epoch;
+- FLOAT_LIST from arrays of numbers.
 An absent member of a nullable column is null. Members the contract does not have are left out. Empty lines are skipped.
 """
 
@@ -48,6 +49,7 @@ _TYPES: dict[ColumnType, Any] = {
     ColumnType.DOUBLE: float,
     ColumnType.BOOL: bool,
     ColumnType.TIMESTAMP: datetime | _Int64,
+    ColumnType.FLOAT_LIST: list[float],
 }
 _BROKEN = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - offsets are applied to whole microseconds, which cannot overflow

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.fs import DeltaStorageHandler
-from deltalake.schema import Field, PrimitiveType
+from deltalake.schema import ArrayType, Field, PrimitiveType
 from millrace_kit.errors import NotFoundError, UnavailableError
 
 from millrace_ingestion.contracts import OFFSET_COLUMN, SOURCE_COLUMN, Contract
@@ -30,6 +30,12 @@ _SOURCE_PREFIX = "source:"
 # Log files are kept for ever: training sets name versions, and a catch-up needs the versions since its own.
 _CONFIGURATION = {"delta.enableExpiredLogCleanup": "false", "delta.checkpointInterval": "50"}
 _DELTA_TYPES = {"string": "string", "int64": "long", "double": "double", "bool": "boolean"}
+
+
+def _delta_type(kind: pa.DataType) -> PrimitiveType | ArrayType:
+    if pa.types.is_list(kind):
+        return ArrayType(PrimitiveType("float"), contains_null=True)
+    return PrimitiveType(_DELTA_TYPES.get(str(kind), "timestamp"))
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class LakeTable:
         """Add columns that the contract has and the table lacks."""
         present = {field.name for field in self._open_table.schema().fields}
         added = [
-            Field(field.name, PrimitiveType(_DELTA_TYPES.get(str(field.type), "timestamp")), nullable=True)
+            Field(field.name, _delta_type(field.type), nullable=True)
             for field in contract.arrow_schema()
             if field.name not in present
         ]

@@ -140,6 +140,8 @@ def _column(values: pa.ChunkedArray, sample: npt.NDArray[np.int64]) -> ColumnFig
         numbers = None
     if numbers is not None and figures.values:
         _numbers(figures, numbers)
+    if pa.types.is_list(kind):  # embeddings are hardly ever equal
+        return figures
     hashes = _hashes(values.take(pa.array(sample)).drop_null())
     figures.sampled = len(hashes)
     if len(hashes):

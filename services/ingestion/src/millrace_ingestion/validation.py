@@ -52,6 +52,8 @@ def validate(contract: Contract, field: str) -> Contract:
     for index, name in enumerate(contract.key_columns):
         if name not in by_name:
             raise InvalidArgumentError(f"{field}.key_columns[{index}]", f"{name!r} is no column of the contract")
+        if by_name[name].type is ColumnType.FLOAT_LIST:
+            raise InvalidArgumentError(f"{field}.key_columns[{index}]", f"{name!r} is a list, which is no key")
     if len(set(contract.key_columns)) != len(contract.key_columns):
         raise InvalidArgumentError(f"{field}.key_columns", "names a column twice")
     _validate_rules(contract, by_name, field)
@@ -98,13 +100,15 @@ def _validate_checks(column: Column, place: str) -> None:
 def _validate_kinds(column: Column, place: str) -> None:
     """Refuse a check that is for columns of another type."""
     strings, timestamps, whole = {ColumnType.STRING}, {ColumnType.TIMESTAMP}, {ColumnType.INT64}
+    sized = {ColumnType.STRING, ColumnType.FLOAT_LIST}
     for name, given, kinds, called in (
         ("min", column.minimum is not None, NUMBERS, "numbers"),
         ("max", column.maximum is not None, NUMBERS, "numbers"),
         ("allowed", bool(column.allowed), strings, "strings"),
         ("pattern", bool(column.pattern), strings, "strings"),
-        ("min_length", column.min_length is not None, strings, "strings"),
-        ("max_length", column.max_length is not None, strings, "strings"),
+        ("min_length", column.min_length is not None, sized, "strings and lists"),
+        ("max_length", column.max_length is not None, sized, "strings and lists"),
+        ("unique", column.unique, set(ColumnType) - {ColumnType.FLOAT_LIST}, "single values"),
         ("allowed_numbers", bool(column.allowed_numbers), whole, "whole numbers"),
         ("max_age_s", column.max_age_s is not None, timestamps, "timestamps"),
         ("max_ahead_s", column.max_ahead_s is not None, timestamps, "timestamps"),
@@ -171,6 +175,8 @@ def _validate_expectation(expectation: Expectation, by_name: Mapping[str, Column
             raise InvalidArgumentError(f"{place}.column", "is not for ROW_COUNT")
     elif (column := by_name.get(expectation.column)) is None:
         raise InvalidArgumentError(f"{place}.column", f"{expectation.column!r} is no column of the contract")
+    elif kind is Statistic.DISTINCT and column.type is ColumnType.FLOAT_LIST:
+        raise InvalidArgumentError(f"{place}.column", f"{column.name!r} is a list; lists are not told apart")
     elif kind not in OF_ANY_COLUMN and column.type not in NUMBERS:
         raise InvalidArgumentError(f"{place}.column", f"{column.name!r} is {column.type.value}, no number")
     if (kind is Statistic.QUANTILE) != (expectation.quantile is not None):

@@ -53,6 +53,9 @@ def value_checks(column: Column, values: pa.Array, now_us: Now, *, batch: bool) 
         passes = pc.and_(pc.greater_equal(instants, MIN_TIMESTAMP_US), pc.less_equal(instants, MAX_TIMESTAMP_US))
         yield "", passes, OUT_OF_RANGE, "is outside years 1 to 9999"
         yield from _freshness(column, instants, now_us)
+    if column.type is ColumnType.FLOAT_LIST:
+        # Never to be chosen either: no distance to such a vector would be a number.
+        yield "", _all_finite(values), OUT_OF_RANGE, "holds a null or a number that 32 bits cannot hold"
     if column.minimum is not None:
         detail = f"must be at least {column.minimum:g}"
         yield RANGE, _bounded(pc.greater_equal, values, column, column.minimum), OUT_OF_RANGE, detail
@@ -88,13 +91,23 @@ def _freshness(column: Column, instants: pa.Array, now_us: Now) -> Iterator[Valu
 
 
 def _length(column: Column, values: pa.Array) -> Iterator[ValueCheck]:
-    lengths = pc.utf8_length(values)
+    is_list = column.type is ColumnType.FLOAT_LIST
+    lengths = pc.list_value_length(values) if is_list else pc.utf8_length(values)
+    unit = "numbers" if is_list else "characters"
     if column.min_length is not None:
-        detail = f"must have at least {column.min_length} characters"
+        detail = f"must have at least {column.min_length} {unit}"
         yield LENGTH, pc.greater_equal(lengths, column.min_length), WRONG_LENGTH, detail
     if column.max_length is not None:
-        detail = f"must have at most {column.max_length} characters"
+        detail = f"must have at most {column.max_length} {unit}"
         yield LENGTH, pc.less_equal(lengths, column.max_length), WRONG_LENGTH, detail
+
+
+def _all_finite(values: pa.ListArray) -> pa.Array:
+    """Whether every number of each list is there and finite; null where the list is."""
+    finite = pc.fill_null(pc.is_finite(values.values), False).to_numpy(zero_copy_only=False)
+    strange = np.r_[0, np.cumsum(~finite)]
+    offsets = values.offsets.to_numpy()
+    return pc.if_else(values.is_null(), None, pa.array(strange[offsets[1:]] == strange[offsets[:-1]]))
 
 
 def _bounded(compare_: pc.Function, values: pa.Array, column: Column, bound: float) -> pa.Array:
