@@ -13,6 +13,7 @@ import grpc.aio
 from millrace_api.drift.v1.drift_pb2_grpc import DriftServiceStub
 from millrace_api.feature.v1 import feature_pb2 as feature
 from millrace_api.feature.v1.feature_pb2_grpc import FeatureServiceStub
+from millrace_api.feature.v1.search_pb2_grpc import VectorServiceStub
 from millrace_api.ingestion.v1 import ingestion_pb2 as ingestion
 from millrace_api.ingestion.v1.ingestion_pb2_grpc import IngestionServiceStub
 from millrace_api.prediction.v1 import prediction_pb2 as prediction
@@ -48,6 +49,7 @@ class Client:
         at = self.endpoints
         self.ingestion = IngestionServiceStub(channel(at.ingestion))
         self.features = FeatureServiceStub(channel(at.feature))
+        self.vectors = VectorServiceStub(channel(at.feature))
         self.registry = RegistryServiceStub(channel(at.registry))
         self.training = TrainingServiceStub(channel(at.training))
         self.drift = DriftServiceStub(channel(at.drift))

@@ -13,6 +13,7 @@ from millrace.areas.lifecycle import RegistryArea, TrainingArea
 from millrace.areas.serving import DriftArea, GatewayArea, PredictionArea, RolloutArea
 from millrace.areas.sources import SourcesArea
 from millrace.areas.transformers import TransformerArea
+from millrace.areas.vectors import VectorArea
 from millrace.endpoints import Endpoints, tls_from_environment
 
 
@@ -42,6 +43,7 @@ class Client:
         self.features = FeatureArea(self._channels["feature"])
         self.transformers = TransformerArea(self._channels["feature"])
         self.definitions = DefinitionsArea(self._channels["feature"])
+        self.vectors = VectorArea(self._channels["feature"])
         self.registry = RegistryArea(self._channels["registry"])
         self.training = TrainingArea(self._channels["training"])
         self.drift = DriftArea(self._channels["drift"])
