@@ -9,12 +9,13 @@ from envoy.config.core.v3 import base_pb2
 from envoy.config.route.v3 import route_components_pb2
 from envoy.extensions.filters.http.lua.v3 import lua_pb2
 from envoy.extensions.retry.host.previous_hosts.v3 import previous_hosts_pb2
+from envoy.type.matcher.v3 import string_pb2
 from google.protobuf.any_pb2 import Any
 from google.protobuf.wrappers_pb2 import UInt32Value
 from google.rpc import error_details_pb2, status_pb2
 
 from millrace_inference_gateway.envoy_access import access_options
-from millrace_inference_gateway.envoy_clusters import duration, packed
+from millrace_inference_gateway.envoy_clusters import LOW_PRIORITY, duration, packed
 from millrace_inference_gateway.routes import WEIGHT_UNITS, Arm, Route
 from millrace_inference_gateway.settings import GatewaySettings
 
@@ -26,6 +27,8 @@ _HTTP_UNAVAILABLE = 503
 
 # How a caller chooses a version, and how the routes of such calls are named.
 VERSION_HEADER = "x-millrace-version"
+# Calls that are the first to go when servers are busy.
+PRIORITY_HEADER, LOW = "x-millrace-priority", "low"
 PINNED = "pinned"
 
 RouteMessage: TypeAlias = route_components_pb2.Route
@@ -92,6 +95,19 @@ def aim(message: RouteMessage, route: Route, only: Target | None, *, http: bool)
     else:
         message.route.cluster = _cluster(only.arm, http=http)
         message.response_headers_to_add.extend(arm_headers(only.arm))
+
+
+def by_priority(message: RouteMessage) -> list[RouteMessage]:
+    """The route for calls of low priority, with limits of their own, then the same for all others."""
+    low = RouteMessage()
+    low.CopyFrom(message)
+    low.route.priority = LOW_PRIORITY
+    low.match.headers.append(
+        route_components_pb2.HeaderMatcher(
+            name=PRIORITY_HEADER, string_match=string_pb2.StringMatcher(exact=LOW, ignore_case=True)
+        )
+    )
+    return [low, message]
 
 
 def without_lua() -> dict[str, Any]:

@@ -14,17 +14,15 @@ from pathlib import Path
 from envoy.config.core.v3 import base_pb2, config_source_pb2, extension_pb2
 from envoy.config.route.v3 import route_components_pb2
 from envoy.extensions.filters.http.jwt_authn.v3 import config_pb2 as jwt_pb2
-from envoy.extensions.filters.http.local_ratelimit.v3 import local_rate_limit_pb2
 from envoy.extensions.filters.http.lua.v3 import lua_pb2
 from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2 as hcm_pb2
-from envoy.type.v3 import token_bucket_pb2
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
-from google.protobuf.wrappers_pb2 import UInt32Value
 
 from millrace_inference_gateway.envoy_access import CLIENT_HEADER
-from millrace_inference_gateway.envoy_clusters import duration, file_source, packed
+from millrace_inference_gateway.envoy_clusters import file_source, packed
 from millrace_inference_gateway.envoy_files import EnvoyFiles, write_resources
+from millrace_inference_gateway.envoy_limits import all_clients_limit, each_client_limit
 from millrace_inference_gateway.settings import AuthSettings, JwtSettings
 
 log = logging.getLogger(__name__)
@@ -76,14 +74,16 @@ def write_auth(files: EnvoyFiles, auth: AuthSettings) -> None:
 
 
 def auth_filters(files: EnvoyFiles, auth: AuthSettings) -> list[hcm_pb2.HttpFilter]:
-    """Filters of the public listener, in their order."""
+    """Filters of the public listener, in their order: the limit of all first, that of a client when it is known who it is."""
     filters = []
     if auth.calls_per_s:
-        filters.append(_rate_filter(auth))
+        filters.append(all_clients_limit(auth))
     if auth.jwt is not None:
         filters.append(_discovered(files, JWT, JWT_AUTHENTICATION))
     if auth.api_keys_file:
         filters.append(_discovered(files, API_KEYS, LUA))
+    if auth.each_client is not None or auth.clients:
+        filters.append(each_client_limit(auth))
     return filters
 
 
@@ -157,20 +157,3 @@ def _jwt_filter(jwt: JwtSettings, *, optional: bool) -> jwt_pb2.JwtAuthenticatio
             jwt_pb2.RequirementRule(match=route_components_pb2.RouteMatch(prefix="/"), requires=needed),
         ],
     )
-
-
-def _rate_filter(auth: AuthSettings) -> hcm_pb2.HttpFilter:
-    whole = base_pb2.RuntimeFractionalPercent()
-    whole.default_value.numerator = 100
-    limit = local_rate_limit_pb2.LocalRateLimit(
-        stat_prefix="public",
-        token_bucket=token_bucket_pb2.TokenBucket(
-            max_tokens=auth.burst or auth.calls_per_s,
-            tokens_per_fill=UInt32Value(value=auth.calls_per_s),
-            fill_interval=duration(1),
-        ),
-        filter_enabled=whole,
-        filter_enforced=whole,
-        rate_limited_as_resource_exhausted=True,
-    )
-    return hcm_pb2.HttpFilter(name="envoy.filters.http.local_ratelimit", typed_config=packed(limit))

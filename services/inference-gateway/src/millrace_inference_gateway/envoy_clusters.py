@@ -3,7 +3,14 @@
 from collections.abc import Iterable
 
 from envoy.config.cluster.v3 import circuit_breaker_pb2, cluster_pb2, outlier_detection_pb2
-from envoy.config.core.v3 import address_pb2, config_source_pb2, grpc_service_pb2, health_check_pb2, protocol_pb2
+from envoy.config.core.v3 import (
+    address_pb2,
+    base_pb2,
+    config_source_pb2,
+    grpc_service_pb2,
+    health_check_pb2,
+    protocol_pb2,
+)
 from envoy.config.endpoint.v3 import endpoint_components_pb2, endpoint_pb2
 from envoy.extensions.clusters.aggregate.v3 import cluster_pb2 as aggregate_pb2
 from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2
@@ -27,6 +34,9 @@ MIN_RETRIES_AT_ONCE = 10
 SLOW_START_MIN_PERCENT = 10
 # Prime; at most one part in a hundred of it falls to a wrong server for up to 600 servers.
 MAGLEV_TABLE = 65_537
+# Envoy has two classes of calls, each with limits of its own; the one it calls high carries the calls of low priority here, so that
+# its default stays what it is for everybody else.
+LOW_PRIORITY = base_pb2.HIGH
 HTTP_READY = "/v2/health/ready"
 
 
@@ -105,21 +115,27 @@ def _health_check(settings: EnvoySettings) -> health_check_pb2.HealthCheck:
     )
 
 
-def _common(name: str, settings: EnvoySettings) -> cluster_pb2.Cluster:
-    """What all clusters share: HTTP/2, limits, no panic routing to servers known to be dead."""
-    thresholds = circuit_breaker_pb2.CircuitBreakers.Thresholds(
+def _thresholds(settings: EnvoySettings, percent: float) -> circuit_breaker_pb2.CircuitBreakers.Thresholds:
+    """Limits of one class of calls, as a share of those of normal calls."""
+    return circuit_breaker_pb2.CircuitBreakers.Thresholds(
         max_connections=UInt32Value(value=settings.max_connections),
-        max_pending_requests=UInt32Value(value=settings.max_pending_requests),
-        max_requests=UInt32Value(value=settings.max_requests),
+        max_pending_requests=UInt32Value(value=max(1, round(settings.max_pending_requests * percent / 100))),
+        max_requests=UInt32Value(value=max(1, round(settings.max_requests * percent / 100))),
         retry_budget=circuit_breaker_pb2.CircuitBreakers.Thresholds.RetryBudget(
             budget_percent=percent_pb2.Percent(value=settings.retry_budget_percent),
             min_retry_concurrency=UInt32Value(value=MIN_RETRIES_AT_ONCE),
         ),
     )
+
+
+def _common(name: str, settings: EnvoySettings) -> cluster_pb2.Cluster:
+    """What all clusters share: HTTP/2, limits, no panic routing to servers known to be dead."""
+    normal, low = _thresholds(settings, 100.0), _thresholds(settings, settings.low_priority_percent)
+    low.priority = LOW_PRIORITY
     cluster = cluster_pb2.Cluster(
         name=name,
         connect_timeout=duration(CONNECT_TIMEOUT_S),
-        circuit_breakers=circuit_breaker_pb2.CircuitBreakers(thresholds=[thresholds]),
+        circuit_breakers=circuit_breaker_pb2.CircuitBreakers(thresholds=[normal, low]),
         typed_extension_protocol_options=http2_options(),
         ignore_health_on_host_removal=True,
     )

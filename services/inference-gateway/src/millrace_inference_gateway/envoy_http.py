@@ -14,6 +14,7 @@ from millrace_inference_gateway.envoy_actions import (
     Target,
     aim,
     answer,
+    by_priority,
     header,
     route_action,
     without_lua,
@@ -57,7 +58,7 @@ def http_model_routes(route: Route, settings: GatewaySettings, only: Target | No
             for name, config in without_lua().items():
                 message.typed_per_filter_config[name].CopyFrom(config)
         aim(message, route, only, http=True)
-        found.append(message)
+        found += by_priority(message)
     return found
 
 

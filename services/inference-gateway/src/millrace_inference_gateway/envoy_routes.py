@@ -17,6 +17,7 @@ from millrace_inference_gateway.envoy_actions import (
     RouteMessage,
     Target,
     aim,
+    by_priority,
     header,
     refusal,
     route_action,
@@ -212,7 +213,7 @@ def _grpc_model_routes(route: Route, settings: GatewaySettings, only: Target | N
         if not settings.prediction_log.samples_payloads:
             message.typed_per_filter_config[LUA_FILTER].CopyFrom(without_lua()[LUA_FILTER])
         aim(message, route, only, http=False)
-        found.append(message)
+        found += by_priority(message)
     return found
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 # A Unix socket's path has 108 bytes in Linux, one of them the final zero.
 MAX_SOCKET_PATH_BYTES = 107
+MAX_CLIENT_LIMITS = 1000
 # A DNS label, or a reference that a check away from the cluster leaves as it stands.
 _LABEL_OR_REFERENCE = r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?|\$\{env:[A-Z0-9_]+\})$"
 
@@ -23,6 +24,9 @@ class EnvoySettings(Settings):
     """Requests of one version waiting for a connection; the next gets UNAVAILABLE."""
     max_requests: int = Field(default=4096, ge=1, le=1_000_000)
     """Requests of one version at once; the next gets UNAVAILABLE."""
+    low_priority_percent: float = Field(default=25.0, gt=0, le=100)
+    """Share of `max_requests` and `max_pending_requests` that calls with `x-millrace-priority: low` may fill; those above get UNAVAILABLE,
+    so that they are the first to go when servers are busy."""
     max_retries: int = Field(default=2, ge=0, le=5)
     """Further tries of one request on another server."""
     retry_budget_percent: float = Field(default=20.0, ge=0, le=100)
@@ -141,6 +145,15 @@ class JwtSettings(Settings):
     """JSON Web Key Set of the issuer; read again when it changes."""
 
 
+class ClientLimit(Settings):
+    """How often one client may call."""
+
+    calls_per_s: int = Field(ge=1, le=10_000_000)
+    """Calls a second this replica takes from it; more get RESOURCE_EXHAUSTED."""
+    burst: int = Field(default=0, ge=0, le=10_000_000)
+    """Calls it takes at once after a pause; 0 takes `calls_per_s`."""
+
+
 class AuthSettings(Settings):
     """Who may call the public port, and how often; health checks are for everybody. By default everybody may."""
 
@@ -154,6 +167,10 @@ class AuthSettings(Settings):
     """Calls a second this replica takes from all clients together; more get RESOURCE_EXHAUSTED. 0 is no limit."""
     burst: int = Field(default=0, ge=0, le=10_000_000)
     """Calls it takes at once after a pause; 0 takes `calls_per_s`."""
+    each_client: ClientLimit | None = None
+    """Limit of every client by its name (of its API key, token or certificate)."""
+    clients: dict[str, ClientLimit] = Field(default_factory=dict, max_length=MAX_CLIENT_LIMITS)
+    """Limits of single clients by name, in the place of `each_client`."""
 
 
 class GatewaySettings(ServiceSettings):
