@@ -32,7 +32,7 @@ def start_trial(d: Draft) -> None:
     s.capacity_weight, s.stable_servers = 0.0, 0
     s.step_since, s.unready_since, s.gates, s.comparisons = None, None, [], []
     s.warmup = None
-    s.candidate_since, s.forced, s.resumed_step = d.now, False, -1
+    s.candidate_since, s.forced, s.resumed_step, s.guarding = d.now, False, -1, False
 
 
 def choose_candidate(d: Draft) -> None:
@@ -42,6 +42,10 @@ def choose_candidate(d: Draft) -> None:
         s.aborted = False
         if s.candidate is not None:
             fail(d, "Aborted", "a person ended the rollout")
+    if s.guarding and s.stable is not None and target not in {s.stable.ref.version, _wanted_now(d)}:
+        # It had its promotion; the next version is compared with it, and the window ends early.
+        s.forced = True
+        return
     if s.candidate is not None and s.candidate.ref.version != target:
         version = s.candidate.ref.version
         send_away(d)
@@ -62,6 +66,10 @@ def choose_candidate(d: Draft) -> None:
                 s.failed = Failed(version=target, reason=reason, message=message)
         case VersionRef() as ref:
             _admit(d, ref)
+
+
+def _wanted_now(d: Draft) -> str:
+    return d.status.candidate.ref.version if d.status.candidate is not None else ""
 
 
 def _admit(d: Draft, ref: VersionRef) -> None:
@@ -105,4 +113,4 @@ def send_away(d: Draft) -> None:
     leaving = Retiring(ref=gone.ref, endpoints=gone.endpoints, served=gone.served, service=gone.service)
     s.retiring = [*s.retiring, leaving]
     s.candidate, s.weight, s.mirror, s.entered, s.held_weight = None, 0.0, 0.0, False, None
-    s.step_since, s.forced, s.unready_since, s.undo = None, False, None, ""
+    s.step_since, s.forced, s.unready_since, s.undo, s.guarding = None, False, None, "", False

@@ -248,6 +248,16 @@ def log_fail(state: GateState, steps: int) -> float:
     return top + math.log(sum(math.exp(part - top) for part in parts))
 
 
+def is_close(gate: Gate, state: GateState, steps: int) -> bool:
+    """Whether a test is half the way to failing, on the scale of the evidence's logarithm."""
+    if gate.is_reading:
+        return state.beyond > 0
+    half = -math.log(1.0 - gate.level) / 2.0
+    if gate.metric == "drift/prediction":
+        return state.drift is not None and bool(state.drift.cuts) and drift_gates.log_fail(state.drift) >= half
+    return log_fail(state, steps) >= half
+
+
 def judge(gate: Gate, state: GateState, steps: int) -> GateView:
     """The verdict on what is known now, with the figures in words."""
     if gate.is_reading:

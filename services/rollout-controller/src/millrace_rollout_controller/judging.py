@@ -34,6 +34,8 @@ def missing(d: Draft) -> str:
         return f"held at {s.held_weight:g} % by a person until resume"
     if s.paused:
         return "paused by a person"
+    if (close := going_back(d)) is not None:
+        return f"back at {first_weight(d):g} % while {close.text} is half the way to failing"
     if reason := _missing_time(d, stage):
         return reason
     if stage.weight < 100:
@@ -49,23 +51,67 @@ def missing(d: Draft) -> str:
 def _missing_time(d: Draft, stage: Stage) -> str:
     s = d.status
     number = s.step + 1
-    in_step = d.evidence.step_candidate.requests if _mine(d) and d.evidence.step == s.step else 0
+    in_step = requests_in_stage(d)
+    if stage.of_trial and _mine(d):
+        in_step = d.evidence.candidate.requests
     if in_step < stage.min_requests:
         return f"{in_step} of {stage.min_requests} candidate requests in step {number}"
     if stage.until_resume and s.resumed_step != s.step:
         s.phase = "Paused"
         return "this step waits for resume"
     if s.step_since is not None and d.now - s.step_since < timedelta(seconds=stage.lasts_s):
+        until = s.step_since + timedelta(seconds=stage.lasts_s)
+        if stage.guard:
+            return (
+                f"guarded until {until:%Y-%m-%d %H:%M:%S} UTC: gates may still take the version back; promote ends it"
+            )
         return f"step {number} lasts {stage.lasts_s:g} s"
     return ""
 
 
+def requests_in_stage(d: Draft) -> int:
+    """Candidate requests answered in the present stage."""
+    return d.evidence.step_candidate.requests if _mine(d) and d.evidence.step == d.status.step else 0
+
+
+def first_weight(d: Draft) -> float:
+    """The first weight that is more than none."""
+    return next(stage.weight for stage in d.stages if stage.weight > 0)
+
+
+def going_back(d: Draft) -> Gate | None:
+    """The gate that is so close to failing that the weight goes back to the first stage's; None when none is."""
+    stage = d.stages[d.status.step]
+    if not stage.of_trial or stage.guard or stage.weight <= first_weight(d) or not _mine(d) or d.status.undo:
+        return None
+    pairs = zip(d.spec.rollout.gates, d.evidence.gates, strict=True)
+    return next((gate for gate, state in pairs if gates.is_close(gate, state, len(d.stages))), None)
+
+
+def undecided_at_last(d: Draft) -> str:
+    """Why a stage that had to be decided by now sends the candidate back; empty when it does not."""
+    stage = d.stages[d.status.step]
+    if stage.decided_by is None or not stage.rolls_back or requests_in_stage(d) < stage.decided_by:
+        return ""
+    if d.status.held_weight is not None or d.status.paused or d.status.forced:
+        return ""
+    open_gate = _missing_verdict(d)
+    return (
+        f"not decided within {stage.decided_by} requests of step {d.status.step + 1}: {open_gate}" if open_gate else ""
+    )
+
+
 def _missing_verdict(d: Draft) -> str:
     s = d.status
-    last = d.stages[s.step + 1].weight == 100
+    following = d.stages[s.step + 1] if s.step + 1 < len(d.stages) else d.stages[s.step]
+    last = following.weight == 100 or following.guard
+    decides = d.stages[s.step].decided_by is not None
     for gate, view in zip(d.spec.rollout.gates, s.gates, strict=True):
-        if _must_pass(gate, last) and view.verdict != "pass":
-            return f"{view.gate} is undecided: {view.evidence}"
+        must_pass = _must_pass(gate, last) or (decides and gate.required != "Never")
+        if must_pass and view.verdict != "pass":
+            late = decides and requests_in_stage(d) >= (d.stages[s.step].decided_by or 0)
+            over = "; the step's requests are over, promote or abort decides" if late else ""
+            return f"{view.gate} is undecided: {view.evidence}{over}"
     return ""
 
 

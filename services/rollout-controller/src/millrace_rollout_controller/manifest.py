@@ -86,6 +86,12 @@ class Step(Block):
     min_requests: int = Field(default=0, ge=0, le=1_000_000_000)
     """Candidate requests in this step."""
     pause: Pause | None = None
+    until: Literal["Decided"] | None = None
+    """Decided: stay until every gate has a verdict, but those that are required Never; then `maxRequests` says how long at most."""
+    max_requests: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
+    """Of a step until Decided: candidate requests in it after which `onUndecided` is done."""
+    on_undecided: Literal["Hold", "Rollback"] | None = None
+    """Of a step until Decided: hold the weight for a person, which is what None means, or roll back."""
 
 
 class BlueGreen(Block):
@@ -154,6 +160,16 @@ class Warmup(Block):
     """Whether a failure ends the trial, or is only said."""
 
 
+class Guard(Block):
+    """A window after the candidate has all traffic: the version before stays ready, and every gate may still take the new one back."""
+
+    window: Duration
+    """Length of the window; promote ends it."""
+    hold_back_percent: float = Field(default=0.0, ge=0, le=50)
+    """Percent of the traffic that stays with the version before until the window closes, so that comparisons go on; without it only
+    outcomes of earlier requests still compare. Of Canary and ABTest only."""
+
+
 class Gate(Block):
     """One condition on the candidate: a metric of ours with exactly one of `max`, `min` and `compare`, or a PromQL query with `max` or `min`."""
 
@@ -214,6 +230,10 @@ class Rollout(Block):
     ab_test: ABTest | None = None
     shadow: Shadow | None = None
     gates: tuple[Gate, ...] = Field(default=(), max_length=MAX_GATES)
+    guard: Guard | None = None
+    advance: Literal["BySteps", "OnEvidence"] = "BySteps"
+    """OnEvidence (Canary only): `minRequests` counts the whole rollout instead of the step alone, and while a gate is half the way to failing the
+    weight goes back to the first step's."""
     warmup: Warmup | None = None
     """Replay requests to new servers before the first weight; None leaves it at the warm-up every server does by itself."""
     on_failure: Literal["Rollback"] = "Rollback"

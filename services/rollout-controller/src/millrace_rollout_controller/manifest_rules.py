@@ -71,6 +71,9 @@ def _check_strategy(spec: "Spec") -> None:
         if strategy != rollout.strategy and given[block] is not None:
             raise InvalidArgumentError(f"spec.rollout.{block}", f"belongs to {strategy}, not to {rollout.strategy}")
     _check_steps(rollout.steps or ())
+    _check_guard(rollout)
+    if rollout.advance == "OnEvidence" and rollout.strategy != "Canary":
+        raise InvalidArgumentError("spec.rollout.advance", "OnEvidence belongs to Canary")
     _check_blue_green(rollout)
     _check_split(spec)
     _check_shadow(rollout)
@@ -86,6 +89,25 @@ def _check_steps(steps: "tuple[Step, ...]") -> None:
         before = step.weight
         if step.pause is not None and step.pause.duration is not None:
             seconds(step.pause.duration, f"{where}.pause.duration")
+        if step.until is not None and step.max_requests is None:
+            raise InvalidArgumentError(f"{where}.maxRequests", "is needed by until: Decided")
+        for name, value in (("maxRequests", step.max_requests), ("onUndecided", step.on_undecided)):
+            if value is not None and step.until is None:
+                raise InvalidArgumentError(f"{where}.{name}", "belongs to until: Decided")
+        if step.max_requests is not None and step.max_requests < step.min_requests:
+            raise InvalidArgumentError(f"{where}.maxRequests", "must be at least minRequests")
+
+
+def _check_guard(rollout: "Rollout") -> None:
+    if (guard := rollout.guard) is None:
+        return
+    seconds(guard.window, "spec.rollout.guard.window")
+    where = "spec.rollout.guard.holdBackPercent"
+    _check_decimals(guard.hold_back_percent, where)
+    if guard.hold_back_percent and rollout.strategy not in {"Canary", "ABTest"}:
+        raise InvalidArgumentError(where, "belongs to Canary and ABTest")
+    if guard.hold_back_percent and any(100 - guard.hold_back_percent < s.weight < 100 for s in rollout.steps or ()):
+        raise InvalidArgumentError(where, "leaves less than a step's weight")
 
 
 def _check_blue_green(rollout: "Rollout") -> None:

@@ -3,8 +3,9 @@
 One machine walks all strategies; they differ in this list only. The last stage always gives the candidate everything.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from itertools import accumulate
 
 from millrace_rollout_controller.manifest import ABTest, BlueGreen, Metric, Pause, Shadow, Spec, Step, Strategy
 from millrace_rollout_controller.manifest_rules import seconds
@@ -25,12 +26,32 @@ class Stage:
     """Left by a person's promote only."""
     goal: Metric | None = None
     """Left when this comparison says that the candidate is better."""
+    of_trial: bool = False
+    """`min_requests` counts the whole trial, and the weight goes back while a gate comes close to failing."""
+    decided_by: int | None = None
+    """Left only when every gate has a verdict; candidate requests in the stage by which they should."""
+    rolls_back: bool = False
+    """What `decided_by` does: send the candidate back, instead of waiting for a person."""
+    guard: bool = False
+    """The candidate has all it will get; the window in which late outcomes may take it back."""
     watched: bool = False
     """Gates go on here although nothing is left to do; promote does not cut it short on the way in."""
 
 
 def stages(spec: Spec) -> tuple[Stage, ...]:
-    """The stages of the spec's strategy; at least one, the last of weight 100."""
+    """The stages of the spec's strategy and of its guard; at least one, the last of weight 100."""
+    found = _of_strategy(spec)
+    if (guard := spec.rollout.guard) is None:
+        return found
+    window_s = seconds(guard.window, "window")
+    last = found[-1]
+    if guard.hold_back_percent:
+        held = Stage(100.0 - guard.hold_back_percent, lasts_s=window_s, guard=True, watched=True)
+        return *found[:-1], held, last
+    return *found[:-1], replace(last, lasts_s=max(last.lasts_s, window_s), guard=True, watched=True)
+
+
+def _of_strategy(spec: Spec) -> tuple[Stage, ...]:
     rollout = spec.rollout
     match rollout.strategy:
         case "BlueGreen":
@@ -42,7 +63,14 @@ def stages(spec: Spec) -> tuple[Stage, ...]:
     steps = rollout.steps or (Step(weight=100.0),)
     if steps[-1].weight != 100:
         steps = (*steps, Step(weight=100.0))
-    return tuple(_canary(step) for step in steps)
+    found = tuple(_canary(step) for step in steps)
+    return _on_evidence(found) if rollout.advance == "OnEvidence" else found
+
+
+def _on_evidence(found: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """Each stage asks for the requests of all stages up to it, whenever they came."""
+    sums = accumulate(stage.min_requests for stage in found)
+    return tuple(replace(stage, min_requests=total, of_trial=True) for stage, total in zip(found, sums, strict=True))
 
 
 def guarded_until(spec: Spec, status: Status) -> datetime | None:
@@ -50,7 +78,8 @@ def guarded_until(spec: Spec, status: Status) -> datetime | None:
     if not status.guarding or status.step_since is None:
         return None
     found = stages(spec)
-    return status.step_since + timedelta(seconds=found[min(status.step, len(found) - 1)].lasts_s)
+    stage = found[min(status.step, len(found) - 1)]
+    return status.step_since + timedelta(seconds=stage.lasts_s) if stage.guard else None
 
 
 def compared(spec: Spec) -> tuple[Metric, ...]:
@@ -70,7 +99,14 @@ def confidence(spec: Spec) -> float:
 
 def _canary(step: Step) -> Stage:
     lasts_s, until_resume = _pause(step.pause)
-    return Stage(step.weight, min_requests=step.min_requests, lasts_s=lasts_s, until_resume=until_resume)
+    return Stage(
+        step.weight,
+        min_requests=step.min_requests,
+        lasts_s=lasts_s,
+        until_resume=until_resume,
+        decided_by=step.max_requests,
+        rolls_back=step.on_undecided == "Rollback",
+    )
 
 
 def _blue_green(block: BlueGreen) -> tuple[Stage, ...]:
@@ -98,7 +134,11 @@ def _shadow(block: Shadow) -> tuple[Stage, ...]:
     lasts_s = seconds(block.duration, "duration") if block.duration else 0.0
     hold = block.on_success == "Hold"
     copies = Stage(
-        0.0, mirror=block.mirror_percent, min_requests=block.min_requests, lasts_s=lasts_s, until_promote=hold
+        0.0,
+        mirror=block.mirror_percent,
+        min_requests=block.min_requests,
+        lasts_s=lasts_s,
+        until_promote=hold,
     )
     return copies, Stage(100.0)
 

@@ -5,7 +5,7 @@ from datetime import timedelta
 from millrace_rollout_controller.candidates import fail
 from millrace_rollout_controller.capacity import short
 from millrace_rollout_controller.history import record
-from millrace_rollout_controller.judging import judge_gates, missing
+from millrace_rollout_controller.judging import first_weight, going_back, judge_gates, missing, undecided_at_last
 from millrace_rollout_controller.plans import Draft
 from millrace_rollout_controller.state import Retiring
 from millrace_rollout_controller.warm_gate import warm
@@ -72,6 +72,7 @@ def _begin(d: Draft) -> None:
 def _enter(d: Draft, step: int) -> None:
     s, stage = d.status, d.stages[step]
     s.step, s.weight, s.mirror, s.step_since, s.entered = step, stage.weight, stage.mirror, None, True
+    s.guarding = (stage.guard or s.guarding) and not s.undo
     if s.candidate is not None:
         s.candidate.served = s.candidate.served or stage.weight > 0 or stage.mirror > 0
         version = s.candidate.ref.version
@@ -93,6 +94,9 @@ def _progress(d: Draft, ready: bool) -> None:
     if failing is not None:
         fail(d, "GateFailed", f"{failing.gate}: {failing.evidence}")
         return
+    if undecided := undecided_at_last(d):
+        fail(d, "Undecided", undecided)
+        return
     s.phase = "Paused" if s.paused else "Promoting" if s.weight == 100 else "Progressing"
     if not ready:
         return
@@ -111,7 +115,8 @@ def _progress(d: Draft, ready: bool) -> None:
         return
     if s.step < last:
         if not short(d, d.stages[s.step + 1].weight):
-            record(d, "StepPassed", f"step {s.step + 1} of {last + 1} has what it asks for")
+            passed = "Guarded" if d.stages[s.step + 1].guard else "StepPassed"
+            record(d, passed, f"step {s.step + 1} of {last + 1} has what it asks for")
             _enter(d, s.step + 1)
     elif d.in_force(version, 100.0):
         _complete(d)
@@ -121,11 +126,19 @@ def _force(d: Draft, last: int) -> None:
     """A person's promote, or an undo: the rest of the stages is skipped."""
     s = d.status
     s.held_weight = None
+    guarded, undo = s.guarding, s.undo != ""
+    guard = next((number for number, stage in enumerate(d.stages) if stage.guard), None)
+    if guard is not None and not guarded and not undo and s.step < guard:
+        # Whoever promotes skips the steps; the window remains, and a second promote ends it.
+        if not short(d, d.stages[guard].weight):
+            _enter(d, guard)
+            s.forced = False
+        return
     if s.weight != 100:
         if short(d, 100.0):
             return
         _enter(d, last)
-        s.forced = not d.stages[last].watched or s.undo != ""
+        s.forced = not d.stages[last].watched or undo or guarded
     else:
         _complete(d)
 
@@ -135,6 +148,8 @@ def _reweigh(d: Draft) -> bool:
     s = d.status
     stage = d.stages[s.step]
     wanted = stage.weight if s.held_weight is None else s.held_weight
+    if s.held_weight is None and going_back(d) is not None:
+        wanted = first_weight(d)
     if s.weight == wanted or s.candidate is None:
         return False
     if short(d, wanted):
@@ -165,7 +180,7 @@ def _complete(d: Draft) -> None:
             fate = f"is kept for {keep_s} s"
     s.retiring = [*s.retiring, leaving]
     s.stable, s.candidate, s.weight, s.mirror, s.forced, s.waiting = new, None, 0.0, 0.0, False, ""
-    s.entered, s.held_weight, s.undo, s.step_since = False, None, "", None
+    s.entered, s.held_weight, s.undo, s.step_since, s.guarding = False, None, "", None, False
     s.previous_version = old.ref.version
     s.phase = "Promoted"
     s.event(d.now, "Normal", "Promoted", f"{new.ref.version} is stable; {old.ref.version} {fate}")

@@ -108,6 +108,23 @@ CEL: dict[str, list[Rule]] = {
         ),
     ],
     "spec.rollout": [
+        _rule(
+            f"!has(self.advance) || self.advance == 'BySteps' || {_STRATEGY} == 'Canary'",
+            "OnEvidence belongs to Canary",
+            ".advance",
+        ),
+        _rule(
+            "!has(self.guard) || !has(self.guard.holdBackPercent) || double(self.guard.holdBackPercent) == 0.0"
+            f" || {_STRATEGY} in ['Canary', 'ABTest']",
+            "belongs to Canary and ABTest",
+            ".guard.holdBackPercent",
+        ),
+        _rule(
+            "!has(self.guard) || !has(self.guard.holdBackPercent) || !has(self.steps) || self.steps.all(s,"
+            " double(s.weight) == 100.0 || double(s.weight) <= 100.0 - double(self.guard.holdBackPercent))",
+            "leaves less than a step's weight",
+            ".guard.holdBackPercent",
+        ),
         _only("steps", "Canary"),
         _only("blueGreen", "BlueGreen"),
         _only("abTest", "ABTest"),
@@ -120,6 +137,18 @@ CEL: dict[str, list[Rule]] = {
             "each weight must be greater than the step's before",
         ),
     ],
+    "spec.rollout.steps.items": [
+        _rule("!has(self.until) || has(self.maxRequests)", "is needed by until: Decided", ".maxRequests"),
+        _rule("!has(self.maxRequests) || has(self.until)", "belongs to until: Decided", ".maxRequests"),
+        _rule("!has(self.onUndecided) || has(self.until)", "belongs to until: Decided", ".onUndecided"),
+        _rule(
+            "!has(self.maxRequests) || !has(self.minRequests) || self.maxRequests >= self.minRequests",
+            "must be at least minRequests",
+            ".maxRequests",
+        ),
+    ],
+    "spec.rollout.guard.window": [_DURATION],
+    "spec.rollout.guard.holdBackPercent": [_DECIMALS],
     "spec.rollout.steps.items.weight": [_DECIMALS],
     "spec.rollout.steps.items.pause.duration": [_DURATION],
     "spec.rollout.blueGreen.mirrorPercent": [_DECIMALS],
