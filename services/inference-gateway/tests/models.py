@@ -26,16 +26,23 @@ class Model(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.fail: grpc.StatusCode | None = None
         self.calls = 0
         self.metadata: dict[str, str] = {}
+        self.max_rows = 1 << 20
+        self.now = self.most_at_once = 0
 
     async def ModelInfer(self, request, context):
         self.calls += 1
         self.metadata = {k: v for k, v in context.invocation_metadata() if isinstance(v, str)}
         if self.delay_s:
+            self.now += 1
+            self.most_at_once = max(self.most_at_once, self.now)
             await asyncio.sleep(self.delay_s)
+            self.now -= 1
         if self.fail is not None:
             await context.abort(self.fail, "told to fail")
         if request.model_name != self.model:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no model {request.model_name}")
+        if request.inputs[0].shape[0] > self.max_rows:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"more than {self.max_rows} rows")
         values = np.frombuffer(request.raw_input_contents[0], "<f4")
         rows = np.nan_to_num(values.reshape(request.inputs[0].shape)).sum(axis=1, dtype=np.float32).reshape(-1, 1)
         response = service_pb2.ModelInferResponse(model_name=self.model, model_version=self.name, id=request.id)

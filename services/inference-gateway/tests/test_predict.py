@@ -8,12 +8,19 @@ import grpc
 import grpc.aio
 import models
 import pytest
-from gateway import MODEL, Features, arm, eventually, gateway, route
+from gateway import CANDIDATE, MODEL, STABLE, Features, Gateway, arm, eventually, gateway, route
+from google.protobuf import json_format
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from millrace_api.common.v1 import common_pb2
+from millrace_api.events.v1 import events_pb2
 from millrace_api.prediction.v1 import prediction_pb2
+from millrace_api.rollout.v1 import rollout_pb2
 from millrace_inference_gateway import grpc_http1
+from millrace_inference_gateway.predict_steps import checked_plan
+from millrace_inference_gateway.predictor import Caller
+from millrace_inference_gateway.routes import check_routes
+from millrace_kit.bus import PREDICTIONS, open_bus
 from millrace_kit.errors import InvalidArgumentError, MillraceError, NotFoundError, ResourceExhaustedError
 
 PREDICT = "/millrace_api.prediction.v1.PredictionService/Predict"
@@ -82,6 +89,194 @@ async def test_compressed_and_broken_messages() -> None:
             return prediction_pb2.PredictResponse.FromString(direct).outputs[0] == 4.0
 
         await eventually(ended, "Predict at the gRPC server")
+
+
+def plan(**fields: object) -> rollout_pb2.PredictPlan:
+    return json_format.ParseDict(fields, rollout_pb2.PredictPlan())
+
+
+async def test_defaults_steps_and_what_the_caller_is_told() -> None:
+    async with gateway() as (g, rollout), models.serving(models.Model("1.0.0")) as address:
+        made = arm("1.0.0", address)
+        made.predict.CopyFrom(
+            plan(defaults={"b": 10.0}, post=[{"threshold": {"value": 12}}, {"labels": {"names": ["no", "yes"]}}])
+        )
+        await rollout.in_force(rollout.set(route(made)))
+        answer = await g.predict("flight", a=1.0, c=4.0)
+        assert (list(answer.outputs), list(answer.model_outputs), list(answer.labels)) == ([1.0], [15.0], ["yes"])
+        assert (list(answer.missing_features), list(answer.defaulted_features)) == (["b"], ["b"])
+        other = await g.predict("flight", a=1.0)
+        assert (list(other.outputs), list(other.labels)) == ([0.0], ["no"])
+        assert list(other.missing_features) == ["b", "c"]
+        assert list(other.defaulted_features) == ["b"]
+        logged = {p.prediction_id: p for p in await on_the_bus(g, 2)}
+        mine = logged[answer.prediction_id]
+        assert (list(mine.features), list(mine.outputs)) == ([1.0, 10.0, 4.0], [15.0])
+        assert (list(mine.answered), list(mine.labels), mine.cached) == ([1.0], ["yes"], False)
+
+
+async def on_the_bus(g: Gateway, count: int) -> list[events_pb2.Prediction]:
+    bus = await open_bus(g.settings.bus)
+    subscription = await bus.subscribe([PREDICTIONS], group="test")
+    found: list[events_pb2.Prediction] = []
+
+    async def ask() -> bool:
+        for message in await subscription.fetch(timeout_s=0.1):
+            found.extend(events_pb2.PredictionsMade.FromString(message.value).predictions)
+        return len(found) >= count
+
+    await eventually(ask, f"{count} predictions on the bus")
+    await subscription.close()
+    await bus.close()
+    return found
+
+
+async def test_a_batch_has_an_answer_or_an_error_for_each_row_and_few_model_calls() -> None:
+    async with (
+        gateway(batch_rows_together=8) as (g, rollout),
+        models.serving(model := models.Model("1.0.0")) as address,
+    ):
+        await rollout.in_force(rollout.set(route(arm("1.0.0", address))))
+        await g.predict(a=0.0)
+        rows = [request(**({"a": float(n)} if n != 5 else {"b": 1.0})) for n in range(20)]
+        batch = prediction_pb2.PredictBatchRequest(
+            model=MODEL,
+            rows=[prediction_pb2.PredictRow(inputs=one.inputs, subject=f"s{n}") for n, one in enumerate(rows)],
+        )
+        before = model.calls
+        answer = await g.predictions.PredictBatch(batch, timeout=20)
+        assert model.calls - before == 3
+        ids = set()
+        for n, result in enumerate(answer.results):
+            if n == 5:
+                assert (result.failure.code, result.failure.metadata["field"]) == (3, "inputs.a")
+            else:
+                assert list(result.response.outputs) == [float(n)]
+                ids.add(result.response.prediction_id)
+        assert len(ids) == 19
+
+        # A model that does not take so many rows is asked row by row.
+        model.max_rows = 1
+        answer = await g.predictions.PredictBatch(batch, timeout=20)
+        assert [list(r.response.outputs) for r in answer.results if r.HasField("response")] == [
+            [float(n)] for n in range(20) if n != 5
+        ]
+        for wrong in ([], [prediction_pb2.PredictRow()] * 300):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await g.predictions.PredictBatch(prediction_pb2.PredictBatchRequest(model=MODEL, rows=wrong), timeout=5)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_rows_of_a_batch_stay_on_their_side_of_a_split() -> None:
+    async with (
+        gateway() as (g, rollout),
+        models.serving(models.Model("1.0.0")) as at_first,
+        models.serving(models.Model("1.1.0")) as at_second,
+    ):
+        arms = [arm("1.0.0", at_first, weight=50), arm("1.1.0", at_second, weight=50, role=CANDIDATE)]
+        await rollout.in_force(rollout.set(route(*arms)))
+        subjects = [f"user-{n}" for n in range(30)]
+        alone = {s: (await g.predict(s, a=1.0)).version for s in subjects}
+        rows = [prediction_pb2.PredictRow(inputs=request(a=1.0).inputs, subject=s) for s in subjects]
+        batch = prediction_pb2.PredictBatchRequest(model=MODEL, rows=rows)
+        answer = await g.predictions.PredictBatch(batch, timeout=20)
+        assert {s: r.response.version for s, r in zip(subjects, answer.results, strict=True)} == alone
+        assert set(alone.values()) == {"1.0.0", "1.1.0"}
+
+
+async def test_a_stream_answers_as_it_can_with_a_bound_on_what_is_under_way() -> None:
+    async with gateway(max_stream_calls=4) as (g, rollout), models.serving(model := models.Model("1.0.0")) as address:
+        await rollout.in_force(rollout.set(route(arm("1.0.0", address))))
+        await g.predict(a=0.0)
+        model.delay_s = 0.05
+        model.most_at_once = 0
+
+        async def asked():
+            for n in range(30):
+                yield prediction_pb2.PredictStreamRequest(call_id=str(n), request=request(a=float(n)))
+            yield prediction_pb2.PredictStreamRequest(call_id="wrong", request=request(b=1.0))
+
+        found = {}
+        async for answer in g.predictions.PredictStream(asked(), timeout=60):
+            found[answer.call_id] = answer.result
+        assert len(found) == 31
+        assert found.pop("wrong").failure.reason == "INVALID_FIELD"
+        assert {name: list(result.response.outputs) for name, result in found.items()} == {
+            str(n): [float(n)] for n in range(30)
+        }
+        assert 1 < model.most_at_once <= 4
+
+
+async def test_answers_that_may_be_given_again() -> None:
+    async with (
+        gateway() as (g, rollout),
+        models.serving(model := models.Model("1.0.0")) as at_first,
+        models.serving(models.Model("1.1.0")) as at_second,
+    ):
+        made = arm("1.0.0", at_first)
+        made.predict.CopyFrom(plan(cache={"maxAgeMs": 60_000, "inputs": ["a"]}))
+        await rollout.in_force(rollout.set(route(made)))
+        # The first look-up tells which definitions are in force.
+        first = await g.predict("one", a=1.0)
+        calls = model.calls
+        again = await g.predict("two", a=1.0, c=9.0)
+        assert (again.cached, list(again.outputs), again.version) == (True, [1.0], "1.0.0")
+        assert again.prediction_id != first.prediction_id
+        assert not (await g.predict("one", a=2.0)).cached
+        assert model.calls == calls + 1
+        logged = {p.prediction_id: p for p in await on_the_bus(g, 3)}
+        assert (logged[again.prediction_id].cached, logged[again.prediction_id].subject) == (True, "two")
+        assert not logged[first.prediction_id].cached
+
+        async def counted():
+            found = await g.figures()
+            return found if found and found.versions and found.versions[0].requests == 2 else None
+
+        await eventually(counted, "only what the model answered among the figures")
+
+        # With a second version in the traffic every request is evidence.
+        candidate = arm("1.1.0", at_second, weight=50, role=CANDIDATE)
+        made.weight = 50
+        await rollout.in_force(rollout.set(route(made, candidate)))
+        assert not (await g.predict("one", a=1.0)).cached
+        # Another version's answers are its own.
+        candidate.weight, candidate.role = 100, STABLE
+        candidate.predict.CopyFrom(made.predict)
+        await rollout.in_force(rollout.set(route(candidate)))
+        other = await g.predict("one", a=1.0)
+        assert (other.cached, other.version) == (False, "1.1.0")
+
+
+def test_who_may_get_an_answer_made_for_somebody_else() -> None:
+    message = rollout_pb2.Routes(models=[route(arm("1.0.0", "127.0.0.1:8001"), callers=["shop"])])
+    narrow = check_routes(message).routes[MODEL]
+    message.models[0].callers[:] = ["*"]
+    wide = check_routes(message).routes[MODEL]
+    shop, other = Caller(None, {b"x-millrace-client": b"shop"}), Caller(None, {})
+    assert [c.may_share(narrow) for c in (shop, other)] == [True, False]
+    assert [c.may_share(wide) for c in (shop, other)] == [True, True]
+    assert not Caller(None, {b"x-millrace-version": b"1.0.0"}).may_share(wide)
+
+
+def test_steps() -> None:
+    made = checked_plan(plan(post=[{"softmax": {}}, {"argmax": {}}, {"labels": {"names": ["x", "y"]}}]), "predict")
+    assert made.finished([1.0, 1000.0]) == ([1.0], ["y"])
+    assert checked_plan(plan(post=[{"sigmoid": {}}]), "p").finished([-1000.0, 0.0, 1000.0]) == ([0.0, 0.5, 1.0], [])
+    assert checked_plan(plan(post=[{"clip": {"min": 0, "max": 2}}]), "p").finished([-1.0, 5.0]) == ([0.0, 2.0], [])
+    assert sum(checked_plan(plan(post=[{"softmax": {}}]), "p").finished([1.0, 2.0, 3.0])[0]) == pytest.approx(1.0)
+    for where, wrong in {
+        "p.post[0]": {"post": [{}]},
+        "p.post[0].clip": {"post": [{"clip": {"min": 3, "max": 2}}]},
+        "p.post[0].threshold.value": {"post": [{"threshold": {"value": "NaN"}}]},
+        "p.post[1]": {"post": [{"sigmoid": {}}, {"labels": {"names": ["x"]}}]},
+        "p.post[2]": {"post": [{"argmax": {}}, {"labels": {"names": ["x"]}}, {"sigmoid": {}}]},
+        "p.defaults['x']": {"defaults": {"x": "Infinity"}},
+        "p.cache.max_age_ms": {"cache": {}},
+        "p.post": {"post": [{"sigmoid": {}}] * 9},
+    }.items():
+        with pytest.raises(InvalidArgumentError) as caught:
+            checked_plan(plan(**wrong), "p")
+        assert caught.value.field == where
 
 
 def test_frames() -> None:

@@ -3,7 +3,7 @@
 Everything else is reachable through the typed stubs of each area.
 """
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import Self
@@ -25,7 +25,14 @@ from millrace_kit.client import open_channel
 from millrace_kit.errors import MillraceError
 from millrace_kit.settings import TlsSettings
 
-from millrace.areas.serving import PREDICT_TIMEOUT_S, predict_request
+from millrace.areas.serving import (
+    PREDICT_TIMEOUT_S,
+    Answer,
+    answer_of,
+    batch_request,
+    predict_request,
+    stream_requests,
+)
 from millrace.endpoints import Endpoints
 from millrace.values import Scalar
 
@@ -78,6 +85,43 @@ class Client:
         except grpc.aio.AioRpcError as error:
             raise MillraceError.from_rpc(error) from None
         return answer
+
+    async def predict_batch(
+        self,
+        model: str,
+        rows: Sequence[Mapping[str, Scalar | None]],
+        *,
+        subjects: Sequence[str] = (),
+        timeout_s: float = PREDICT_TIMEOUT_S,
+    ) -> list[Answer]:
+        """An answer, or the error it failed with, for each of `rows` in their order.
+
+        Raises:
+            MillraceError: the gateway refused them all or did not answer within `timeout_s`.
+        """
+        request = batch_request(model, rows, subjects)
+        try:
+            answer: prediction.PredictBatchResponse = await self.predictions.PredictBatch(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise MillraceError.from_rpc(error) from None
+        return [answer_of(result) for result in answer.results]
+
+    async def predict_stream(
+        self, model: str, rows: Iterable[Mapping[str, Scalar | None]], *, timeout_s: float | None = None
+    ) -> AsyncIterator[tuple[int, Answer]]:
+        """Position and answer of each of `rows`, as they become ready; rows are taken as fast as the gateway answers.
+
+        Raises:
+            MillraceError: the stream broke off.
+        """
+        call = self.predictions.PredictStream(stream_requests(model, rows), timeout=timeout_s)
+        try:
+            async for answer in call:
+                yield int(answer.call_id), answer_of(answer.result)
+        except grpc.aio.AioRpcError as error:
+            raise MillraceError.from_rpc(error) from None
+        finally:
+            call.cancel()
 
     async def online(self, request: feature.GetOnlineFeaturesRequest) -> feature.GetOnlineFeaturesResponse:
         """Online values of 1 to 1000 entity rows.

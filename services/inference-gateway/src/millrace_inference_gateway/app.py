@@ -34,6 +34,7 @@ from millrace_inference_gateway.prediction_log import PredictionLog
 from millrace_inference_gateway.predictor import Predictor
 from millrace_inference_gateway.publisher import Publisher
 from millrace_inference_gateway.request_samples import RequestSamples
+from millrace_inference_gateway.result_cache import ResultCache
 from millrace_inference_gateway.route_watch import RouteWatch
 from millrace_inference_gateway.servicer import GatewayServicer, PredictionServicer, ServerServicer, door_methods
 from millrace_inference_gateway.settings import GatewaySettings
@@ -101,21 +102,20 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
             features, at_once=settings.feature_reads_at_once, max_rows=settings.feature_rows_together
         ),
         models=ModelCaller(models),
+        cache=ResultCache(settings.result_cache_entries),
         log=log,
         answers=answers,
         clock=clock,
         new_id=uuid7,
     )
-    predictions = PredictionServicer(predictor)
+    predictions = PredictionServicer(predictor, settings.max_stream_calls)
     door = CallDoor(
         door_methods(predictor),
         max_message_bytes=max_message_bytes,
         max_concurrent=settings.max_concurrent_rpcs,
         default_deadline_s=settings.predict_timeout_s,
     )
-    gateway = GatewayServicer(
-        figures, log, lambda: applier.in_force, clock, uuid7(), shadows=shadows, samples=samples
-    )
+    gateway = GatewayServicer(figures, log, lambda: applier.in_force, clock, uuid7(), shadows=shadows, samples=samples)
     server = ServerServicer(lambda: applier.in_force, version("millrace-inference-gateway"))
 
     def add(to: grpc.aio.Server) -> None:

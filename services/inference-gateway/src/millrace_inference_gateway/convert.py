@@ -1,29 +1,14 @@
 """Values to messages."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import datetime
 
-from millrace_api.events.v1 import events_pb2
 from millrace_api.prediction.v1 import prediction_pb2
+from millrace_kit.errors import MillraceError
 
 from millrace_inference_gateway.figures import VersionCounts
 from millrace_inference_gateway.prediction_log import LogCounts
 from millrace_inference_gateway.shadow_figures import ShadowCounts, ShadowFigures
-
-
-def prediction_of(
-    prediction: events_pb2.Prediction, missing: Sequence[str], max_feature_age_ms: int
-) -> prediction_pb2.PredictResponse:
-    """The answer that belongs to a logged prediction."""
-    return prediction_pb2.PredictResponse(
-        prediction_id=prediction.prediction_id,
-        model=prediction.model,
-        version=prediction.version,
-        digest=prediction.digest,
-        outputs=prediction.outputs,
-        missing_features=missing,
-        max_feature_age_ms=max_feature_age_ms,
-    )
 
 
 def figures_response(
@@ -63,3 +48,12 @@ def _shadow(segment: str, counts: ShadowCounts) -> prediction_pb2.ShadowFigures:
         for edge, count in sorted(buckets.items()):
             found.buckets.add(le=edge, count=count)
     return message
+
+
+def failure_of(error: MillraceError) -> prediction_pb2.PredictResult:
+    """Why one of several predictions has no answer."""
+    return prediction_pb2.PredictResult(
+        failure=prediction_pb2.PredictFailure(
+            code=error.code.value[0], reason=error.reason, message=error.message, metadata=error.metadata
+        )
+    )

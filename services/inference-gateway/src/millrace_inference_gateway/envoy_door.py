@@ -15,7 +15,10 @@ from millrace_inference_gateway.envoy_clusters import CONNECT_TIMEOUT_S, HTTP_OP
 from millrace_inference_gateway.settings import EnvoySettings
 
 DOOR_CLUSTER = "gateway_door"
-DOOR_PATHS = ("/millrace_api.prediction.v1.PredictionService/Predict",)
+DOOR_PATHS = (
+    "/millrace_api.prediction.v1.PredictionService/Predict",
+    "/millrace_api.prediction.v1.PredictionService/PredictBatch",
+)
 
 
 def door_cluster(socket: str, settings: EnvoySettings) -> cluster_pb2.Cluster:

@@ -74,10 +74,10 @@ def from_inputs(route: Route, inputs: Mapping[str, common_pb2.Value]) -> Vector:
     return Vector(tuple(values))
 
 
-def request_head(route: Route) -> bytes:
-    """Everything of the model's request except the values; the same for every call of a route."""
+def request_head(route: Route, rows: int) -> bytes:
+    """Everything of the model's request except the values; the same for every call of a route with so many rows."""
     tensor = service_pb2.ModelInferRequest.InferInputTensor(
-        name=route.input_tensor, datatype="FP32", shape=[1, len(route.feature_names)]
+        name=route.input_tensor, datatype="FP32", shape=[rows, len(route.feature_names)]
     )
     wanted = [service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=route.output_tensor)]
     return service_pb2.ModelInferRequest(  # type: ignore[no-any-return]
@@ -85,10 +85,10 @@ def request_head(route: Route) -> bytes:
     ).SerializeToString()
 
 
-def request_bytes(head: bytes, values: Sequence[float]) -> bytes:
-    """A `ModelInferRequest` with one row of `values` as little-endian float32."""
+def request_bytes(head: bytes, rows: Sequence[Sequence[float]]) -> bytes:
+    """A `ModelInferRequest` with `rows` as little-endian float32."""
     with np.errstate(over="ignore"):
-        raw = np.asarray(values, "<f4").tobytes()
+        raw = np.asarray(rows, "<f4").tobytes()
     return head + _RAW_INPUT_TAG + _varint(len(raw)) + raw
 
 
@@ -115,6 +115,19 @@ def response_values(body: bytes, output_tensor: str) -> list[float]:
     except (DecodeError, IndexError, struct.error, ValueError) as error:
         raise _bad_answer(f"cannot be read: {error}") from error
     raise _bad_answer(f"has no tensor {output_tensor!r}")
+
+
+def response_rows(body: bytes, output_tensor: str, rows: int) -> list[list[float]]:
+    """The output tensor's values, row by row.
+
+    Raises:
+        MillraceError: the model server's answer cannot be used (INTERNAL, reason BAD_MODEL_ANSWER).
+    """
+    values = response_values(body, output_tensor)
+    width, rest = divmod(len(values), rows)
+    if rest:
+        raise _bad_answer(f"has {len(values)} values for {rows} rows")
+    return [values[start : start + width] for start in range(0, rows * width, width)] if width else [[]] * rows
 
 
 def _decode(tensor: object, raw: Sequence[bytes], index: int) -> list[float]:

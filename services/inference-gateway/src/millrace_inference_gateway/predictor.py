@@ -1,38 +1,72 @@
-"""Predict as a whole: check, features, model, log, answer. Every door to it is a thin edge over this."""
+"""Predict as a whole: features, defaults, model, steps, log, answer. Every door to it is a thin edge over this."""
 
-import re
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from millrace_api.events.v1 import events_pb2
 from millrace_api.prediction.v1 import prediction_pb2
-from millrace_kit import check
 from millrace_kit.clock import Clock, IdSource
-from millrace_kit.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from millrace_kit.errors import InvalidArgumentError, MillraceError
 from millrace_kit.telemetry import current_trace_id
 
 from millrace_inference_gateway.answers import Answers
-from millrace_inference_gateway.convert import prediction_of
+from millrace_inference_gateway.convert import failure_of
+from millrace_inference_gateway.envoy_access import CLIENT_HEADER
 from millrace_inference_gateway.feature_reads import FeatureReads
-from millrace_inference_gateway.predict import (
-    MAX_NAME,
-    Vector,
-    from_inputs,
-    request_bytes,
-    request_head,
-    response_values,
-)
+from millrace_inference_gateway.predict import Vector, from_inputs, request_bytes, request_head, response_rows
+from millrace_inference_gateway.predict_requests import check_row, route_of
 from millrace_inference_gateway.prediction_log import PredictionLog
-from millrace_inference_gateway.routes import Route, RouteTable
+from millrace_inference_gateway.result_cache import Kept, ResultCache, only_arm
+from millrace_inference_gateway.routes import ANYBODY, Route, RouteTable
 from millrace_inference_gateway.settings import GatewaySettings
-from millrace_inference_gateway.upstream import ModelCaller
+from millrace_inference_gateway.upstream import ModelAnswer, ModelCaller
 
-MAX_STICKY = 256
-# What a metadata value may hold, printable ASCII.
-_PRINTABLE = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
 _MIN_CALL_S = 0.001
+_CLIENT, _VERSION = CLIENT_HEADER.encode(), b"x-millrace-version"
 
 Table = Callable[[], RouteTable]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: what its deadline leaves (None without one), and its headers that rules and rights go by."""
+
+    remaining_s: float | None
+    headers: Mapping[bytes, bytes] = field(default_factory=dict)
+
+    @property
+    def client(self) -> str:
+        """Its name, as the gateway's authentication gave it."""
+        return self.headers.get(_CLIENT, b"").decode("utf-8", "replace")
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it chooses the version itself."""
+        return _VERSION in self.headers
+
+    def may_share(self, route: Route) -> bool:
+        """Whether it may get an answer that was made for somebody else."""
+        allowed = not route.callers or ANYBODY in route.callers or self.client in route.callers
+        return allowed and not self.pinned
+
+
+@dataclass(slots=True)
+class _Row:
+    """One prediction on its way."""
+
+    request: prediction_pb2.PredictRequest
+    caller: Caller
+    started: float
+    vector: Vector
+    values: tuple[float, ...]
+    defaulted: Sequence[str]
+
+    @property
+    def sticky(self) -> str:
+        """What keeps the caller on one version."""
+        return self.request.sticky_key or self.request.subject
 
 
 class Predictor:
@@ -45,6 +79,7 @@ class Predictor:
         table: Table,
         features: FeatureReads,
         models: ModelCaller,
+        cache: ResultCache,
         log: PredictionLog,
         answers: Answers,
         clock: Clock,
@@ -54,87 +89,203 @@ class Predictor:
         self._table = table
         self._features = features
         self._models = models
+        self._cache = cache
         self._log = log
         self._answers = answers
         self._clock = clock
         self._new_id = new_id
         self._heads: dict[Route, bytes] = {}
 
-    async def predict(
-        self, request: prediction_pb2.PredictRequest, remaining_s: float | None
-    ) -> prediction_pb2.PredictResponse:
-        """One prediction; `remaining_s` is what the caller's deadline leaves, None without one.
+    async def predict(self, request: prediction_pb2.PredictRequest, caller: Caller) -> prediction_pb2.PredictResponse:
+        """One prediction.
 
         Raises:
             MillraceError: what is wrong with the request, or which of the two calls failed.
         """
-        route = self._route(request)
+        route = route_of(request.model, self._table())
+        check_row(request, self._settings.max_inputs)
+        if (known := self._known(route, request, caller)) is not None:
+            return known
+        until = self._until(caller)
+        row = await self._looked_up(route, request, caller, until)
+        (response,) = await self._answered(route, [row], until)
+        return response
+
+    async def predict_batch(
+        self, request: prediction_pb2.PredictBatchRequest, caller: Caller
+    ) -> prediction_pb2.PredictBatchResponse:
+        """An answer or a failure for each row.
+
+        Raises:
+            MillraceError: what is wrong with the request as a whole.
+        """
+        route = route_of(request.model, self._table())
+        if not 1 <= len(request.rows) <= self._settings.max_batch_rows:
+            raise InvalidArgumentError("rows", f"needs 1 to {self._settings.max_batch_rows} rows")
+        until = self._until(caller)
+        results: dict[int, prediction_pb2.PredictResult] = {}
+
+        async def look_up(index: int, message: prediction_pb2.PredictRow) -> _Row | None:
+            one = _single(request.model, message)
+            try:
+                check_row(one, self._settings.max_inputs)
+                if (known := self._known(route, one, caller)) is not None:
+                    results[index] = prediction_pb2.PredictResult(response=known)
+                    return None
+                return await self._looked_up(route, one, caller, until)
+            except MillraceError as error:
+                results[index] = failure_of(error)
+                return None
+
+        rows = await asyncio.gather(*(look_up(index, message) for index, message in enumerate(request.rows)))
+        found = {index: row for index, row in enumerate(rows) if row is not None}
+
+        async def ask(indices: Sequence[int]) -> None:
+            try:
+                answers = await self._answered(route, [found[i] for i in indices], until)
+            except MillraceError as error:
+                if len(indices) > 1 and error.code.name in {"INVALID_ARGUMENT", "INTERNAL", "UNKNOWN"}:
+                    # One row that the model does not take, or more rows than it takes: each by itself.
+                    await asyncio.gather(*(ask([index]) for index in indices))
+                    return
+                results.update(dict.fromkeys(indices, failure_of(error)))
+                return
+            results.update({i: prediction_pb2.PredictResult(response=a) for i, a in zip(indices, answers, strict=True)})
+
+        await asyncio.gather(*(ask(part) for part in self._parts(route, found)))
+        return prediction_pb2.PredictBatchResponse(results=[results[i] for i in range(len(request.rows))])
+
+    def _parts(self, route: Route, rows: Mapping[int, _Row]) -> Iterable[Sequence[int]]:
+        """Rows that may share a model call: those that one version answers for sure."""
+        groups: dict[str, list[int]] = {}
+        together = only_arm(route) is not None
+        for index, row in rows.items():
+            groups.setdefault("" if together else row.sticky or f"\n{index}", []).append(index)
+        size = self._settings.batch_rows_together
+        for indices in groups.values():
+            for start in range(0, len(indices), size):
+                yield indices[start : start + size]
+
+    def _until(self, caller: Caller) -> float:
+        budget_s = self._settings.predict_timeout_s if caller.remaining_s is None else caller.remaining_s
+        return self._clock.monotonic() + budget_s
+
+    async def _looked_up(
+        self, route: Route, request: prediction_pb2.PredictRequest, caller: Caller, until: float
+    ) -> _Row:
         started = self._clock.monotonic()
-        budget_s = self._settings.predict_timeout_s if remaining_s is None else remaining_s
-        vector = await self._vector(request, route, budget_s)
-        left_s = max(_MIN_CALL_S, min(budget_s - (self._clock.monotonic() - started), route.timeout_ms / 1000))
+        if route.feature_service:
+            event_time: Timestamp | None = request.event_time if request.HasField("event_time") else None
+            timeout_s = max(_MIN_CALL_S, (until - started) * self._settings.feature_time_share)
+            vector = await self._features.vector(route, request.inputs, event_time, timeout_s)
+            self._cache.saw_definitions(route.feature_service, vector.definitions_hash)
+        else:
+            vector = from_inputs(route, request.inputs)
+        values, defaulted = route.plan.filled(route.feature_names, vector.values)
+        return _Row(request, caller, started, vector, values, defaulted)
+
+    async def _answered(self, route: Route, rows: Sequence[_Row], until: float) -> list[prediction_pb2.PredictResponse]:
+        left_s = max(_MIN_CALL_S, min(until - self._clock.monotonic(), route.timeout_ms / 1000))
         prediction_id = self._new_id()
-        sticky = request.sticky_key or request.subject
-        body = request_bytes(self._head(route), vector.values)
-        answer = await self._models.infer(route, body, prediction_id, sticky, left_s)
-        outputs = response_values(answer.body, route.output_tensor)
-        now = self._clock.now()
+        body = request_bytes(self._head(route, len(rows)), [row.values for row in rows])
+        answer = await self._models.infer(
+            route, body, prediction_id, rows[0].sticky, headers=rows[0].caller.headers, timeout_s=left_s
+        )
+        self._answers.predicted(prediction_id, route.model, answer.version, body, answer.body)
+        outputs = response_rows(answer.body, route.output_tensor, len(rows))
+        return [
+            self._finished(route, row, answer, output, f"{prediction_id}.{index}" if index else prediction_id)
+            for index, (row, output) in enumerate(zip(rows, outputs, strict=True))
+        ]
+
+    def _finished(
+        self, route: Route, row: _Row, answer: ModelAnswer, outputs: list[float], prediction_id: str
+    ) -> prediction_pb2.PredictResponse:
+        plan = route.plan_of(answer.version)
+        answered, labels = plan.finished(outputs)
         prediction = events_pb2.Prediction(
             prediction_id=prediction_id,
             model=route.model,
             version=answer.version,
             digest=answer.digest,
-            subject=request.subject,
-            features=vector.values,
+            subject=row.request.subject,
+            features=row.values,
             outputs=outputs,
-            definitions_hash=vector.definitions_hash,
-            latency_ms=(self._clock.monotonic() - started) * 1000,
+            answered=answered if plan.steps else (),
+            labels=labels,
+            definitions_hash=row.vector.definitions_hash,
+            latency_ms=(self._clock.monotonic() - row.started) * 1000,
             trace_id=current_trace_id(),
             path="predict",
+            client=row.caller.client,
+            pinned=row.caller.pinned,
         )
+        self._written(prediction, row.request)
+        missing = row.vector.missing(route.feature_names)
+        response = prediction_pb2.PredictResponse(
+            prediction_id=prediction_id,
+            model=route.model,
+            version=answer.version,
+            digest=answer.digest,
+            outputs=answered,
+            model_outputs=outputs if plan.steps else (),
+            labels=labels,
+            missing_features=missing,
+            defaulted_features=row.defaulted,
+            expired_features=[name for name in missing if name in row.vector.expired],
+            max_feature_age_ms=row.vector.max_age_ms,
+        )
+        if row.caller.may_share(route) and (key := self._cache.key(route, row.request)) is not None:
+            self._cache.keep(key, Kept(prediction, response, self._clock.monotonic()))
+        return response
+
+    def _known(
+        self, route: Route, request: prediction_pb2.PredictRequest, caller: Caller
+    ) -> prediction_pb2.PredictResponse | None:
+        """The answer given before, as one of its own: with its own id, in the log, marked in both."""
+        key, rule = self._cache.key(route, request), route.plan.cache
+        if key is None or rule is None or not caller.may_share(route):
+            return None
+        started = self._clock.monotonic()
+        kept = self._cache.find(key, rule, started)
+        if kept is None:
+            return None
+        prediction, response = events_pb2.Prediction(), prediction_pb2.PredictResponse()
+        prediction.CopyFrom(kept.prediction)
+        response.CopyFrom(kept.response)
+        prediction.prediction_id = response.prediction_id = self._new_id()
+        prediction.client = caller.client
+        prediction.subject, prediction.trace_id = request.subject, current_trace_id()
+        prediction.cached = response.cached = True
+        response.cache_age_ms = round((started - kept.at_s) * 1000)
+        prediction.latency_ms = (self._clock.monotonic() - started) * 1000
+        self._written(prediction, request)
+        return response
+
+    def _written(self, prediction: events_pb2.Prediction, request: prediction_pb2.PredictRequest) -> None:
+        """Into the log, before the answer goes out: an answered prediction is there whatever happens next."""
+        now = self._clock.now()
         prediction.predicted_at.FromDatetime(now)
         if request.HasField("event_time"):
             prediction.event_time.CopyFrom(request.event_time)
         else:
             prediction.event_time.FromDatetime(now)
-        self._answers.predicted(prediction_id, route.model, answer.version, body, answer.body)
-        # Before the answer goes out: an answered prediction is in the log whatever happens next.
         self._log.write(prediction)
-        return prediction_of(prediction, vector.missing(route.feature_names), vector.max_age_ms)
 
-    def _route(self, request: prediction_pb2.PredictRequest) -> Route:
-        check.name(request.model, "model")
-        if len(request.inputs) > self._settings.max_inputs:
-            raise InvalidArgumentError("inputs", f"has more than {self._settings.max_inputs} entries")
-        for name, value in request.inputs.items():
-            if not name or len(name) > MAX_NAME:
-                raise InvalidArgumentError("inputs", f"has a name that is empty or longer than {MAX_NAME} characters")
-            if value.WhichOneof("kind") is None:
-                raise InvalidArgumentError(f"inputs[{name!r}]", "has no value; leave the input out instead")
-        for field in ("subject", "sticky_key"):
-            text: str = getattr(request, field)
-            if len(text) > MAX_STICKY or (text and not _PRINTABLE.fullmatch(text)):
-                raise InvalidArgumentError(field, f"needs at most {MAX_STICKY} printable ASCII characters")
-        if request.HasField("event_time"):
-            check.timestamp(request.event_time, "event_time")
-        route = self._table().routes.get(request.model)
-        if route is None:
-            raise NotFoundError("model", request.model)
-        if not route.input_tensor or not route.feature_names:
-            text = f"model {route.model!r} has no feature vector; call it by the V2 protocol"
-            raise FailedPreconditionError("NO_FEATURE_VECTOR", text, {"model": route.model})
-        return route
-
-    async def _vector(self, request: prediction_pb2.PredictRequest, route: Route, budget_s: float) -> Vector:
-        if not route.feature_service:
-            return from_inputs(route, request.inputs)
-        event_time: Timestamp | None = request.event_time if request.HasField("event_time") else None
-        timeout_s = max(_MIN_CALL_S, budget_s * self._settings.feature_time_share)
-        return await self._features.vector(route, request.inputs, event_time, timeout_s)
-
-    def _head(self, route: Route) -> bytes:
+    def _head(self, route: Route, rows: int) -> bytes:
+        if rows != 1:
+            return request_head(route, rows)
         head = self._heads.get(route)
         if head is None:
             self._heads = {r: h for r, h in self._heads.items() if self._table().routes.get(r.model) is r}
-            head = self._heads[route] = request_head(route)
+            head = self._heads[route] = request_head(route, 1)
         return head
+
+
+def _single(model: str, row: prediction_pb2.PredictRow) -> prediction_pb2.PredictRequest:
+    request = prediction_pb2.PredictRequest(
+        model=model, inputs=row.inputs, subject=row.subject, sticky_key=row.sticky_key
+    )
+    if row.HasField("event_time"):
+        request.event_time.CopyFrom(row.event_time)
+    return request

@@ -14,6 +14,8 @@ from millrace_kit import check
 from millrace_kit.cel_rules import Node, check_rule
 from millrace_kit.errors import InvalidArgumentError
 
+from millrace_inference_gateway.predict_steps import NO_PLAN, Plan, checked_plan
+
 MAX_MODELS = 1000
 MAX_ARMS = 8
 MAX_RULES = 64
@@ -90,6 +92,7 @@ class Arm:
     """Share of the model's requests that are copied to it, in units of a hundredth of a percent."""
     leaving: bool = False
     """On its way out or kept for a way back: known, without traffic, and no rule means it."""
+    plan: Plan = NO_PLAN
 
     @property
     def cluster(self) -> str:
@@ -132,6 +135,15 @@ class Route:
     """Who may call; empty is everybody."""
     testers: tuple[str, ...] = ()
     """Who may choose a version; `*` is everybody who may call."""
+
+    @property
+    def plan(self) -> Plan:
+        """What the stable version declares for Predict."""
+        return next((arm.plan for arm in self.arms if not arm.candidate), NO_PLAN)
+
+    def plan_of(self, version: str) -> Plan:
+        """What the version declares that answered."""
+        return next((arm.plan for arm in self.arms if arm.version == version), NO_PLAN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +269,8 @@ def _check_arms(message: rollout_pb2.ModelRoute, model: str, where: str) -> tupl
         mirror = round(arm.mirror_percent / 100 * MIRROR_UNITS)
         service = _check_service(arm.service, f"{place}.service") if arm.service else None
         weight = round(arm.weight * 100)
-        arms.append(Arm(model, version, digest, candidate, weight, endpoints, service, mirror, leaving))
+        plan = checked_plan(arm.predict, f"{place}.predict") if arm.HasField("predict") else NO_PLAN
+        arms.append(Arm(model, version, digest, candidate, weight, endpoints, service, mirror, leaving, plan))
     if sum(arm.mirror > 0 for arm in arms) > 1:
         raise InvalidArgumentError(f"{where}.arms", "name two versions that get copies")
     if len({arm.version for arm in arms}) < len(arms):

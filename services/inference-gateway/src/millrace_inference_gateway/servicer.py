@@ -1,6 +1,6 @@
 """The gateway's RPCs: check, call, convert."""
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import grpc.aio
 from millrace_api.prediction.v1 import prediction_pb2, prediction_pb2_grpc
@@ -12,27 +12,52 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from millrace_inference_gateway.call_door import DoorCall, Method
 from millrace_inference_gateway.convert import figures_response
 from millrace_inference_gateway.figures import Figures
+from millrace_inference_gateway.predict_stream import predict_stream
 from millrace_inference_gateway.prediction_log import PredictionLog
-from millrace_inference_gateway.predictor import Predictor
+from millrace_inference_gateway.predictor import Caller, Predictor
 from millrace_inference_gateway.request_samples import RequestSamples
 from millrace_inference_gateway.routes import RouteTable
 from millrace_inference_gateway.shadow_figures import ShadowFigures
+from millrace_inference_gateway.upstream import passed_on
 
 MAX_ASKED = 256
 """Samples of requests in one answer."""
 PREDICT = "/millrace_api.prediction.v1.PredictionService/Predict"
+PREDICT_BATCH = "/millrace_api.prediction.v1.PredictionService/PredictBatch"
 
 
 class PredictionServicer(prediction_pb2_grpc.PredictionServiceServicer):
-    """Predict for whoever calls the gRPC server itself."""
+    """Predict for whoever calls the gRPC server itself, and its stream for everybody."""
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: Predictor, max_stream_calls: int) -> None:
         self._predictor = predictor
+        self._max_stream_calls = max_stream_calls
 
     async def Predict(
         self, request: prediction_pb2.PredictRequest, context: grpc.aio.ServicerContext
     ) -> prediction_pb2.PredictResponse:
-        return await self._predictor.predict(request, context.time_remaining())
+        return await self._predictor.predict(request, _caller(context))
+
+    async def PredictBatch(
+        self, request: prediction_pb2.PredictBatchRequest, context: grpc.aio.ServicerContext
+    ) -> prediction_pb2.PredictBatchResponse:
+        return await self._predictor.predict_batch(request, _caller(context))
+
+    async def PredictStream(
+        self, requests: AsyncIterator[prediction_pb2.PredictStreamRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[prediction_pb2.PredictStreamResponse]:
+        # A stream may live long: each of its calls has the deadline of a call without one.
+        caller = Caller(None, _caller(context).headers)
+        async for answer in predict_stream(self._predictor, requests, caller, self._max_stream_calls):
+            yield answer
+
+
+def _caller(context: grpc.aio.ServicerContext) -> Caller:
+    headers = {
+        key.encode(): value.encode() if isinstance(value, str) else value
+        for key, value in context.invocation_metadata() or ()
+    }
+    return Caller(context.time_remaining(), passed_on(headers))
 
 
 def door_methods(predictor: Predictor) -> dict[str, Method]:
@@ -40,9 +65,15 @@ def door_methods(predictor: Predictor) -> dict[str, Method]:
 
     async def predict(call: DoorCall) -> bytes:
         request = prediction_pb2.PredictRequest.FromString(call.message)
-        return (await predictor.predict(request, call.remaining_s)).SerializeToString()
+        answer = await predictor.predict(request, Caller(call.remaining_s, passed_on(call.metadata)))
+        return answer.SerializeToString()
 
-    return {PREDICT: predict}
+    async def predict_batch(call: DoorCall) -> bytes:
+        request = prediction_pb2.PredictBatchRequest.FromString(call.message)
+        answer = await predictor.predict_batch(request, Caller(call.remaining_s, passed_on(call.metadata)))
+        return answer.SerializeToString()
+
+    return {PREDICT: predict, PREDICT_BATCH: predict_batch}
 
 
 class GatewayServicer(prediction_pb2_grpc.GatewayServiceServicer):

@@ -207,6 +207,14 @@ class GatewaySettings(ServiceSettings):
     """Most look-ups that share one call of the feature service."""
     max_inputs: int = Field(default=256, ge=1, le=10_000)
     """Inputs of one Predict."""
+    max_batch_rows: int = Field(default=256, ge=1, le=10_000)
+    """Rows of one PredictBatch."""
+    batch_rows_together: int = Field(default=32, ge=1, le=1024)
+    """Most rows of a PredictBatch in one call of the model. A model that takes fewer is asked row by row."""
+    max_stream_calls: int = Field(default=32, ge=1, le=4096)
+    """Predictions of one PredictStream at once; the next one is read when one of them is answered."""
+    result_cache_entries: int = Field(default=10_000, ge=1, le=1_000_000)
+    """Answers kept for models whose version declares a result cache; the one not used for longest goes."""
     apply_timeout_s: float = Field(default=10.0, gt=0, le=300)
     """Longest wait for Envoy to have new routes in force before it is tried again."""
     reconnect_s: float = Field(default=0.5, gt=0, le=60)

@@ -4,6 +4,7 @@ Lean on purpose: raw bytes where nobody needs the message, several connections, 
 """
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from millrace_kit.client import open_bare_channel, target_options
@@ -14,6 +15,17 @@ from millrace_inference_gateway.envoy_mirrors import SAMPLED_HEADER
 from millrace_inference_gateway.model_lines import ModelLines
 from millrace_inference_gateway.routes import Route
 
+Headers = Mapping[bytes, bytes]
+
+# What Envoy adds to a request by itself, and what this process sets.
+_NOT_PASSED_ON = (
+    b"x-envoy-",
+    b"x-forwarded-",
+    b"x-request-id",
+    b"x-millrace-model",
+    b"x-api-key",
+    SAMPLED_HEADER.encode(),
+)
 _MODEL_INFER = b"/inference.GRPCInferenceService/ModelInfer"
 
 
@@ -54,9 +66,9 @@ class ModelCaller:
         self._lines = lines
 
     async def infer(
-        self, route: Route, request: bytes, prediction_id: str, sticky: str, timeout_s: float
+        self, route: Route, request: bytes, prediction_id: str, sticky: str, *, headers: Headers, timeout_s: float
     ) -> ModelAnswer:
-        """Call the version that Envoy picks.
+        """Call the version that Envoy picks; `headers` are the caller's, for rules and rights.
 
         Raises:
             MillraceError: the model's or Envoy's error, as it came.
@@ -68,12 +80,21 @@ class ModelCaller:
         ]
         if any(arm.mirror for arm in route.arms):
             metadata.append((SAMPLED_HEADER.encode(), b"1"))
-        if sticky and route.sticky_header:
-            metadata.append((route.sticky_header.encode(), sticky.encode()))
-        body, headers = await self._lines.call(_MODEL_INFER, metadata, request, timeout_s)
+        header = route.sticky_header.encode()
+        given = dict(headers)
+        if sticky and header:
+            given[header] = sticky.encode()
+        body, found = await self._lines.call(_MODEL_INFER, [*metadata, *given.items()], request, timeout_s)
         return ModelAnswer(
-            body, headers.get(b"x-millrace-version", b"").decode(), headers.get(b"x-millrace-digest", b"").decode()
+            body, found.get(b"x-millrace-version", b"").decode(), found.get(b"x-millrace-digest", b"").decode()
         )
+
+
+def passed_on(headers: Headers) -> Headers:
+    """Of a caller's headers, those that rules may read and rights go by: they come with the model call too."""
+    return {
+        name: value for name, value in headers.items() if name.startswith(b"x-") and not name.startswith(_NOT_PASSED_ON)
+    }
 
 
 def trace_metadata() -> list[tuple[str, str]]:

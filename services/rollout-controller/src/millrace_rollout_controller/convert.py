@@ -6,6 +6,7 @@ from millrace_api.drift.v1 import drift_pb2
 from millrace_api.prediction.v1 import prediction_pb2
 from millrace_api.registry.v1 import registry_pb2
 from millrace_api.rollout.v1 import rollout_pb2
+from millrace_kit import predict_plan
 
 from millrace_rollout_controller import manifest
 from millrace_rollout_controller.conditions import is_ready
@@ -38,7 +39,13 @@ _VERDICTS = {
 
 
 def version_ref(version: registry_pb2.ModelVersion, model: registry_pb2.Model) -> VersionRef:
-    """A registered version."""
+    """A registered version.
+
+    Raises:
+        InvalidArgumentError: what it declares for Predict is wrong.
+    """
+    declared = version.tags.get(predict_plan.TAG, "")
+    predict_plan.read_plan(declared, f"tags[{predict_plan.TAG!r}]")
     return VersionRef(
         model=version.model,
         version=version.version,
@@ -49,6 +56,7 @@ def version_ref(version: registry_pb2.ModelVersion, model: registry_pb2.Model) -
         outputs=tuple(_tensor(t) for t in version.signature.outputs),
         feature_names=tuple(version.signature.feature_names),
         feature_service=model.feature_service,
+        predict=declared,
     )
 
 
@@ -121,6 +129,7 @@ def _arm(arm: RouteArm) -> rollout_pb2.Arm:
         endpoints=arm.endpoints,
         service=arm.service,
         mirror_percent=arm.mirror,
+        predict=predict_plan.read_plan(arm.predict, "predict") if arm.predict else None,
     )
 
 

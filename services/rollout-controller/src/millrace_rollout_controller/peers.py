@@ -13,7 +13,7 @@ from millrace_api.drift.v1 import drift_pb2, drift_pb2_grpc
 from millrace_api.prediction.v1 import prediction_pb2, prediction_pb2_grpc
 from millrace_api.registry.v1 import registry_pb2, registry_pb2_grpc
 from millrace_kit.clock import Clock
-from millrace_kit.errors import DataLossError, MillraceError, UnavailableError
+from millrace_kit.errors import DataLossError, InvalidArgumentError, MillraceError, UnavailableError
 
 from millrace_rollout_controller import convert
 from millrace_rollout_controller.counts import Counts
@@ -59,6 +59,9 @@ class Registry:
                 log.warning("registry: %s %s: %s", model, version, error.details())
                 return None
             refusal = Refusal(_STATES[error.code()], MillraceError.from_rpc(error).message, permanent=False)
+        except InvalidArgumentError as error:
+            # A registered version never changes.
+            refusal = Refusal("InvalidPlan", error.message, permanent=True)
         if refusal is not None:
             self._refused = dict(list(self._refused.items())[-MAX_CACHED:])
             self._refused[name] = (self._clock.monotonic(), refusal)

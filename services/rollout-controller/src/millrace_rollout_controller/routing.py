@@ -58,4 +58,5 @@ def _arm(
         service=arm.service,
         mirror=mirror,
         leaving=leaving,
+        predict=arm.ref.predict,
     )

@@ -52,6 +52,8 @@ class VersionRef(Frozen):
     outputs: tuple[Tensor, ...] = ()
     feature_names: tuple[str, ...] = ()
     feature_service: str = ""
+    predict: str = ""
+    """What it declares for Predict: JSON, checked."""
 
     @property
     def signature(self) -> tuple[object, ...]:
@@ -109,6 +111,8 @@ class RouteArm(Frozen):
     """Percent of the requests that are copied to it."""
     leaving: bool = False
     """On its way out or kept for undo; no rule means it."""
+    predict: str = ""
+    """What the version declares for Predict: JSON, checked."""
 
 
 class RouteRule(Frozen):

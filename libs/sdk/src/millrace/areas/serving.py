@@ -1,6 +1,6 @@
 """Gateway, rollout and drift."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 
 import grpc
@@ -10,6 +10,7 @@ from millrace_api.prediction.v1 import prediction_pb2 as prediction
 from millrace_api.prediction.v1.prediction_pb2_grpc import GatewayServiceStub, PredictionServiceStub
 from millrace_api.rollout.v1 import rollout_pb2 as rollout
 from millrace_api.rollout.v1.rollout_pb2_grpc import RolloutServiceStub
+from millrace_kit.errors import MillraceError
 
 from millrace.transport import LONG_TIMEOUT_S, call, stream
 from millrace.values import Scalar, to_timestamp, to_values
@@ -28,6 +29,47 @@ def predict_request(
         event_time=to_timestamp(event_time) if event_time else None,
         sticky_key=sticky_key,
     )
+
+
+Answer = prediction.PredictResponse | MillraceError
+"""Of one of several predictions: what was predicted, or why nothing was."""
+
+
+def batch_request(
+    model: str, rows: Sequence[Mapping[str, Scalar | None]], subjects: Sequence[str]
+) -> prediction.PredictBatchRequest:
+    """The request for many rows; `subjects` is empty or has one a row.
+
+    Raises:
+        ValueError: there are as many subjects as neither.
+    """
+    if subjects and len(subjects) != len(rows):
+        raise ValueError(f"{len(subjects)} subjects for {len(rows)} rows")
+    return prediction.PredictBatchRequest(
+        model=model,
+        rows=[
+            prediction.PredictRow(inputs=to_values(row), subject=subjects[index] if subjects else "")
+            for index, row in enumerate(rows)
+        ],
+    )
+
+
+def stream_requests(
+    model: str, rows: Iterable[Mapping[str, Scalar | None]]
+) -> Iterator[prediction.PredictStreamRequest]:
+    """The requests of a stream; a row's call id is its position."""
+    for index, row in enumerate(rows):
+        request = prediction.PredictRequest(model=model, inputs=to_values(row))
+        yield prediction.PredictStreamRequest(call_id=str(index), request=request)
+
+
+def answer_of(result: prediction.PredictResult) -> Answer:
+    """The answer, or the error it failed with."""
+    if result.HasField("response"):
+        return result.response
+    failure = result.failure
+    code = next((code for code in grpc.StatusCode if code.value[0] == failure.code), grpc.StatusCode.UNKNOWN)
+    return MillraceError(code, failure.reason, failure.message, dict(failure.metadata))
 
 
 class PredictionArea:
@@ -50,6 +92,27 @@ class PredictionArea:
         request = predict_request(model, inputs, subject=subject, event_time=event_time, sticky_key=sticky_key)
         answer: prediction.PredictResponse = call(self.stub.Predict, request, timeout_s)
         return answer
+
+    def predict_batch(
+        self,
+        model: str,
+        rows: Sequence[Mapping[str, Scalar | None]],
+        *,
+        subjects: Sequence[str] = (),
+        timeout_s: float = PREDICT_TIMEOUT_S,
+    ) -> list[Answer]:
+        """An answer, or the error it failed with, for each of `rows` in their order."""
+        answer: prediction.PredictBatchResponse = call(
+            self.stub.PredictBatch, batch_request(model, rows, subjects), timeout_s
+        )
+        return [answer_of(result) for result in answer.results]
+
+    def stream(
+        self, model: str, rows: Iterable[Mapping[str, Scalar | None]], *, timeout_s: float | None = None
+    ) -> Iterator[tuple[int, Answer]]:
+        """Position and answer of each of `rows`, as they become ready; rows are taken as fast as the gateway answers."""
+        for answer in stream(self.stub.PredictStream, stream_requests(model, rows), timeout_s):
+            yield int(answer.call_id), answer_of(answer.result)
 
 
 class GatewayArea:

@@ -6,7 +6,7 @@ import click
 import grpc
 from millrace_kit.errors import MillraceError
 
-from millrace.cli import contracts, features, ingest, inspect, local, quality, rollouts
+from millrace.cli import contracts, features, ingest, inspect, local, predictions, quality, rollouts
 from millrace.endpoints import PORT_BASE, Endpoints
 
 TIMED_OUT = 3
@@ -54,6 +54,7 @@ for command in (
     *local.COMMANDS,
     *rollouts.COMMANDS,
     *inspect.COMMANDS,
+    *predictions.COMMANDS,
     *features.COMMANDS,
     *ingest.COMMANDS,
 ):

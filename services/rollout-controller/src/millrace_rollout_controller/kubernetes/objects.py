@@ -197,8 +197,8 @@ def _placement(want: Wanted, servers: ModelServerSettings) -> Object:
 def _fetch(want: Wanted, settings: KubernetesSettings) -> Object:
     server, servers = want.server, settings.servers
     told = order.Order(
-        # The names of features are the gateway's business, and there may be thousands.
-        ref=want.ref.model_copy(update={"feature_names": (), "feature_service": ""}),
+        # Features and Predict are the gateway's business, and there may be thousands of names.
+        ref=want.ref.model_copy(update={"feature_names": (), "feature_service": "", "predict": ""}),
         max_batch_size=server.max_batch_size,
         instances=server.instances,
         queue_delay_us=server.queue_delay_us,

@@ -1,0 +1,53 @@
+"""What a Predict may ask."""
+
+import re
+
+from millrace_api.prediction.v1 import prediction_pb2
+from millrace_kit import check
+from millrace_kit.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+
+from millrace_inference_gateway.predict import MAX_NAME
+from millrace_inference_gateway.routes import Route, RouteTable
+
+MAX_STICKY = 256
+# What a metadata value may hold, printable ASCII.
+_PRINTABLE = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
+
+
+def route_of(model: str, table: RouteTable) -> Route:
+    """The route of a model that Predict can fill.
+
+    Raises:
+        InvalidArgumentError: that is no model's name.
+        NotFoundError: there is no such model.
+        FailedPreconditionError: the model takes no vector of features.
+    """
+    check.name(model, "model")
+    route = table.routes.get(model)
+    if route is None:
+        raise NotFoundError("model", model)
+    if not route.input_tensor or not route.feature_names:
+        text = f"model {route.model!r} has no feature vector; call it by the V2 protocol"
+        raise FailedPreconditionError("NO_FEATURE_VECTOR", text, {"model": route.model})
+    return route
+
+
+def check_row(request: prediction_pb2.PredictRequest, max_inputs: int) -> None:
+    """Check what one prediction is asked with.
+
+    Raises:
+        InvalidArgumentError: names the field that is wrong.
+    """
+    if len(request.inputs) > max_inputs:
+        raise InvalidArgumentError("inputs", f"has more than {max_inputs} entries")
+    for name, value in request.inputs.items():
+        if not name or len(name) > MAX_NAME:
+            raise InvalidArgumentError("inputs", f"has a name that is empty or longer than {MAX_NAME} characters")
+        if value.WhichOneof("kind") is None:
+            raise InvalidArgumentError(f"inputs[{name!r}]", "has no value; leave the input out instead")
+    for field in ("subject", "sticky_key"):
+        text: str = getattr(request, field)
+        if len(text) > MAX_STICKY or (text and not _PRINTABLE.fullmatch(text)):
+            raise InvalidArgumentError(field, f"needs at most {MAX_STICKY} printable ASCII characters")
+    if request.HasField("event_time"):
+        check.timestamp(request.event_time, "event_time")

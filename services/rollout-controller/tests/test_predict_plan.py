@@ -1,0 +1,48 @@
+"""What a version declares for Predict gets from the registry into the route, or the version is refused."""
+
+import pytest
+from millrace_api.registry.v1 import registry_pb2
+from millrace_kit.errors import InvalidArgumentError
+from millrace_rollout_controller import convert
+from millrace_rollout_controller.hub import Table
+from millrace_rollout_controller.manifest import Routing, Spec
+from millrace_rollout_controller.routing import wanted_route
+from millrace_rollout_controller.state import Arm, Status
+
+PLAN = (
+    '{"defaults": {"age": 30}, "post": [{"sigmoid": {}}, {"threshold": {"value": 0.5}}], "cache": {"maxAgeMs": "500"}}'
+)
+
+
+def version(declared: str) -> registry_pb2.ModelVersion:
+    return registry_pb2.ModelVersion(
+        model="churn", version="1.0.0", digest="a" * 64, tags={"millrace.predict": declared} if declared else {}
+    )
+
+
+def test_the_plan_of_a_version_is_in_its_arm() -> None:
+    ref = convert.version_ref(version(PLAN), registry_pb2.Model(name="churn"))
+    status = Status(stable=Arm(ref=ref, endpoints=("127.0.0.1:8001",)))
+    route = wanted_route(Spec(model="churn", version="1.0.0", routing=Routing()), status, candidate_ready=False)
+    assert route is not None
+    (arm,) = convert.routes(Table(1, (route,))).models[0].arms
+    assert dict(arm.predict.defaults) == {"age": 30.0}
+    assert [step.WhichOneof("step") for step in arm.predict.post] == ["sigmoid", "threshold"]
+    assert arm.predict.cache.max_age_ms == 500
+    plain = convert.version_ref(version(""), registry_pb2.Model(name="churn"))
+    assert (
+        not convert.routes(
+            Table(
+                1, (route.model_copy(update={"arms": (route.arms[0].model_copy(update={"predict": plain.predict}),)}),)
+            )
+        )
+        .models[0]
+        .arms[0]
+        .HasField("predict")
+    )
+
+
+@pytest.mark.parametrize("wrong", ["no JSON", '{"defualts": {}}', '{"post": [{"labels": {"names": ["x"]}}]}'])
+def test_a_wrong_plan_refuses_its_version(wrong: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"millrace\.predict"):
+        convert.version_ref(version(wrong), registry_pb2.Model(name="churn"))
