@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pyarrow as pa
 import pytest
+from deltalake import write_deltalake
 from millrace_api.feature.v1 import feature_pb2 as pb
 from millrace_api.feature.v1.feature_pb2_grpc import FeatureServiceStub
 from millrace_api.ingestion.v1 import ingestion_pb2 as records
@@ -81,7 +82,7 @@ def registry() -> bytes:
         aggregations=[Aggregation(column="amount", function="sum", name="total", time_window=timedelta(hours=1), slide_interval=timedelta(minutes=5))],
     )  # fmt: skip
     found = Registry(entities=[user.to_proto()], stream_feature_views=[view.to_proto()])
-    found.data_sources.extend([source("events").to_proto(), source("labels").to_proto()])
+    found.data_sources.extend([source(name).to_proto() for name in ("events", "labels", "others")])
     found.feature_services.append(FeatureService(name="main", features=[view]).to_proto())
     return found.SerializeToString()
 
@@ -210,3 +211,12 @@ async def test_without_ingestion_nothing_is_built_and_earlier_sets_are_pinned_on
                 await asyncio.sleep(0.05)
             assert (await owners(ingestion))[0].split("@")[0] == kept.pin_owner
             assert (await made(feature, early.request)).pin_owner == kept.pin_owner
+            # A table that is not ingestion's needs no pin: nobody vacuums it.
+            others = pa.table({"event_id": ["e10"], "at": pa.array([START], pa.timestamp("us", "UTC")), "late": [0.5]})
+            await asyncio.to_thread(write_deltalake, f"{place.ingestion.lake()}/others", others)
+            mixed = pb.BuildTrainingSetRequest()
+            mixed.CopyFrom(WANTED)
+            mixed.label_contract = "others"
+            found = await made(feature, mixed)
+            assert (found.rows, [i.table for i in found.table_versions]) == (1, ["events", "others"])
+            assert any(owner.startswith(found.pin_owner) for owner in await owners(ingestion))

@@ -24,6 +24,8 @@ from millrace_feature.settings import SetPinSettings
 
 log = logging.getLogger(__name__)
 
+NO_CONTRACT = "CONTRACT_NOT_FOUND"
+"""Ingestion's reason where it does not know the contract."""
 RETRY_MIN_S = 0.1
 RETRY_MAX_S = 5.0
 
@@ -71,7 +73,7 @@ class SetPins:
         await self._pin(request, f"training-build-{_identity(request)}", until)
 
     async def keep(self, training_set: feature_pb2.TrainingSet) -> str:
-        """Keep the versions of a finished set instead; returns the pins' owner, empty where nothing is pinned.
+        """Keep the versions of a finished set instead; returns the pins' owner, empty where there was nothing to pin.
 
         Raises:
             UnavailableError: ingestion does not answer.
@@ -84,10 +86,10 @@ class SetPins:
         until = None
         if self._settings.keep_days:
             until = training_set.created_at.ToDatetime(UTC) + timedelta(days=self._settings.keep_days)
-        if until is None or until > self._clock.now():
-            await self._pin(request, owner, until)
+        is_over = until is not None and until <= self._clock.now()
+        pinned = 0 if is_over else await self._pin(request, owner, until)
         await self._let_go(request)
-        return owner
+        return owner if pinned or is_over else ""
 
     async def run(self, stop: asyncio.Event) -> None:
         """Pin the sets that were built before there were pins; then there is nothing more to do.
@@ -104,28 +106,37 @@ class SetPins:
                 continue
             try:
                 found.pin_owner = await self.keep(found)
-            except FailedPreconditionError as error:
-                log.warning("training set %s cannot be rebuilt any more: %s", digest, error.message)
+            except UnavailableError:
+                raise
+            except MillraceError as error:  # its versions are gone, or ingestion refuses: no reason to stop serving
+                log.warning("training set %s is not pinned: %s", digest, error.message)
                 continue
             await asyncio.to_thread(self._catalog.replace_training_set, digest, found.SerializeToString())
         await stop.wait()
 
-    async def _pin(self, request: feature_pb2.BuildTrainingSetRequest, owner: str, until: datetime | None) -> None:
+    async def _pin(self, request: feature_pb2.BuildTrainingSetRequest, owner: str, until: datetime | None) -> int:
+        """Pin every table of `request`; returns how many."""
         if self._ingestion is None:
-            return
+            return 0
+        pinned = 0
         for table, version in _versions(request).items():
             pin = PinTableVersionRequest(contract=table, version=version, owner=owner)
             if until is not None:
                 pin.expires_at.FromDatetime(until)
             try:
                 await self._repeated(self._ingestion.PinTableVersion, pin)
+                pinned += 1
             except MillraceError as error:
+                if error.reason == NO_CONTRACT:
+                    log.info("table %s is not ingestion's, which deletes nothing of it", table)
+                    continue
                 if error.code is not grpc.StatusCode.NOT_FOUND:
                     raise
                 message = f"ingestion does not keep {table}@{version}, so the set could not be rebuilt: {error.message}"
                 raise FailedPreconditionError(
                     "TABLE_VERSION_LOST", message, {"table": table, "version": str(version)}
                 ) from None
+        return pinned
 
     async def _let_go(self, request: feature_pb2.BuildTrainingSetRequest) -> None:
         """Remove the build's own pins; those of a build that did not get here expire."""
@@ -137,8 +148,9 @@ class SetPins:
                 unpin = UnpinTableVersionRequest(contract=table, version=version, owner=owner)
                 await self._ingestion.UnpinTableVersion(unpin, timeout=self._settings.timeout_s)
             except grpc.aio.AioRpcError as error:
-                log.info("pins of %s stay until they expire: %s", owner, error.details())
-                return
+                if error.code() is not grpc.StatusCode.NOT_FOUND:
+                    log.info("pins of %s stay until they expire: %s", owner, error.details())
+                    return
 
     async def _repeated(self, method: Callable[..., Awaitable[Any]], request: Any) -> None:
         """Call until ingestion answers, for `retry_s` at most: pinning twice is pinning once."""
