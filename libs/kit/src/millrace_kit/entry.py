@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from millrace_kit.errors import UnavailableError
 from millrace_kit.probes import Probes
+from millrace_kit.processes import own_number, own_settings, run_processes
 from millrace_kit.server import Service, WorkerFailedError, serve
 from millrace_kit.settings import ServiceSettings, Settings, SettingsError, load_settings
 from millrace_kit.telemetry import start_telemetry, stop_telemetry
@@ -37,12 +38,20 @@ def read_arguments(name: str, kind: type[S]) -> S:
     return settings
 
 
-def run_service(name: str, kind: type[T], build: Callable[[T], Awaitable[Service]]) -> None:
-    """Read the command line, then run the service until it is told to stop.
+def run_service(
+    name: str,
+    kind: type[T],
+    build: Callable[[T], Awaitable[Service]],
+    processes: Callable[[T], int] = lambda _settings: 1,
+) -> None:
+    """Read the command line, then run the service, in as many processes as `processes` says, until it is told to stop.
 
     Exits with 0 after an orderly stop, 1 when a worker failed or what the start needs does not answer, 2 for a wrong settings file.
     """
     settings = read_arguments(name, kind)
+    if own_number() is None and (count := processes(settings)) > 1:
+        raise SystemExit(run_processes(count))
+    settings = own_settings(settings)
     probes = Probes()
     start_telemetry(name, settings.telemetry, probes)
 

@@ -18,6 +18,7 @@ from millrace_kit.client import channel_options
 from millrace_kit.errors import UnavailableError
 from millrace_kit.interceptors import ServerEdge
 from millrace_kit.probes import DRAINING, Probes
+from millrace_kit.processes import own_number
 from millrace_kit.settings import ServiceSettings
 from millrace_kit.telemetry import WORKER_FAILURES, WORKER_RETRIES
 from millrace_kit.tls import CertificateFiles
@@ -218,7 +219,7 @@ async def _persevere(worker: Worker, stop: asyncio.Event) -> None:
 
 
 def _options(settings: ServiceSettings) -> list[tuple[str, int | str]]:
-    options = [*channel_options(settings.max_message_mib), ("grpc.so_reuseport", 0)]
+    options = [*channel_options(settings.max_message_mib), ("grpc.so_reuseport", int(own_number() is not None))]
     if settings.max_connection_age_s:
         options.append(("grpc.max_connection_age_ms", int(settings.max_connection_age_s * 1000)))
     return options

@@ -12,6 +12,7 @@ from millrace_kit.client import open_channel
 from millrace_kit.clock import Clock, SystemClock
 from millrace_kit.content import ContentStore
 from millrace_kit.entry import run_service
+from millrace_kit.processes import own_number
 from millrace_kit.server import Service, Worker
 from millrace_kit.sql import open_engine
 
@@ -120,7 +121,7 @@ def feast_http(settings: FeatureSettings, reads: FeastReads, searches: FeastSear
         max_body_bytes=settings.max_message_mib * 1024 * 1024,
         deadline_s=settings.default_deadline_s,
     )
-    return HttpServer(edge, settings.feast.http_listen, settings)
+    return HttpServer(edge, settings.feast.http_listen, settings, share_port=own_number() is not None)
 
 
 async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Service:
@@ -260,4 +261,4 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
 
 def main() -> None:
     """Command `millrace-feature`."""
-    run_service("feature", FeatureSettings, build)
+    run_service("feature", FeatureSettings, build, lambda settings: settings.processes)

@@ -1,9 +1,9 @@
 """Settings of the feature service."""
 
-from typing import Literal
+from typing import Literal, Self
 
 from millrace_kit.settings import ServiceSettings, Settings
-from pydantic import Field
+from pydantic import Field, model_validator
 
 DAY_S = 86_400
 
@@ -150,10 +150,11 @@ class FeatureSettings(ServiceSettings):
     """Reads by unmodified Feast clients."""
     vector_search: VectorSearchSettings = VectorSearchSettings()
     """Search among embeddings."""
-    vector_search: VectorSearchSettings = VectorSearchSettings()
-    """Search among embeddings."""
     set_pins: SetPinSettings = SetPinSettings()
     """Table versions of training sets, kept by ingestion."""
+    processes: int = Field(default=1, ge=1, le=256)
+    """Processes that share the ports of gRPC and HTTP, one a core, each a replica with metrics and probes on `metrics_listen`'s port plus its
+    number. For a machine of many cores without a cluster: Redis, Kafka and `database_url` are needed, as for replicas."""
     definitions_poll_s: float = Field(default=1.0, gt=0, le=60)
     """How often a replica looks whether another one has applied other definitions."""
     read_behind_s: int = Field(default=35 * DAY_S, ge=0, le=3650 * DAY_S)
@@ -186,3 +187,15 @@ class FeatureSettings(ServiceSettings):
     """Training sets built at once; `max_queued_builds` more wait, the next caller gets RESOURCE_EXHAUSTED."""
     max_queued_builds: int = Field(default=8, ge=0, le=1000)
     """Builds that may wait for their turn."""
+
+    @model_validator(mode="after")
+    def _processes_share(self) -> Self:
+        if self.processes > 1:
+            shared = self.online_store.kind == "redis" and self.bus.kind == "kafka" and self.database_url
+            if not shared:
+                raise ValueError(
+                    "processes: more than one needs online_store.kind redis, bus.kind kafka and database_url"
+                )
+            if any(address.endswith(":0") for address in (self.listen, self.feast.http_listen)):
+                raise ValueError("processes: more than one needs ports that are fixed (listen, feast.http_listen)")
+        return self
