@@ -18,6 +18,7 @@ from millrace_api.common.v1 import common_pb2
 from millrace_api.prediction.v1 import prediction_pb2
 from tritonclient.grpc import service_pb2
 
+from tests.perf.forwarding_envoy import forwarding
 from tests.perf.harness import Contestant, Ratio, cpu_seconds, median, quantile, report
 
 HERE = Path(__file__).resolve()
@@ -28,6 +29,8 @@ INFER = "/inference.GRPCInferenceService/ModelInfer"
 PREDICT = "/millrace_api.prediction.v1.PredictionService/Predict"
 # Goals: a call through Envoy costs at most 0.12 ms of it; a look-up, a model call and a log entry at most 2 ms of Python.
 ENVOY_MS, PREDICT_MS, ADDED_P50_MS = 0.12, 2.0, 0.5
+# And at most this many times what an Envoy costs that does nothing but forward.
+OVER_FORWARDING = 1.2
 
 
 @dataclass
@@ -113,6 +116,8 @@ async def main() -> None:
         alone = {"triton": server.pid}
         in_logged = {**alone, "envoy": logged.envoy.pid, "python": logged.python.pid}
         in_bare = {**alone, "envoy": bare.envoy.pid, "python": bare.python.pid}
+        forward, forwarder = await stack.enter_async_context(forwarding(address))
+        forwarded = Case("Envoy that only forwards", forward, INFER, body, named_by, {**alone, "envoy": forwarder})
         direct = Case("Triton, direct", address, INFER, body, [], alone)
         named = Case("V2, model in metadata", bare.public, INFER, body, named_by, in_bare)
         plain = Case("V2, unmodified client", bare.public, INFER, body, [], in_bare)
@@ -120,7 +125,7 @@ async def main() -> None:
         looked_up = Case("Predict", logged.public, PREDICT, predict, [], in_logged)
         direct1 = Case("Triton, direct, one at a time", address, INFER, body, [], alone, 1)
         named1 = Case("V2, one at a time", bare.public, INFER, body, named_by, in_bare, 1)
-        cases = [direct, named, plain, sampled, looked_up, direct1, named1]
+        cases = [direct, forwarded, named, plain, sampled, looked_up, direct1, named1]
         for number in range(ROUNDS):
             for case in cases:
                 print(f"round {number + 1} of {ROUNDS}: {case.name}", file=sys.stderr)
@@ -131,6 +136,9 @@ async def main() -> None:
     print(f"prediction log: {figures.logged} handed to the bus, {figures.dropped} dropped, of {requests} calls")
     ratios = [
         Ratio.at_most("Envoy ms/request, model in metadata", named.cpu("envoy"), ENVOY_MS),
+        Ratio.at_most(
+            "Envoy's time over one that only forwards", named.cpu("envoy") / forwarded.cpu("envoy"), OVER_FORWARDING
+        ),
         Ratio.at_most("Envoy ms/request, unmodified client", plain.cpu("envoy"), 2 * ENVOY_MS),
         Ratio.at_most("Envoy ms/request, payloads logged", sampled.cpu("envoy"), 2 * ENVOY_MS),
         Ratio.at_most("Python ms/request, figures and log", named.cpu("python"), ENVOY_MS),

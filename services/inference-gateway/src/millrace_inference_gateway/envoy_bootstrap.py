@@ -104,7 +104,8 @@ def _public(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> list
     )
     script = resources.files(__package__).joinpath("model_name.lua").read_text(encoding="utf-8")
     log = settings.prediction_log
-    source = script.format(
+    inflate = resources.files(__package__).joinpath("inflate.lua").read_text(encoding="utf-8")
+    source = inflate + script.format(
         sample_ratio=log.sample_ratio,
         samples_per_s=log.samples_per_s,
         sample_max_bytes=log.sample_max_bytes,

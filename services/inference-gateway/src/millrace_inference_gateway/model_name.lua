@@ -10,6 +10,8 @@ local V2 = "/inference.GRPCInferenceService/"
 local MODEL_METHODS = {{ModelInfer = true, ModelReady = true, ModelMetadata = true, ModelConfig = true, ModelStatistics = true}}
 local HTTP_INFER = "^/v2/models/.+/infer$"
 local HEAD_BYTES = 1024
+-- Of a compressed message so much is unpacked.
+local UNPACKED_BYTES = 256
 local FRAME_BYTES = 5
 
 local tokens, filled_at = SAMPLES_PER_S, 0
@@ -96,15 +98,20 @@ function envoy_on_request(handle)
       return refuse(handle, "3", "x-millrace-model: a stream needs the model's name in its metadata")
     end
     if not MODEL_METHODS[method] then return end
+    -- Waiting for the body ends the life of this handle to the headers.
+    local encoding = headers:get("grpc-encoding")
     local body = handle:body()
     local length = body and body:length() or 0
     if length < FRAME_BYTES then return refuse(handle, "3", "the body is no gRPC message") end
+    local head = body:getBytes(FRAME_BYTES, math.min(length - FRAME_BYTES, HEAD_BYTES))
     if body:getBytes(0, 1) ~= "\0" then
-      return refuse(handle, "3", "x-millrace-model: a compressed message needs the model's name in its metadata")
+      head = unpacked_head(head, encoding, UNPACKED_BYTES)
+      if head == nil then
+        return refuse(handle, "3", "x-millrace-model: a message with this compression needs the model's name in its metadata")
+      end
     end
-    local name = model_name(body:getBytes(FRAME_BYTES, math.min(length - FRAME_BYTES, HEAD_BYTES)))
+    local name = model_name(head)
     if name == nil then return refuse(handle, "3", "model_name: the message names no model") end
-    -- Waiting for the body ended the life of the first handle to the headers.
     handle:headers():replace("{model_header}", name)
     handle:clearRouteCache()
     if sampled and length <= SAMPLE_MAX_BYTES then keep(handle, "request", body:getBytes(0, length)) end
