@@ -105,34 +105,9 @@ class MillraceOfflineStore(OfflineStore):  # type: ignore[misc]
         **_options: Any,
     ) -> RetrievalJob:
         """See `feast.OfflineStore`; `entity_df` must be a pandas frame with a column `event_timestamp`."""
-        import pandas as pd
-
-        if not isinstance(entity_df, pd.DataFrame) or EVENT_TIMESTAMP not in entity_df.columns:
-            raise ValueError(f"entity_df must be a pandas frame with a column {EVENT_TIMESTAMP!r}")
-        names = {ref.replace(":", "__", 1): ref for ref in feature_refs}
-        columns = [name if full_feature_names else ref.split(":", 1)[1] for name, ref in names.items()]
-        if clash := {c for c in columns if columns.count(c) > 1 or c in entity_df.columns}:
-            raise ValueError(f"columns {sorted(clash)} stand twice; use full_feature_names=True")
-        types = _types(feature_views, registry, project)
-        kinds = [types.get(name) for name in names]
-        rows = pa.Table.from_pandas(entity_df, preserve_index=False)
-
-        def compute() -> pa.Table:
-            found = _fetch(config.offline_store, list(names), rows)
-            table = rows
-            for column, name, kind in zip(columns, names, kinds, strict=True):
-                content = found.column(name)
-                table = table.append_column(column, content.cast(kind, safe=False) if kind is not None else content)
-            return table
-
-        times = pd.to_datetime(entity_df[EVENT_TIMESTAMP], utc=True)
-        metadata = RetrievalMetadata(
-            features=feature_refs,
-            keys=[c for c in entity_df.columns if c != EVENT_TIMESTAMP],
-            min_event_timestamp=times.min().to_pydatetime() if len(times) else None,
-            max_event_timestamp=times.max().to_pydatetime() if len(times) else None,
+        return historical_job(
+            config.offline_store, feature_views, feature_refs, entity_df, registry, project, full_feature_names
         )
-        return MillraceRetrievalJob(compute, full_feature_names=full_feature_names, metadata=metadata)
 
     @staticmethod
     def pull_latest_from_table_or_query(  # noqa: PLR0917 - Feast's signature
@@ -155,6 +130,50 @@ class MillraceOfflineStore(OfflineStore):  # type: ignore[misc]
         )
 
     pull_all_from_table_or_query = pull_latest_from_table_or_query
+
+
+def historical_job(  # noqa: PLR0917 - Feast's order
+    config: MillraceOfflineStoreConfig,
+    feature_views: list[Any],
+    feature_refs: list[str],
+    entity_df: Any,
+    registry: Any,
+    project: str,
+    full_feature_names: bool,
+) -> MillraceRetrievalJob:
+    """The job behind `get_historical_features`, whoever of Feast's plug-ins is asked.
+
+    Raises:
+        ValueError: `entity_df` is no pandas frame with a column `event_timestamp`, or two columns would have one name.
+    """
+    import pandas as pd
+
+    if not isinstance(entity_df, pd.DataFrame) or EVENT_TIMESTAMP not in entity_df.columns:
+        raise ValueError(f"entity_df must be a pandas frame with a column {EVENT_TIMESTAMP!r}")
+    names = {ref.replace(":", "__", 1): ref for ref in feature_refs}
+    columns = [name if full_feature_names else ref.split(":", 1)[1] for name, ref in names.items()]
+    if clash := {c for c in columns if columns.count(c) > 1 or c in entity_df.columns}:
+        raise ValueError(f"columns {sorted(clash)} stand twice; use full_feature_names=True")
+    types = _types(feature_views, registry, project)
+    kinds = [types.get(name) for name in names]
+    rows = pa.Table.from_pandas(entity_df, preserve_index=False)
+
+    def compute() -> pa.Table:
+        found = _fetch(config, list(names), rows)
+        table = rows
+        for column, name, kind in zip(columns, names, kinds, strict=True):
+            content = found.column(name)
+            table = table.append_column(column, content.cast(kind, safe=False) if kind is not None else content)
+        return table
+
+    times = pd.to_datetime(entity_df[EVENT_TIMESTAMP], utc=True)
+    metadata = RetrievalMetadata(
+        features=feature_refs,
+        keys=[c for c in entity_df.columns if c != EVENT_TIMESTAMP],
+        min_event_timestamp=times.min().to_pydatetime() if len(times) else None,
+        max_event_timestamp=times.max().to_pydatetime() if len(times) else None,
+    )
+    return MillraceRetrievalJob(compute, full_feature_names=full_feature_names, metadata=metadata)
 
 
 def _types(feature_views: list[Any], registry: Any, project: str) -> dict[str, pa.DataType]:

@@ -146,7 +146,10 @@ class FeatureServicer(feature_pb2_grpc.FeatureServiceServicer):
             next_offset = sum(offset for place, offset in positions.items() if place.topic == topic)
             end_offset = sum(offset for place, offset in ends.items() if place.topic == topic)
             progress.append(to_progress(contract, followed.get(contract, Followed()), next_offset, end_offset))
-        return feature_pb2.GetProgressResponse(contracts=progress, entities=entities)
+        served = self._serving.definitions
+        return feature_pb2.GetProgressResponse(
+            contracts=progress, entities=entities, definitions_hash=served.digest if served else ""
+        )
 
     async def GetConsistency(
         self, request: feature_pb2.GetConsistencyRequest, context: grpc.aio.ServicerContext
