@@ -96,7 +96,7 @@ def test_defaults_bring_a_version_straight_to_all_traffic() -> None:
         ("spec/rollout/strategy", "BlueGreen", "spec.rollout.steps"),
         ("spec/rollout/blueGreen", {}, "spec.rollout.blueGreen"),
         ("spec/rollout/abTest", {}, "spec.rollout.abTest"),
-        ("spec/rollout/shadow", {}, "spec.rollout.shadow"),
+        ("spec/rollout/shadow", {"onSuccess": "Promote", "minPairs": 5}, "spec.rollout.shadow.onSuccess"),
         ("spec/rollout/strategy", "Sideways", "spec.rollout.strategy"),
         ("spec/rollout/steps", [], "spec.rollout.steps"),
         ("spec/rollout/steps/1/weight", 5, "spec.rollout.steps[1].weight"),

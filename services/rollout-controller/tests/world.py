@@ -23,6 +23,7 @@ from millrace_rollout_controller.reconciler import (
     SetRoute,
     reconcile,
 )
+from millrace_rollout_controller.shadow_pairs import Pairs
 from millrace_rollout_controller.state import Route, Status, VersionRef
 
 from .support import version_ref
@@ -90,6 +91,8 @@ class World:
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     acknowledged: set[float] = field(default_factory=set)
     """Candidate weights that were in force in this trial."""
+    pairs: int = 0
+    """Answers compared with stable's in this trial."""
     warm: WarmSeen | None = None
     scaled: dict[str, int] = field(default_factory=dict)
     """What an autoscaler makes of a version."""
@@ -139,6 +142,7 @@ class World:
             trial=self.status.trial,
             step=self.status.step,
             gates=[gate_state(self.verdict) for _ in self.wanted.rollout.gates],
+            candidate=Counts(shadow={"": Pairs(pairs=self.pairs)}),
             step_candidate=Counts(requests=self.requests),
             comparisons=self.comparisons,
         )

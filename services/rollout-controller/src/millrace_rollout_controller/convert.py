@@ -12,6 +12,7 @@ from millrace_rollout_controller import manifest
 from millrace_rollout_controller.conditions import is_ready
 from millrace_rollout_controller.counts import Counts
 from millrace_rollout_controller.hub import Table
+from millrace_rollout_controller.shadow_pairs import Pairs
 from millrace_rollout_controller.stages import guarded_until, stages
 from millrace_rollout_controller.state import (
     ArtifactRef,
@@ -71,10 +72,24 @@ def gateway_counts(answer: prediction_pb2.GetFiguresResponse, model: str) -> dic
             requests=v.requests,
             errors=v.errors,
             latency={repr(float(bucket.le_ms)): bucket.count for bucket in v.latency},
+            shadow={each.segment: _pairs(each) for each in v.shadow},
         )
         for v in answer.versions
         if v.model == model
     }
+
+
+def _pairs(figures: prediction_pb2.ShadowFigures) -> Pairs:
+    return Pairs(
+        pairs=figures.pairs,
+        flips=figures.label_flips,
+        shift_sum=figures.shift_sum,
+        shift_square_sum=figures.shift_square_sum,
+        differences={
+            each.tensor: {repr(float(bucket.le)): bucket.count for bucket in each.buckets}
+            for each in figures.differences
+        },
+    )
 
 
 def outcome_counts(answer: drift_pb2.GetOutcomesResponse, model: str) -> dict[str, Counts]:
@@ -109,6 +124,7 @@ def _route(route: Route) -> rollout_pb2.ModelRoute:
         feature_names=route.feature_names,
         input_tensor=route.input_tensor,
         output_tensor=route.output_tensor,
+        segment_header=route.segment_header,
         hedge_after_ms=route.hedge_after_ms,
         callers=route.callers,
         testers=route.testers,

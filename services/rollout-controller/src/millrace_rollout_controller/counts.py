@@ -2,6 +2,9 @@
 
 from pydantic import BaseModel
 
+from millrace_rollout_controller import shadow_pairs
+from millrace_rollout_controller.shadow_pairs import Pairs
+
 
 class Counts(BaseModel):
     """Figures of one version; sums, so that they add up and subtract."""
@@ -16,6 +19,8 @@ class Counts(BaseModel):
     brier_square_sum: float = 0.0
     scores: dict[str, int] = {}
     """Predictions by bucket of their score; whole numbers in the order of the scores."""
+    shadow: dict[str, Pairs] = {}
+    """Rows that stable was asked too, by segment; empty is all of them."""
 
     def plus(self, other: "Counts") -> "Counts":
         """The sum."""
@@ -28,6 +33,7 @@ class Counts(BaseModel):
             brier_sum=self.brier_sum + other.brier_sum,
             brier_square_sum=self.brier_square_sum + other.brier_square_sum,
             scores=_plus(self.scores, other.scores),
+            shadow=shadow_pairs.plus(self.shadow, other.shadow),
         )
 
 

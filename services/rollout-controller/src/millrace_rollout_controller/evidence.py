@@ -12,7 +12,7 @@ from datetime import datetime
 
 from pydantic import BaseModel
 
-from millrace_rollout_controller import experiments, gates
+from millrace_rollout_controller import experiments, gates, shadow_pairs
 from millrace_rollout_controller.counts import Counts
 from millrace_rollout_controller.experiments import Comparison
 from millrace_rollout_controller.gates import GateState
@@ -211,6 +211,7 @@ def _minus(now: Counts, before: Counts) -> Counts:
         errors=min(whole[1], whole[0]),
         latency=latency,
         scores={bucket: count for bucket, count in scores.items() if count},
+        shadow=shadow_pairs.minus(now.shadow, before.shadow),
         outcomes=whole[2],
         correct=min(whole[3], whole[2]),
         brier_sum=min(max(now.brier_sum - before.brier_sum, 0.0), float(whole[2])),

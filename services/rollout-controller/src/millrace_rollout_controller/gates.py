@@ -17,12 +17,13 @@ from millrace_kit.power import BURN_IN, MEMORY
 from millrace_kit.sequential import ODDS_ABOVE, ODDS_BELOW, Array, Sample, log_mean, one_arm, two_arms
 from pydantic import BaseModel
 
-from millrace_rollout_controller import drift_gates, looks, measures
+from millrace_rollout_controller import drift_gates, looks, measures, shadow_gates
 from millrace_rollout_controller.counts import Counts, Sums
 from millrace_rollout_controller.drift_gates import DriftState
 from millrace_rollout_controller.looks import Look
 from millrace_rollout_controller.manifest import Gate
 from millrace_rollout_controller.measures import QUANTILES, measure
+from millrace_rollout_controller.shadow_gates import ShadowState, is_shadow
 from millrace_rollout_controller.state import GateView, Verdict
 
 STEP_SAMPLES = 30
@@ -59,6 +60,7 @@ class GateState(BaseModel):
     looks: list[Look] = []
     """Of a comparison with `maxSamples`."""
     drift: DriftState | None = None
+    shadow: ShadowState | None = None
     window_s: float = 0.0
     window_answers: int = 0
     """Of a throughput: the window that is being filled."""
@@ -94,6 +96,10 @@ def absorb(gate: Gate, state: GateState, candidate: Counts, stable: Counts) -> G
         return state.model_copy(update={"drift": drift})
     if gate.metric in QUANTILES and gate.compare is not None and state.threshold is None:
         return _learn(gate, state, stable)
+    if is_shadow(gate):
+        return state.model_copy(
+            update={"shadow": shadow_gates.absorb(gate, state.shadow or ShadowState(), candidate.shadow)}
+        )
     measured = measure(gate, candidate, stable, state.threshold)
     if gate.compare is None:
         return _absorb_one(gate, state, measured.failing, measured.passing, measured.stable)
@@ -255,6 +261,8 @@ def is_close(gate: Gate, state: GateState, steps: int) -> bool:
     half = -math.log(1.0 - gate.level) / 2.0
     if gate.metric == "drift/prediction":
         return state.drift is not None and bool(state.drift.cuts) and drift_gates.log_fail(state.drift) >= half
+    if is_shadow(gate):
+        return state.shadow is not None and shadow_gates.log_fail(state.shadow) >= half
     return log_fail(state, steps) >= half
 
 
@@ -264,6 +272,8 @@ def judge(gate: Gate, state: GateState, steps: int) -> GateView:
         return _judge_reading(gate, state)
     if gate.metric == "drift/prediction":
         return drift_gates.judge(gate, state.drift or DriftState())
+    if is_shadow(gate):
+        return shadow_gates.judge(gate, state.shadow or ShadowState())
     needed = -math.log(1.0 - gate.level)
     against = log_fail(state, steps)
     loss, limit, words = _estimate(gate, state)

@@ -30,6 +30,7 @@ Metric = Literal["errorRate", "latencyP99Ms", "outcome/accuracy", "outcome/brier
 """Of a comparison that a strategy reports."""
 GateMetric = Literal[
     "errorRate", "latencyP50Ms", "latencyP95Ms", "latencyP99Ms", "throughput", "outcome/accuracy", "outcome/brier", "drift/prediction",
+    "shadow/labelFlipRate", "shadow/scoreShift", "shadow/maxAbsDiff",
 ]  # fmt: skip
 DEFAULT_CONFIDENCE = 0.95
 
@@ -128,19 +129,30 @@ class ABTest(Block):
     """When the test has ended and the goal says that the candidate is better: wait for a person, or promote."""
 
 
+class Segment(Block):
+    """What tells groups of requests apart."""
+
+    header: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,127}$")]
+    """In lower case; its first 16 values are looked at one by one."""
+
+
 class Shadow(Block):
-    """Copies of requests to the candidate, whose answers nobody gets."""
+    """Copies of requests to the candidate, whose answers nobody gets: all of a Shadow run, or before the first step of a Canary."""
 
     mirror_percent: Annotated[float, Field(gt=0, le=100)] = 100.0
     """Percent of the requests that are copied."""
     min_requests: int = Field(default=0, ge=0, le=1_000_000_000)
     """Copies before the run may end."""
+    min_pairs: int = Field(default=0, ge=0, le=1_000_000_000)
+    """Rows of answers compared with stable's before it may end."""
+    segment: Segment | None = None
+    """Also compare each group by itself: gates on `shadow/…` look at the worst."""
     duration: Duration | None = None
     """Time before the run may end. Without `minRequests` and `duration` only a person ends it."""
     confidence: Confidence = DEFAULT_CONFIDENCE
     """Of every comparison in the status."""
     on_success: Literal["Hold", "Promote"] = "Hold"
-    """When the run has ended and its gates have passed: wait for a person, or promote."""
+    """When a Shadow run has ended and its gates have passed: wait for a person, or promote. A Canary goes on to its steps."""
 
 
 class Warmup(Block):
@@ -179,6 +191,8 @@ class Gate(Block):
     max: float | None = None
     min: float | None = None
     compare: Literal["notWorseThanStable"] | None = None
+    tensor: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Of shadow/maxAbsDiff: the output it is about; None is all of them."""
     margin: Annotated[float, Field(gt=0, lt=1)] | None = None
     """How much worse than stable the candidate may be; of a latency the part by which its percentile may be longer."""
     max_samples: Annotated[int, Field(ge=100, le=100_000_000)] | None = None
@@ -217,6 +231,8 @@ class Gate(Block):
         subject = self.metric or f"promql {' '.join((self.promql or '').split())[:80]}"
         if self.compare:
             return f"{subject} notWorseThanStable (margin {self.margin:g})"
+        if self.tensor is not None:
+            subject = f"{subject} of {self.tensor}"
         return f"{subject} <= {self.max:g}" if self.max is not None else f"{subject} >= {self.min:g}"
 
 

@@ -26,6 +26,9 @@ _FORMS: dict[str, tuple[str, ...]] = {
     "outcome/accuracy": ("min", "compare"),
     "outcome/brier": ("max", "compare"),
     "drift/prediction": ("max",),
+    "shadow/labelFlipRate": ("max",),
+    "shadow/scoreShift": ("max",),
+    "shadow/maxAbsDiff": ("max",),
 }
 """How each metric may be bounded."""
 
@@ -60,6 +63,14 @@ def check_spec(spec: "Spec") -> None:
     _check_strategy(spec)
     for index, gate in enumerate(spec.rollout.gates):
         _check_gate(gate, f"spec.rollout.gates[{index}]")
+        if (gate.metric or "").startswith("shadow/") and not _has_copies(spec.rollout):
+            where = f"spec.rollout.gates[{index}].metric"
+            raise InvalidArgumentError(where, "needs copies: rollout.shadow, or rollout.blueGreen.mirrorPercent")
+
+
+def _has_copies(rollout: "Rollout") -> bool:
+    preview = rollout.blue_green is not None and rollout.blue_green.mirror_percent > 0
+    return rollout.shadow is not None or rollout.strategy == "Shadow" or preview
 
 
 def _check_strategy(spec: "Spec") -> None:
@@ -68,7 +79,8 @@ def _check_strategy(spec: "Spec") -> None:
         "steps": rollout.steps, "blueGreen": rollout.blue_green, "abTest": rollout.ab_test, "shadow": rollout.shadow,
     }  # fmt: skip
     for strategy, block in BLOCKS.items():
-        if strategy != rollout.strategy and given[block] is not None:
+        first = rollout.strategy == "Canary" and block == "shadow"
+        if strategy != rollout.strategy and given[block] is not None and not first:
             raise InvalidArgumentError(f"spec.rollout.{block}", f"belongs to {strategy}, not to {rollout.strategy}")
     _check_steps(rollout.steps or ())
     _check_guard(rollout)
@@ -139,8 +151,10 @@ def _check_shadow(rollout: "Rollout") -> None:
     _check_decimals(block.mirror_percent, "spec.rollout.shadow.mirrorPercent")
     if block.duration is not None:
         seconds(block.duration, "spec.rollout.shadow.duration")
-    if block.on_success == "Promote" and not block.min_requests and block.duration is None:
-        raise InvalidArgumentError("spec.rollout.shadow.onSuccess", "Promote needs minRequests or duration")
+    if block.on_success == "Promote" and rollout.strategy == "Canary":
+        raise InvalidArgumentError("spec.rollout.shadow.onSuccess", "belongs to Shadow; a Canary goes on to its steps")
+    if block.on_success == "Promote" and not block.min_requests and not block.min_pairs and block.duration is None:
+        raise InvalidArgumentError("spec.rollout.shadow.onSuccess", "Promote needs minRequests, minPairs or duration")
 
 
 def _check_decimals(percent: float, where: str) -> None:
@@ -158,6 +172,8 @@ def _check_gate(gate: "Gate", where: str) -> None:
     if given[0] not in allowed:
         subject = gate.metric or "promql"
         raise InvalidArgumentError(f"{where}.{given[0]}", f"does not fit {subject}; use {' or '.join(allowed)}")
+    if gate.tensor is not None and gate.metric != "shadow/maxAbsDiff":
+        raise InvalidArgumentError(f"{where}.tensor", "belongs to shadow/maxAbsDiff")
     if (gate.margin is not None) != (gate.compare is not None):
         raise InvalidArgumentError(f"{where}.margin", "belongs to compare, and compare needs it")
     _check_looks(gate, where)
@@ -193,5 +209,8 @@ def _check_bound(gate: "Gate", where: str, form: str) -> None:
     elif (gate.metric or "").startswith("latency"):
         if not 0 < bound <= 600_000:
             raise InvalidArgumentError(f"{where}.max", "must be more than 0 and at most 600000 (milliseconds)")
+    elif gate.metric == "shadow/maxAbsDiff":
+        if not 0 < bound <= 1e9:
+            raise InvalidArgumentError(f"{where}.max", "must be more than 0 and at most 1e9")
     elif not 0 < bound < 1:
         raise InvalidArgumentError(f"{where}.{form}", "must be between 0 and 1, both left out")

@@ -36,6 +36,7 @@ def wanted_route(spec: Spec, status: Status, *, candidate_ready: bool) -> Route 
         feature_names=ref.feature_names,
         input_tensor=ref.inputs[0].name if len(ref.inputs) == 1 else "",
         output_tensor=ref.outputs[0].name if ref.outputs else "",
+        segment_header=shadow.segment.header if (shadow := spec.rollout.shadow) and shadow.segment else "",
         hedge_after_ms=spec.routing.hedge_after_ms or 0,
         callers=spec.routing.callers or (),
         testers=spec.routing.testers or (),

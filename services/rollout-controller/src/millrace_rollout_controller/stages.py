@@ -19,6 +19,10 @@ class Stage:
     weight: float
     mirror: float = 0.0
     min_requests: int = 0
+    min_pairs: int = 0
+    """Rows compared with stable's answers."""
+    copies_first: bool = False
+    """Copies before the first weight of a canary."""
     lasts_s: float = 0.0
     """Shortest time in force."""
     until_resume: bool = False
@@ -63,7 +67,8 @@ def _of_strategy(spec: Spec) -> tuple[Stage, ...]:
     steps = rollout.steps or (Step(weight=100.0),)
     if steps[-1].weight != 100:
         steps = (*steps, Step(weight=100.0))
-    found = tuple(_canary(step) for step in steps)
+    first = (_copies_first(rollout.shadow),) if rollout.shadow is not None else ()
+    found = (*first, *(_canary(step) for step in steps))
     return _on_evidence(found) if rollout.advance == "OnEvidence" else found
 
 
@@ -95,6 +100,10 @@ def confidence(spec: Spec) -> float:
     """Confidence of the comparisons."""
     block = spec.rollout.ab_test or spec.rollout.shadow
     return block.confidence if block is not None else ABTest().confidence
+
+
+def _copies_first(block: Shadow) -> Stage:
+    return replace(_shadow(block)[0], until_promote=False, copies_first=True)
 
 
 def _canary(step: Step) -> Stage:
@@ -137,6 +146,7 @@ def _shadow(block: Shadow) -> tuple[Stage, ...]:
         0.0,
         mirror=block.mirror_percent,
         min_requests=block.min_requests,
+        min_pairs=block.min_pairs,
         lasts_s=lasts_s,
         until_promote=hold,
     )

@@ -135,6 +135,7 @@ class Route(Frozen):
     feature_names: tuple[str, ...]
     input_tensor: str
     output_tensor: str
+    segment_header: str = ""
     hedge_after_ms: int = 0
     callers: tuple[str, ...] = ()
     testers: tuple[str, ...] = ()

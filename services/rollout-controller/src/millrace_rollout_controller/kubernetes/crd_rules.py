@@ -55,7 +55,8 @@ def _forms(metric: str, *allowed: str) -> list[Rule]:
 def _bound(form: str) -> list[Rule]:
     rules = [
         _rule(
-            f"!has(self.metric) || self.metric.startsWith('latency') || self.metric == 'throughput' || !has(self.{form})"
+            f"!has(self.metric) || self.metric.startsWith('latency') || self.metric == 'throughput'"
+            f" || self.metric == 'shadow/maxAbsDiff' || !has(self.{form})"
             f" || (self.{form} > 0.0 && self.{form} < 1.0)",
             "must be between 0 and 1, both left out",
             f".{form}",
@@ -128,7 +129,19 @@ CEL: dict[str, list[Rule]] = {
         _only("steps", "Canary"),
         _only("blueGreen", "BlueGreen"),
         _only("abTest", "ABTest"),
-        _only("shadow", "Shadow"),
+        _rule(f"!has(self.shadow) || {_STRATEGY} in ['Shadow', 'Canary']", "belongs to Shadow and Canary", ".shadow"),
+        _rule(
+            f"!has(self.shadow) || !has(self.shadow.onSuccess) || self.shadow.onSuccess != 'Promote' || {_STRATEGY} != 'Canary'",
+            "belongs to Shadow; a Canary goes on to its steps",
+            ".shadow.onSuccess",
+        ),
+        _rule(
+            "!has(self.gates) || self.gates.all(g, !has(g.metric) || !g.metric.startsWith('shadow/'))"
+            f" || has(self.shadow) || {_STRATEGY} == 'Shadow'"
+            " || (has(self.blueGreen) && has(self.blueGreen.mirrorPercent) && self.blueGreen.mirrorPercent > 0.0)",
+            "shadow/ needs copies: rollout.shadow, or rollout.blueGreen.mirrorPercent",
+            ".gates",
+        ),
     ],
     "spec.rollout.steps": [
         _rule(
@@ -156,7 +169,13 @@ CEL: dict[str, list[Rule]] = {
     "spec.rollout.abTest": [_PROMOTE],
     "spec.rollout.abTest.split": [_DECIMALS],
     "spec.rollout.abTest.duration": [_DURATION],
-    "spec.rollout.shadow": [_PROMOTE],
+    "spec.rollout.shadow": [
+        _PROMOTE
+        | {
+            "rule": f"{_PROMOTE['rule']} || (has(self.minPairs) && self.minPairs > 0)",
+            "message": "Promote needs minRequests, minPairs or duration",
+        }
+    ],
     "spec.rollout.shadow.mirrorPercent": [_DECIMALS],
     "spec.rollout.shadow.duration": [_DURATION],
     "spec.rollout.gates.items": [
@@ -171,6 +190,20 @@ CEL: dict[str, list[Rule]] = {
         *_forms("latencyP99Ms", "max", "compare"),
         *_forms("throughput", "min"),
         *_forms("drift/prediction", "max"),
+        *_forms("shadow/labelFlipRate", "max"),
+        *_forms("shadow/scoreShift", "max"),
+        *_forms("shadow/maxAbsDiff", "max"),
+        _rule(
+            "!has(self.tensor) || (has(self.metric) && self.metric == 'shadow/maxAbsDiff')",
+            "belongs to shadow/maxAbsDiff",
+            ".tensor",
+        ),
+        _rule(
+            "!has(self.metric) || self.metric != 'shadow/maxAbsDiff' || !has(self.max)"
+            " || (self.max > 0.0 && self.max <= 1000000000.0)",
+            "must be more than 0 and at most 1e9",
+            ".max",
+        ),
         *_forms("outcome/accuracy", "min", "compare"),
         *_forms("outcome/brier", "max", "compare"),
         _rule("!has(self.promql) || !has(self.compare)", "does not fit promql; use max or min", ".compare"),
