@@ -16,10 +16,11 @@ from millrace_feature.consistency.log import ConsistencyLog, Finding, Logged, Ra
 from millrace_feature.consistency.metrics import CHECK_LAG, ERROR, PAIRS, SAMPLES, VALUES, WAITING
 from millrace_feature.consistency.samples import Sampler
 from millrace_feature.lake import NO_TABLE, Lake
-from millrace_feature.plan import Definitions, ServicePlan, ValueType
+from millrace_feature.plan import Definitions, LatestView, ServicePlan, ValueType
 from millrace_feature.settings import ConsistencySettings
 from millrace_feature.tiles import Floats
 from millrace_feature.training import carried_names, features_at
+from millrace_feature.vector_fields import element_names
 from millrace_feature.worker import to_us
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ class Checker:
             raise NotFoundError("feature service", name)
         versions = self._versions(plan, definitions)
         expected = features_at(self._lake, plan, definitions, _entities(plan, definitions, rows), versions)
-        return self._compared(plan, rows, expected, versions)
+        return self._compared(plan, columns_by_feature(plan, definitions), rows, expected, versions)
 
     def _versions(self, plan: ServicePlan, definitions: Definitions) -> dict[str, int]:
         contracts = sorted({definitions.view(use.view).contract for use in plan.uses})
@@ -151,7 +152,12 @@ class Checker:
         return versions
 
     def _compared(
-        self, plan: ServicePlan, rows: Sequence[Logged], expected: Mapping[str, Floats], versions: Mapping[str, int]
+        self,
+        plan: ServicePlan,
+        features: Mapping[str, Sequence[int]],
+        rows: Sequence[Logged],
+        expected: Mapping[str, Floats],
+        versions: Mapping[str, int],
     ) -> tuple[list[Rates], list[Finding]]:
         served = np.array([row.sample.values for row in rows], np.float64)
         carried = carried_names(plan)
@@ -159,20 +165,21 @@ class Checker:
         rates: list[Rates] = []
         findings: list[Finding] = []
         for window_us, places in in_windows([row.sample.served_us for row in rows], width_us):
-            for column, feature in enumerate(plan.features):
-                mine, theirs = served[places, column], expected[feature][places]
+            for feature, columns in features.items():
+                mine = served[places][:, list(columns)].ravel()
+                theirs = np.stack([expected[plan.features[column]][places] for column in columns], axis=1).ravel()
                 tally = compare(mine, theirs, tolerance=self._settings.tolerance)
                 digest = rows[0].sample.digest
                 rates.append(Rates(window_us, width_us, digest, plan.name, feature, tally))
                 for kind in KINDS:
                     for i in tally.places[kind][: self._settings.max_findings]:
-                        sample = rows[int(places[i])].sample
+                        sample = rows[int(places[i // len(columns)])].sample
                         findings.append(
                             Finding(
                                 window_us=window_us,
                                 digest=digest,
                                 feature_service=plan.name,
-                                feature=feature,
+                                feature=plan.features[columns[i % len(columns)]],
                                 kind=kind,
                                 entity=dict(zip(carried, sample.entity, strict=True)),
                                 asked_us=sample.asked_us,
@@ -183,6 +190,20 @@ class Checker:
                             )
                         )
         return rates, findings
+
+
+def columns_by_feature(plan: ServicePlan, definitions: Definitions) -> dict[str, list[int]]:
+    """Columns of the vector by what rates are kept for: a feature, or an embedding with all its numbers."""
+    whole: dict[str, str] = {}
+    for use in plan.uses:
+        view = definitions.view(use.view)
+        for field in view.vectors if isinstance(view, LatestView) else ():
+            name = f"{use.alias}__{field.feature}"
+            whole.update(dict.fromkeys(element_names(name, field), name))
+    found: dict[str, list[int]] = {}
+    for column, feature in enumerate(plan.features):
+        found.setdefault(whole.get(feature, feature), []).append(column)
+    return found
 
 
 def _known(value: float) -> float | None:
