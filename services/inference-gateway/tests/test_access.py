@@ -7,7 +7,9 @@ import grpc.aio
 import models
 from gateway import CANDIDATE, MODEL, arm, eventually, gateway, route
 from load import infer
+from millrace_api.common.v1 import common_pb2
 from millrace_api.events.v1 import events_pb2
+from millrace_api.prediction.v1 import prediction_pb2
 from millrace_kit.bus import PREDICTIONS, open_bus
 from test_auth import code, line
 
@@ -48,6 +50,16 @@ async def test_a_chosen_version_is_no_evidence() -> None:
         assert await code(g, x_millrace_version="1.1.0") is DENIED
 
 
+async def predict_code(g, **metadata: str) -> grpc.StatusCode:
+    request = prediction_pb2.PredictRequest(model=MODEL, inputs={"a": common_pb2.Value(double_value=1.0)})
+    named = [(key.replace("_", "-"), value) for key, value in metadata.items()]
+    try:
+        await g.predictions.Predict(request, metadata=named, timeout=10)
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return OK
+
+
 async def test_callers_and_testers(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("".join(line(name, f"{name}-key") for name in ("shop", "qa", "other")))
@@ -73,6 +85,11 @@ async def test_callers_and_testers(tmp_path: Path) -> None:
             assert error.code() is DENIED  # noqa: PT017 - either way is checked
         else:
             raise AssertionError
+        # Nor does Predict.
+        assert await predict_code(g, x_api_key="shop-key") is OK
+        assert await predict_code(g, x_api_key="other-key") is DENIED
+        assert await predict_code(g, x_api_key="other-key", x_millrace_client="shop") is DENIED
+        assert await predict_code(g, x_api_key="shop-key", x_millrace_version="1.1.0") is DENIED
         # Rules know the caller.
         by_name = route(*arms)
         by_name.rules.add(when="request.headers['x-millrace-client'] == 'qa'", to=CANDIDATE)

@@ -152,6 +152,8 @@ def _translators() -> list[hcm_pb2.HttpFilter]:
 
 def _inner(settings: GatewaySettings, files: EnvoyFiles) -> listener_pb2.Listener:
     manager = _manager(INNER, settings, files)
+    # Predict passes on who called; what that caller may is asked here.
+    manager.http_filters.insert(0, access_filter())
     take_http1(manager)
     manager.preserve_external_request_id = True
     place = address_pb2.Address(pipe=address_pb2.Pipe(path=str(settings.socket), mode=0o600))
