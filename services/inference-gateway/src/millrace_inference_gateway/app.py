@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 import grpc.aio
+from envoy.service.discovery.v3 import ads_pb2_grpc
 from millrace_api.prediction.v1 import prediction_pb2_grpc
 from millrace_kit.bus import open_bus
 from millrace_kit.client import open_channel
@@ -43,6 +44,7 @@ from millrace_inference_gateway.shadow_pairs import ShadowPairs
 from millrace_inference_gateway.slice_watch import SliceWatch
 from millrace_inference_gateway.store import RouteStore, remembered
 from millrace_inference_gateway.upstream import Channels, ModelCaller
+from millrace_inference_gateway.zero_hop import ZeroHopServicer
 
 FEATURE_CHANNELS = 2
 GRPC_SERVICES = (
@@ -125,6 +127,9 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
         prediction_pb2_grpc.add_GatewayServiceServicer_to_server(gateway, to)
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(server, to)
         to.add_generic_rpc_handlers((receiver.handler(),))
+        if settings.max_zero_hop_clients:
+            zero_hop = ZeroHopServicer(lambda: applier.in_force, settings.max_zero_hop_clients)
+            ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(zero_hop, to)
 
     async def close_log() -> None:
         journal.close()

@@ -215,6 +215,9 @@ class GatewaySettings(ServiceSettings):
     """Predictions of one PredictStream at once; the next one is read when one of them is answered."""
     result_cache_entries: int = Field(default=10_000, ge=1, le=1_000_000)
     """Answers kept for models whose version declares a result cache; the one not used for longest goes."""
+    max_zero_hop_clients: int = Field(default=0, ge=0, le=100_000)
+    """gRPC clients that may follow the routes by xDS (at `listen`) and call model servers themselves. 0 offers it to nobody: what goes
+    around Envoy is in no figure and in no log, so gates hold."""
     apply_timeout_s: float = Field(default=10.0, gt=0, le=300)
     """Longest wait for Envoy to have new routes in force before it is tried again."""
     reconnect_s: float = Field(default=0.5, gt=0, le=60)
