@@ -25,6 +25,9 @@ auth:
     jwks_file: /etc/millrace/auth/jwks.json
   {{- end }}
   calls_per_s: {{ int $auth.callsPerSecond }}
+  {{- if $auth.callsPerSecondOfEachClient }}
+  each_client: {calls_per_s: {{ int $auth.callsPerSecondOfEachClient }}}
+  {{- end }}
 kubernetes:
   namespace: {{ .Release.Namespace }}
 feature_address: {{ include "millrace.address" (dict "root" . "key" "feature") }}
