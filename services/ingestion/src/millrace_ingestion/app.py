@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from millrace_ingestion.held_store import HeldStore
 from millrace_ingestion.id_index import IdIndex
 from millrace_ingestion.ingestor import Ingestor, IntakeLimits
 from millrace_ingestion.intake import Budget
+from millrace_ingestion.joins.registry import check_contract
 from millrace_ingestion.lake import LakeTable
 from millrace_ingestion.landing import CrashPoint, Landing, no_crash
 from millrace_ingestion.lane import Lane, Limits
@@ -33,6 +35,7 @@ from millrace_ingestion.retention import LetterRetention
 from millrace_ingestion.servicer import IngestionServicer
 from millrace_ingestion.settings import IngestionSettings
 from millrace_ingestion.sources.servicer import SourceServicer
+from millrace_ingestion.sources.store import SourceStore
 from millrace_ingestion.sources.wiring import make_supervisor
 from millrace_ingestion.store import Store
 from millrace_ingestion.table_versions import TableVersions
@@ -67,12 +70,11 @@ async def build(
         settings.publish_timeout_s,
     )
 
-    def make_lane(contract: Contract) -> Lane:
-        def open_table(name: str) -> LakeTable:
-            options = lake_options(settings.lake(), settings.lake_options)
-            url = f"{settings.lake()}/{name}"
-            return LakeTable(url, options, compact_target_bytes=settings.compact_target_mib * MIB)
+    def open_table(name: str) -> LakeTable:
+        options = lake_options(settings.lake(), settings.lake_options)
+        return LakeTable(f"{settings.lake()}/{name}", options, compact_target_bytes=settings.compact_target_mib * MIB)
 
+    def make_lane(contract: Contract) -> Lane:
         folder = Path(settings.state_dir) / "event-ids" / contract.name
         index = IdIndex(folder, flush_ids=settings.index_flush_ids)
         landing = Landing(
@@ -85,6 +87,12 @@ async def build(
             crash_point=crash_point,
         )
         return Lane(landing, bus, lane_limits, quality)
+
+    source_store = SourceStore(engine, clock)
+
+    def check_joins(contract: Contract, others: Callable[[str], Contract]) -> None:
+        sources = {name: source for name, (source, _standing) in source_store.sources().items()}
+        check_contract(contract, sources, others)
 
     ingestor = Ingestor(
         store=store,
@@ -105,6 +113,7 @@ async def build(
         ),
         letters=await asyncio.to_thread(letter_store.kept),
         clock=clock,
+        guard=check_joins,
     )
     pins = PinStore(engine, clock)
     versions = TableVersions(ingestor, pins)
@@ -127,7 +136,9 @@ async def build(
     if settings.dead_letter_topics:
         workers.append(Worker("dead-letter-topic", LetterRelay(letter_store, bus, clock).run))
 
-    supervisor = make_supervisor(settings, engine, ingestor, clock)
+    supervisor = make_supervisor(
+        settings, engine, source_store, ingestor, clock, open_table=open_table, crash_point=crash_point
+    )
     sources = SourceServicer(supervisor, ingestor)
 
     async def close_database() -> None:

@@ -79,6 +79,14 @@ def read_stream(payload: bytes, *, max_rows: int, max_bytes: int) -> pa.Table:
     return pa.Table.from_batches(batches, schema)
 
 
+def stream_bytes(table: pa.Table) -> bytes:
+    """A table as an Arrow IPC stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue().to_pybytes())
+
+
 def _brief(error: Exception) -> str:
     return str(error).split("\n", 1)[0][:200].encode("utf-8", "replace").decode()
 

@@ -69,6 +69,7 @@ class Ingestor:
         limits: sizes.
         letters: dead letters kept already.
         clock: when batches arrive.
+        guard: whether what needs a contract can live with a new version of it, given the other contracts; blocks, and raises when not.
     """
 
     def __init__(
@@ -86,7 +87,9 @@ class Ingestor:
         limits: IntakeLimits,
         letters: int,
         clock: Clock,
+        guard: Callable[[Contract, Callable[[str], Contract]], None],
     ) -> None:
+        self._guard = guard
         self._clock = clock
         self._store = store
         self._letter_store = letter_store
@@ -141,6 +144,7 @@ class Ingestor:
                 raise ResourceExhaustedError("max_contracts", f"{len(self._contracts)} contracts are registered")
             if current is not None:
                 check_evolution(await self.versions(contract.name), contract)
+                await asyncio.to_thread(self._guard, contract, self.contract)
             numbered = replace(contract, version=current.version + 1 if current is not None else 1)
             body = self._serialize(numbered)
             try:
@@ -196,6 +200,7 @@ class Ingestor:
         found = tuple(changes(current, contract))
         try:
             check_evolution(await self.versions(contract.name), contract)
+            await asyncio.to_thread(self._guard, contract, self.contract)
         except FailedPreconditionError as error:
             return Comparison(current, found, error)
         return Comparison(current, found, None)
@@ -208,6 +213,11 @@ class Ingestor:
         """The epoch of a contract's lane; see `lane`."""
         self.contract(name)
         return self._lanes[name].epoch
+
+    def landed_version(self, name: str) -> int:
+        """The newest version of a contract's table that a commit of this process made; -1 before the first."""
+        self.contract(name)
+        return self._lanes[name].table_version
 
     async def position(self, contract: str, source: str) -> int:
         """Offset of the source's last batch that landed; 0 for none.

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pa_dataset
 import pyarrow.fs as pa_fs
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
@@ -45,6 +46,9 @@ class Commit:
     version: int
     group_id: str
     files: tuple[str, ...]
+    rows: int = 0
+    at_s: float = 0.0
+    """When it was committed, in seconds since the epoch."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,19 @@ class LakeTable:
                 storage_options=self._options,
             )
             self._table = DeltaTable(self.url, storage_options=self._options)
-        self._files = pa_fs.PyFileSystem(DeltaStorageHandler.from_table(self._open_table._table))  # noqa: SLF001
+        self._connect()
         self.evolve(contract)
+
+    def _connect(self) -> None:
+        self._files = pa_fs.PyFileSystem(DeltaStorageHandler.from_table(self._open_table._table))  # noqa: SLF001
+
+    def look(self) -> None:
+        """Load the newest snapshot of a table that is there, for reading only."""
+        if self._table is None:
+            self._table = DeltaTable(self.url, storage_options=self._options)
+            self._connect()
+        else:
+            self._table.update_incremental()
 
     def evolve(self, contract: Contract) -> None:
         """Add columns that the contract has and the table lacks."""
@@ -187,6 +202,25 @@ class LakeTable:
     def files(self) -> list[str]:
         """Every file of the snapshot."""
         return [str(path) for path in self._open_table.get_add_actions(flatten=True)["path"].to_pylist()]
+
+    def sized_files(self, version: int) -> list[tuple[str, int]]:
+        """Every file of a version with its number of rows, by path."""
+        assert self._files is not None
+        paths = sorted(str(path) for path in self._at(version).get_add_actions(flatten=True)["path"].to_pylist())
+        found: list[tuple[str, int]] = []
+        for path in paths:
+            with self._files.open_input_file(unquote(path)) as source, pq.ParquetFile(source) as file:
+                found.append((path, file.metadata.num_rows))
+        return found
+
+    def dataset(self, version: int) -> pa_dataset.Dataset:
+        """A version's rows, for scans that skip files by their statistics."""
+        return self._at(version).to_pyarrow_dataset()
+
+    def _at(self, version: int) -> DeltaTable:
+        if version == self.version:
+            return self._open_table
+        return DeltaTable(self.url, version=version, storage_options=self._options)
 
     def read(self, files: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
         """Rows of data files, a row group at a time, in the order they were written."""
@@ -318,11 +352,13 @@ def _entry(version: int, content: bytes) -> LogEntry:
 
 
 def _commit(version: int, content: bytes) -> Commit:
-    group_id, files = "", []
+    group_id, files, rows, at_s = "", [], 0, 0.0
     for line in content.splitlines():
         action = json.loads(line)
         if "commitInfo" in action:
             group_id = str(action["commitInfo"].get(GROUP_KEY, ""))
+            at_s = int(action["commitInfo"].get("timestamp", 0)) / 1000
         elif "add" in action and action["add"]["dataChange"]:
             files.append(str(action["add"]["path"]))
-    return Commit(version, group_id, tuple(files))
+            rows += int(json.loads(action["add"].get("stats") or "{}").get("numRecords", 0))
+    return Commit(version, group_id, tuple(files), rows, at_s)

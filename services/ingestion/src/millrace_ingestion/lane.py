@@ -12,15 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import pyarrow as pa
 from millrace_api.events.v1.events_pb2 import RecordsLanded
 from millrace_kit.bus import Bus, Outgoing, records_topic
 from millrace_kit.errors import MillraceError, UnavailableError
 
 from millrace_ingestion import metrics
+from millrace_ingestion.arrow_records import stream_bytes
 from millrace_ingestion.contracts import Contract
 from millrace_ingestion.landing import Landing
-from millrace_ingestion.models import Landed, Outcome, Pending, Piece
+from millrace_ingestion.models import Landed, Outcome, Pending
 from millrace_ingestion.quality import figures_of
 from millrace_ingestion.quality_monitor import QualityMonitor
 
@@ -70,6 +70,8 @@ class Lane:
         self._open = False
         self._closed = False
         self.epoch = 0
+        self.table_version = -1
+        """The newest version that a commit of this lane made; -1 before the first."""
 
     @property
     def name(self) -> str:
@@ -207,6 +209,7 @@ class Lane:
             landed = await asyncio.to_thread(self._landing.land, [waiting.pending for waiting in group])
             await self._publish(landed)
             await asyncio.to_thread(self._landing.finish, landed)
+            self.table_version = landed.table_version
         except Exception as error:
             failure = error if isinstance(error, UnavailableError) else _unavailable(self.name, error)
             log.warning("contract %s: a group of %d batches did not land", self.name, len(group), exc_info=error)
@@ -277,7 +280,7 @@ def _messages(landed: Landed) -> list[Outgoing]:
             RecordsLanded(
                 contract=landed.contract,
                 contract_version=landed.contract_version,
-                arrow_ipc=piece.arrow_ipc or _ipc(piece),
+                arrow_ipc=piece.arrow_ipc or stream_bytes(piece.table),
                 table_version=landed.table_version,
                 source=piece.source,
                 source_offset=piece.offset,
@@ -287,13 +290,6 @@ def _messages(landed: Landed) -> list[Outgoing]:
         )
         for piece in landed.pieces
     ]
-
-
-def _ipc(piece: Piece) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, piece.table.schema) as writer:
-        writer.write_table(piece.table)
-    return bytes(sink.getvalue().to_pybytes())
 
 
 def _answer(group: Sequence[_Waiting], results: Sequence[Outcome | MillraceError]) -> None:

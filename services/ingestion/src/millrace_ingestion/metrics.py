@@ -77,11 +77,26 @@ SOURCE_RECORDS = Counter(
     "Records of sources by what became of them: accepted, duplicates or rejected.",
     ["source", "result"],
 )
-SOURCE_LAG = Gauge("millrace_ingestion_source_lag", "Messages of a source that have not landed.", ["source"])
+SOURCE_LAG = Gauge(
+    "millrace_ingestion_source_lag",
+    "Messages of a source that have not landed; of a join the versions of its inputs' tables that are not joined.",
+    ["source"],
+)
 SOURCE_TROUBLES = Counter(
     "millrace_ingestion_source_troubles_total",
     "Attempts of a source that ended with an error, by its reason.",
     ["source", "reason"],
+)
+JOIN_ROWS = Counter(
+    "millrace_ingestion_join_rows_total",
+    "What steps of a join made: rows matched and unmatched, and pairs left out because the left record's time was over (late).",
+    ["source", "result"],
+)
+JOIN_FRESHNESS = Histogram(
+    "millrace_ingestion_join_freshness_seconds",
+    "From the oldest commit of the inputs that a step of a join took in to the landing of its rows.",
+    ["source"],
+    buckets=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800),
 )
 
 

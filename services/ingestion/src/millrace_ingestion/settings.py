@@ -120,6 +120,12 @@ class IngestionSettings(ServiceSettings):
     """Silence after which a process that read the sources is taken for dead, and another reads them; more than `source_poll_s`."""
     max_source_files: int = Field(default=100_000, ge=1, le=10_000_000)
     """Files that one source's globs may match; more is an error, none is left out silently."""
+    join_step_records: int = Field(default=100_000, ge=1, le=1_000_000)
+    """New records of an input that one step of a join takes in at most (a single commit may be larger), and records of the other side that
+    are in memory beside them."""
+    join_poll_s: float = Field(default=0.1, gt=0, le=60)
+    """Time between two looks at whether this process landed something in an input of a join; it costs no look at the lake. Commits of other
+    processes are learnt every `source_poll_s`."""
     max_schemas: int = Field(default=1_000, ge=1, le=100_000)
     """Schemas of a registry kept for one source."""
 

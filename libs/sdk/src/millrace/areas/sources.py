@@ -24,7 +24,7 @@ def load_source(path: Path) -> pb.Source:
     except yaml.YAMLError as error:
         raise InvalidArgumentError(path.name, f"is no YAML: {error}") from None
     if not isinstance(raw, dict):
-        raise InvalidArgumentError(path.name, "needs a mapping with name, contract, and kafka or files")
+        raise InvalidArgumentError(path.name, "needs a mapping with name, contract, and kafka, files or join")
     try:
         return ParseDict(raw, pb.Source())
     except ParseError as error:

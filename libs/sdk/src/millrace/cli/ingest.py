@@ -22,6 +22,7 @@ from millrace.cli.local import INTERRUPTED, Context
 from millrace.loading import LIMITS, MAX_FILES, columns_of, load_file
 from millrace.view import age, table
 
+KINDS = {"kafka": "topics", "files": "files", "join": "join"}
 COLUMNS = ("NAME", "KIND", "CONTRACT", "STATE", "LAG", "ACCEPTED", "REJECTED", "LAST RUN", "NEXT RUN")
 
 
@@ -146,13 +147,13 @@ def _bar(console: Console) -> Progress:
 
 @ingest.group()
 def sources() -> None:
-    """What ingestion reads by itself: topics of others, and files."""
+    """What ingestion reads by itself: topics of others, files, and joins of two contracts."""
 
 
 @sources.command()
 @click.option(
     "-f", "--filename", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True,
-    help="The source (YAML), see docs/how-to/ingest.md.",
+    help="The source (YAML), see docs/how-to/ingest.md and join-streams.md.",
 )  # fmt: skip
 @click.pass_obj
 def add(context: Context, filename: Path) -> None:
@@ -169,7 +170,7 @@ def add(context: Context, filename: Path) -> None:
 @click.option("-o", "--output", type=click.Choice(["table", "json", "yaml"]), default="table", show_default=True)
 @click.pass_obj
 def list_sources(context: Context, name: str, output: str) -> None:
-    """List sources with their state and lag; with NAME also its partitions, trouble and last look."""
+    """List sources with their state and lag; with NAME also its partitions, inputs, trouble and last look."""
     with context.client() as client:
         found = client.sources.list(name)
     if output != "table":
@@ -188,14 +189,14 @@ def list_sources(context: Context, name: str, output: str) -> None:
 def source_row(one: pb.SourceWithStatus, now: datetime) -> tuple[str, ...]:
     """One row in the order of `COLUMNS`."""
     status = one.status
-    topics = one.source.WhichOneof("kind") == "kafka"
+    kind = one.source.WhichOneof("kind")
     next_run = status.next_run.ToDatetime(UTC) if status.HasField("next_run") else None
     return (
         one.source.name,
-        "topics" if topics else "files",
+        KINDS.get(kind or "", "-"),
         one.source.contract,
         pb.SourceState.Name(status.state).removeprefix("SOURCE_STATE_").capitalize(),
-        str(status.lag) if topics else "-",
+        "-" if kind == "files" else str(status.lag),
         str(status.accepted),
         str(status.rejected),
         age(status.last_run.ToJsonString(), now) if status.HasField("last_run") else "-",
@@ -212,6 +213,24 @@ def _describe(status: pb.SourceStatus) -> None:
         click.echo("\n" + table(("PARTITION", "POSITION", "END", "LAG"), rows))
     if status.last_result:
         click.echo(f"\nlast look: {status.last_result}")
+    if status.HasField("join"):
+        _describe_join(status.join)
+
+
+def _describe_join(join: pb.JoinStatus) -> None:
+    rows = [
+        (
+            name,
+            one.contract,
+            str(one.version),
+            str(one.newest_version),
+            one.event_time.ToJsonString() if one.HasField("event_time") else "-",
+        )
+        for name, one in (("left", join.left), ("right", join.right))
+    ]
+    click.echo("\n" + table(("INPUT", "CONTRACT", "JOINED VERSION", "NEWEST", "EVENT TIME"), rows))
+    settled = join.settled.ToJsonString() if join.HasField("settled") else "-"
+    click.echo(f"\n{join.matched} matched, {join.unmatched} unmatched, {join.late} late; settled: {settled}")
 
 
 @sources.command()

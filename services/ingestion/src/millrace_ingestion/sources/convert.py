@@ -9,6 +9,8 @@ from millrace_api.ingestion.v1 import sources_pb2 as pb
 from millrace_kit import check
 from millrace_kit.errors import InvalidArgumentError
 
+from millrace_ingestion.joins import convert as joins
+from millrace_ingestion.joins.specs import JoinSpec
 from millrace_ingestion.sources.specs import (
     CloudEvents,
     FileFormat,
@@ -64,8 +66,15 @@ def source_from(message: pb.Source, field: str) -> Source:
             if message.columns:
                 raise InvalidArgumentError(f"{field}.columns", "is for topics only")
             return Source(name, 0, contract, _files(message.files, f"{field}.files"))
+        case "join":
+            if message.columns:
+                raise InvalidArgumentError(f"{field}.columns", "is for topics only")
+            spec = joins.join_from(message.join, f"{field}.join")
+            if contract in {spec.left, spec.right}:
+                raise InvalidArgumentError(f"{field}.contract", "must be another one than the two that are joined")
+            return Source(name, 0, contract, spec)
         case _:
-            raise InvalidArgumentError(f"{field}.kind", "needs kafka or files")
+            raise InvalidArgumentError(f"{field}.kind", "needs kafka, files or join")
 
 
 def source_to(source: Source) -> pb.Source:
@@ -89,6 +98,8 @@ def source_to(source: Source) -> pb.Source:
                 skip_tombstones=spec.skip_tombstones,
             )
         )
+    elif isinstance(spec, JoinSpec):
+        message.join.CopyFrom(joins.join_to(spec))
     else:
         formats = {ours: theirs for theirs, ours in _FILE_FORMATS.items()}
         message.files.CopyFrom(
@@ -113,7 +124,7 @@ def source_from_bytes(version: int, body: bytes, registered_at: datetime) -> Sou
     return Source(source.name, version, source.contract, source.spec, source.columns, registered_at)
 
 
-def status_to(standing: Standing, progress: Progress) -> pb.SourceStatus:
+def status_to(source: Source, standing: Standing, progress: Progress) -> pb.SourceStatus:
     """The message of how a source is doing."""
     retrying = standing.state is State.RUNNING and bool(progress.trouble)
     status = pb.SourceStatus(
@@ -126,6 +137,8 @@ def status_to(standing: Standing, progress: Progress) -> pb.SourceStatus:
         partitions=[_partition(one) for _place, one in sorted(progress.partitions.items())],
         last_result=standing.last_result,
     )
+    if isinstance(source.spec, JoinSpec) and progress.join is not None:
+        status.join.CopyFrom(joins.status_to(source.spec, progress.join))
     if standing.last_run is not None:
         status.last_run.CopyFrom(_timestamp(standing.last_run))
     if progress.next_run is not None:

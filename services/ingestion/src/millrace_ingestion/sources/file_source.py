@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import overload
 
-import pyarrow as pa
 from millrace_kit.clock import Clock
 from millrace_kit.errors import InvalidArgumentError, MillraceError, UnavailableError
 from millrace_kit.record_files import Chunk, ChunkLimits, RecordFile, find_files, read_chunks, unchanged
 
 from millrace_ingestion import metrics
+from millrace_ingestion.arrow_records import stream_bytes
 from millrace_ingestion.contracts import Contract
 from millrace_ingestion.models import Incoming, Outcome
 from millrace_ingestion.origins import Origin
@@ -186,7 +186,7 @@ class FileSource:
                     contract.name,
                     lane,
                     chunk.end,
-                    arrow_ipc=_ipc(chunk.table) if chunk.table is not None else None,
+                    arrow_ipc=stream_bytes(chunk.table) if chunk.table is not None else None,
                     json_lines=chunk.json_lines,
                     origins=FileOrigins(file.url, chunk),
                     after=last,
@@ -238,10 +238,3 @@ class FileOrigins(Sequence[Origin]):
 
 def _next(chunks: Iterator[Chunk]) -> Chunk | None:
     return next(chunks, None)
-
-
-def _ipc(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue().to_pybytes())

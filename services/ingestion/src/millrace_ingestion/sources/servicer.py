@@ -34,7 +34,7 @@ class SourceServicer(SourceServiceServicer):
         found = await self._supervisor.list(check.name(request.name, "name") if request.name else "")
         return pb.ListSourcesResponse(
             sources=[
-                pb.SourceWithStatus(source=source_to(source), status=status_to(standing, progress))
+                pb.SourceWithStatus(source=source_to(source), status=status_to(source, standing, progress))
                 for source, standing, progress in found
             ]
         )

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 
+from millrace_ingestion.joins.position import Position
+from millrace_ingestion.joins.specs import JoinSpec
 from millrace_ingestion.models import Outcome
 
 
@@ -79,7 +81,7 @@ class Source:
     name: str
     version: int
     contract: str
-    spec: TopicSpec | FileSpec
+    spec: TopicSpec | FileSpec | JoinSpec
     columns: Mapping[str, str] = field(default_factory=dict)
     """Columns that come from elsewhere than the member of the same name."""
     registered_at: datetime | None = None
@@ -112,6 +114,27 @@ class PartitionState:
 
 
 @dataclass
+class JoinProgress:
+    """What this process knows about a running join."""
+
+    position: Position | None = None
+    newest: tuple[int, int] = (0, 0)
+    """Newest versions of the left and the right table."""
+    matched: int = 0
+    unmatched: int = 0
+    late: int = 0
+
+    @property
+    def lag(self) -> int:
+        """Versions of both tables that are not joined; with the records of the beginning at least one."""
+        if self.position is None:
+            return 0
+        at = self.position.left_version, self.position.right_version
+        behind = sum(max(0, newest - version) for newest, version in zip(self.newest, at, strict=True))
+        return behind + (self.position.base_row is not None)
+
+
+@dataclass
 class Progress:
     """What this process knows about a running source."""
 
@@ -122,6 +145,7 @@ class Progress:
     """Why it is being tried again; empty while it reads."""
     next_run: datetime | None = None
     partitions: dict[tuple[str, int], PartitionState] = field(default_factory=dict)
+    join: JoinProgress | None = None
 
     def count(self, outcome: Outcome) -> None:
         """Add what became of a batch."""
@@ -136,5 +160,7 @@ class Progress:
 
     @property
     def lag(self) -> int:
-        """Messages that have not landed, over the partitions of this process."""
+        """Messages that have not landed, over the partitions of this process; of a join see `JoinProgress`."""
+        if self.join is not None:
+            return self.join.lag
         return sum(max(0, one.end - one.position) for one in self.partitions.values())

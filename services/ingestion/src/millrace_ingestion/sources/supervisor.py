@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -61,7 +61,7 @@ class Supervisor:
     Args:
         store: what is registered.
         lease: whether this process may read.
-        check: whether a source can be read with this service's settings, and its contract is there; raises when not.
+        prepare: makes sure that a source can be read beside the others that are registered, by this service's settings; raises when not.
         make_runner: makes one attempt.
         limits: sizes and waits.
     """
@@ -71,13 +71,13 @@ class Supervisor:
         store: SourceStore,
         lease: Lease,
         *,
-        check: Callable[[Source], None],
+        prepare: Callable[[Source, Mapping[str, Source]], Awaitable[None]],
         make_runner: Callable[[Source, Standing, Progress], Runner],
         limits: SupervisorLimits,
     ) -> None:
         self._store = store
         self._lease = lease
-        self._check = check
+        self._prepare = prepare
         self._make_runner = make_runner
         self._limits = limits
         self._running: dict[str, _Running] = {}
@@ -170,8 +170,8 @@ class Supervisor:
             ResourceExhaustedError: `max_sources` are there.
         """
         async with self._registering:
-            await asyncio.to_thread(self._check, source)
             there = await asyncio.to_thread(self._store.sources)
+            await self._prepare(source, {name: one for name, (one, _standing) in there.items()})
             known = there.get(source.name)
             if known is not None:
                 current, standing = known
@@ -219,7 +219,7 @@ class Supervisor:
         """
         ((source, standing, _progress),) = await self.list(name)
         if not isinstance(source.spec, FileSpec):
-            raise FailedPreconditionError("NOT_A_FILE_SOURCE", f"source {name!r} reads topics all the time")
+            raise FailedPreconditionError("NOT_A_FILE_SOURCE", f"source {name!r} reads all the time")
         if standing.state is State.PAUSED:
             raise FailedPreconditionError("SOURCE_PAUSED", f"source {name!r} is paused; resume it")
         await self._set(name, State.RUNNING, turn=True)
