@@ -32,6 +32,7 @@ def start_trial(d: Draft) -> None:
     s.capacity_weight, s.stable_servers = 0.0, 0
     s.step_since, s.unready_since, s.gates, s.comparisons = None, None, [], []
     s.warmup = None
+    s.mismatch = ""
     s.candidate_since, s.forced, s.resumed_step, s.guarding = d.now, False, -1, False
 
 

@@ -10,7 +10,7 @@ _MOVING = {"Preparing", "Progressing", "Promoting", "RollingBack"}
 
 
 def conditions(status: Status, spec: Spec, *, ready: int, settled: bool, now: datetime) -> list[Condition]:
-    """The three conditions; a time changes only where a condition's status does.
+    """The conditions, and for an A/B test whether its result is valid; a time changes only where a condition's status does.
 
     Args:
         status: the status so far, with the conditions of the look before.
@@ -27,11 +27,19 @@ def conditions(status: Status, spec: Spec, *, ready: int, settled: bool, now: da
         since = old.last_transition_time if old is not None and old.status == value else now
         return Condition(type=kind, status=value, reason=reason, message=message[:1000], last_transition_time=since)
 
+    experiment = [condition("ExperimentValid", *_valid(status))] if spec.rollout.strategy == "ABTest" else []
     return [
         condition("Ready", *_ready(status, ready, settled)),
         condition("Progressing", *_progressing(status)),
         condition("Degraded", *_degraded(status, spec, ready)),
+        *experiment,
     ]
+
+
+def _valid(status: Status) -> tuple[bool, str, str]:
+    if status.mismatch:
+        return False, "SampleRatioMismatch", status.mismatch
+    return True, "AsSplit", "requests arrive in the ratio that was given, as far as is known"
 
 
 def is_ready(status: Status) -> bool:

@@ -33,7 +33,7 @@ from millrace_rollout_controller.reconciler import (
     WarmServers,
     reconcile,
 )
-from millrace_rollout_controller.stages import compared
+from millrace_rollout_controller.stages import compared, split_in_force
 from millrace_rollout_controller.state import Route, Status, VersionRef
 from millrace_rollout_controller.store import Row, Store
 from millrace_rollout_controller.warming import Warmer
@@ -258,6 +258,7 @@ class Controller:
             compared=compared(known.spec),
             answers={index: poll.answers[query] for index, query in asked.items() if query in poll.answers},
             now=now,
+            split=split_in_force(known.spec, status),
         )
         item = Item(row.name, known.spec, row.generation, row.deleting)
         after, actions = reconcile(item, status, observed, evidence, now, limits=self._limits)

@@ -17,6 +17,7 @@ from millrace_rollout_controller.counts import Counts
 from millrace_rollout_controller.experiments import Comparison
 from millrace_rollout_controller.gates import GateState
 from millrace_rollout_controller.manifest import Gate, Metric
+from millrace_rollout_controller.ratio import Ratio
 
 RATE_MEMORY_S = 60.0
 """Time constant of the traffic's estimate."""
@@ -65,6 +66,7 @@ class Evidence(BaseModel):
     step_candidate: Counts = Counts()
     comparisons: dict[str, Comparison] = {}
     """By metric."""
+    ratio: Ratio = Ratio()
     polled_at: datetime | None = None
     """When gateways last answered; stands still for a model without traffic."""
     rate: float = 0.0
@@ -84,6 +86,7 @@ def advance(
     compared: Sequence[Metric] = (),
     answers: Mapping[int, float | None] | None = None,
     now: datetime | None = None,
+    split: float | None = None,
 ) -> Evidence:
     """Evidence after one poll.
 
@@ -99,6 +102,7 @@ def advance(
         compared: metrics whose comparison is wanted.
         answers: to gates' queries, by the gate's index.
         now: time of the poll; None tells no rates.
+        split: the candidate's share while requests have to arrive in that ratio.
     """
     evidence = _restart(evidence, trial, step, wanted)
     difference: dict[str, Counts] = {}
@@ -131,6 +135,8 @@ def advance(
                 else s
                 for gate, s in zip(wanted, states, strict=True)
             ]
+        if split is not None:
+            update["ratio"] = evidence.ratio.plus(split, new.requests, old.requests)
         new, old = (counts.model_copy(update={"scores": {}}) for counts in (new, old))
         update |= {
             "candidate": evidence.candidate.plus(new),
@@ -166,7 +172,13 @@ def _restart(evidence: Evidence, trial: int, step: int, wanted: Sequence[Gate]) 
     key = repr([gate.model_dump() for gate in wanted])
     if evidence.trial != trial or evidence.gates_key != key:
         states = [gates.begin_step(GateState()) for _ in wanted]
-        nothing = {"candidate": Counts(), "stable": Counts(), "step_candidate": Counts(), "comparisons": {}}
+        nothing = {
+            "candidate": Counts(),
+            "stable": Counts(),
+            "step_candidate": Counts(),
+            "comparisons": {},
+            "ratio": Ratio(),
+        }
         update = {"trial": trial, "step": step, "gates_key": key, "gates": states}
         return evidence.model_copy(update=update | nothing)
     if evidence.step != step:

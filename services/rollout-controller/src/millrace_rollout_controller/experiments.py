@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from millrace_rollout_controller.counts import Counts, Sums
 from millrace_rollout_controller.manifest import Metric
+from millrace_rollout_controller.ratio import log_evidence
 from millrace_rollout_controller.state import ComparisonView
 
 P99 = 0.99
@@ -30,8 +31,6 @@ WEIGHTS = np.array([1.0 / ((k + 1) * (k + 2)) for k in range(len(BETS))])
 _LOG_WEIGHTS = np.log(WEIGHTS / WEIGHTS.sum())
 _PSI = -np.log1p(-BETS) - BETS
 _BISECTIONS = 60
-PRIOR = 100.0
-"""Values the prior of a percentile's test is worth."""
 
 
 class Comparison(BaseModel):
@@ -198,7 +197,7 @@ def _percentile_bounds(latency: Mapping[str, int], alpha: float) -> tuple[float,
     lower, estimate, upper, below = 0.0, None, MAX_LATENCY_MS, 0
     for edge, count in edges:
         below += count
-        refused = _log_evidence(below, n) >= math.log(1.0 / alpha)
+        refused = log_evidence(below, n, P99) >= math.log(1.0 / alpha)
         if estimate is None and below >= P99 * n:
             estimate = edge
         if refused and below < P99 * n:
@@ -207,11 +206,3 @@ def _percentile_bounds(latency: Mapping[str, int], alpha: float) -> tuple[float,
         if refused and below > P99 * n:
             upper = min(upper, edge)
     return lower, estimate if estimate is not None else edges[-1][0], upper
-
-
-def _log_evidence(below: int, n: int) -> float:
-    """Logarithm of the beta-binomial mixture against "the share below is 99 %"."""
-    a, b = PRIOR * P99, PRIOR * (1.0 - P99)
-    mixture = math.lgamma(below + a) + math.lgamma(n - below + b) - math.lgamma(n + a + b)
-    prior = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-    return mixture - prior - below * math.log(P99) - (n - below) * math.log(1.0 - P99)

@@ -5,7 +5,7 @@ from datetime import timedelta
 from millrace_rollout_controller import experiments, gates
 from millrace_rollout_controller.manifest import Gate
 from millrace_rollout_controller.plans import Draft
-from millrace_rollout_controller.shadow_pairs import WHOLE, Pairs
+from millrace_rollout_controller.ratio import mismatch
 from millrace_rollout_controller.stages import Stage, compared, confidence
 from millrace_rollout_controller.state import GateView
 
@@ -20,6 +20,9 @@ def judge_gates(d: Draft) -> GateView | None:
         s.comparisons = experiments.results(
             d.evidence.comparisons, d.evidence.candidate, d.evidence.stable, metrics, confidence(d.spec)
         )
+    if not s.mismatch and d.evidence.trial == s.trial and (wrong := mismatch(d.evidence.ratio)):
+        s.mismatch = wrong
+        s.event(d.now, "Warning", "SampleRatioMismatch", wrong)
     for gate, view in zip(wanted, s.gates, strict=True):
         # Whoever goes back has decided the comparison already; bounds of the caller's own go on.
         if view.verdict == "fail" and not (s.undo and gate.compare):
@@ -57,9 +60,6 @@ def _missing_time(d: Draft, stage: Stage) -> str:
         in_step = d.evidence.candidate.requests
     if in_step < stage.min_requests:
         return f"{in_step} of {stage.min_requests} candidate requests in step {number}"
-    compared = d.evidence.candidate.shadow.get(WHOLE, Pairs()).pairs if _mine(d) else 0
-    if compared < stage.min_pairs:
-        return f"{compared} of {stage.min_pairs} answers compared with stable's"
     if stage.until_resume and s.resumed_step != s.step:
         s.phase = "Paused"
         return "this step waits for resume"
@@ -110,11 +110,7 @@ def _missing_verdict(d: Draft) -> str:
     following = d.stages[s.step + 1] if s.step + 1 < len(d.stages) else d.stages[s.step]
     last = following.weight == 100 or following.guard
     decides = d.stages[s.step].decided_by is not None
-    # Nobody acts on answers to copies, so a first stage of copies cannot wait for outcomes; later ones do.
-    copies = d.stages[s.step].copies_first
     for gate, view in zip(d.spec.rollout.gates, s.gates, strict=True):
-        if copies and (gate.metric or "").startswith("outcome/"):
-            continue
         must_pass = _must_pass(gate, last) or (decides and gate.required != "Never")
         if must_pass and view.verdict != "pass":
             late = decides and requests_in_stage(d) >= (d.stages[s.step].decided_by or 0)
@@ -126,6 +122,8 @@ def _missing_verdict(d: Draft) -> str:
 def _missing_decision(d: Draft, stage: Stage) -> str:
     """What a person, or the comparison that decides, has not said yet."""
     strategy = d.spec.rollout.strategy
+    if stage.goal is not None and d.status.mismatch:
+        return f"the result is invalid, a person decides: {d.status.mismatch}"
     if stage.goal is not None:
         view = next((view for view in d.status.comparisons if view.metric == stage.goal), None)
         if view is None or view.better == "undecided":

@@ -87,6 +87,14 @@ def guarded_until(spec: Spec, status: Status) -> datetime | None:
     return status.step_since + timedelta(seconds=stage.lasts_s) if stage.guard else None
 
 
+def split_in_force(spec: Spec, status: Status) -> float | None:
+    """The candidate's share while an A/B test's requests have to arrive in that ratio; rules send callers where they like."""
+    held = status.held_weight is not None
+    if spec.rollout.strategy != "ABTest" or spec.routing.rules or held or status.step_since is None or status.step != 0:
+        return None
+    return status.weight / 100.0
+
+
 def compared(spec: Spec) -> tuple[Metric, ...]:
     """Metrics whose comparison the strategy reports."""
     strategy: Strategy = spec.rollout.strategy

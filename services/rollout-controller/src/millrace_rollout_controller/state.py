@@ -267,6 +267,8 @@ class Status(Mutable):
     """Of the stable version."""
     unsent: list[Bundle] = []
     """Evidence the registry does not have yet."""
+    mismatch: str = ""
+    """Why the result of an A/B test is invalid, for people."""
     guarding: bool = False
     """The candidate has all it will get, and a guard's window is open."""
 
