@@ -31,10 +31,12 @@ from millrace_feature.settings import (
     RedisSettings,
     VectorSearchSettings,
 )
+from millrace_kit.bus import Outgoing, open_bus, records_topic
 from millrace_kit.client import open_channel
 from millrace_kit.clock import FakeClock
 from millrace_kit.content import ContentStore
 from millrace_kit.server import running
+from millrace_kit.settings import BusSettings
 from parts.server import free_port
 
 NOW = datetime(2013, 5, 1, 12, 0, tzinfo=UTC)
@@ -197,7 +199,7 @@ async def serving(
         yield Served(world, channel, f"http://{listen}")
 
 
-@pytest.fixture(params=["embedded", "redis"])
+@pytest.fixture(params=["embedded", pytest.param("redis", marks=pytest.mark.redis)])
 async def served(
     request: pytest.FixtureRequest, world: Any, objects: list[Any], make_registry: Any, wait_for_records: Any
 ) -> AsyncIterator[Served]:
@@ -271,6 +273,49 @@ async def test_search_among_some_entities(served: Served) -> None:
     assert keys_of(answer) == nearest(vectors, QUERY, 10)
     assert len(answer.hits) == 3
     assert answer.index_rows == 0
+
+
+@pytest.mark.kafka
+@pytest.mark.redis
+async def test_every_replica_finds_what_any_of_them_applied(
+    world: Any, objects: list[Any], make_registry: Any, redis_url: str, kafka_address: str
+) -> None:
+    """Kafka splits the partitions between the replicas that apply records; the index of each follows all of them."""
+    world.redis = RedisSettings(url=redis_url, read_timeout_s=5)
+    world.database_url = f"sqlite:///{world.root / 'shared.sqlite'}"
+    world.land("items", ROWS)
+    bus_settings = BusSettings(kind="kafka", bootstrap_servers=(kafka_address,), partitions=3)
+    changes = {"bus": bus_settings, "definitions_poll_s": 0.1, "vector_search": VectorSearchSettings(poll_s=0.1)}
+    first = world.settings.model_copy(update=changes)
+    second = first.model_copy(update={"state_dir": str(world.root / "other")})
+    clock = FakeClock(NOW)
+    bus = await open_bus(bus_settings)
+    async with (
+        running(await build(first, clock=clock), first) as one,
+        running(await build(second, clock=clock), second) as other,
+        open_channel(one, timeout_s=60) as one_channel,
+        open_channel(other, timeout_s=60) as other_channel,
+    ):
+        apply = feature_pb2.ApplyDefinitionsRequest(project="test", feast_registry=make_registry(objects))
+        await FeatureServiceStub(one_channel).ApplyDefinitions(apply)
+        replicas = [Served(world, channel, "") for channel in (one_channel, other_channel)]
+        vectors = truth(ROWS)
+        for replica in replicas:
+            assert keys_of(await replica.search(QUERY, 5)) == nearest(vectors, QUERY, 5)
+        landed = [ROWS]
+        for number in range(9):  # over all partitions
+            landed.append(items([(f"n{number}", 1, 1, "new", [0.4 + number / 1000] * LENGTH)]))
+            fact = world.land("items", landed[-1], source=f"s{number}")
+            await bus.publish([Outgoing(records_topic("items"), str(number), fact.SerializeToString())])
+        expected = nearest(truth(pa.concat_tables(landed)), QUERY, 9)
+        assert {item for item, _shop in expected} == {f"n{number}" for number in range(9)}
+        async with asyncio.timeout(60):
+            for replica in replicas:
+                while True:
+                    if keys_of(await replica.search(QUERY, 9)) == expected:
+                        break
+                    await asyncio.sleep(0.05)
+    await bus.close()
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
