@@ -6,6 +6,7 @@ from millrace_rollout_controller import experiments, gates
 from millrace_rollout_controller.manifest import Gate
 from millrace_rollout_controller.plans import Draft
 from millrace_rollout_controller.ratio import mismatch
+from millrace_rollout_controller.shadow_pairs import WHOLE, Pairs
 from millrace_rollout_controller.stages import Stage, compared, confidence
 from millrace_rollout_controller.state import GateView
 
@@ -60,6 +61,9 @@ def _missing_time(d: Draft, stage: Stage) -> str:
         in_step = d.evidence.candidate.requests
     if in_step < stage.min_requests:
         return f"{in_step} of {stage.min_requests} candidate requests in step {number}"
+    compared = d.evidence.candidate.shadow.get(WHOLE, Pairs()).pairs if _mine(d) else 0
+    if compared < stage.min_pairs:
+        return f"{compared} of {stage.min_pairs} answers compared with stable's"
     if stage.until_resume and s.resumed_step != s.step:
         s.phase = "Paused"
         return "this step waits for resume"
@@ -110,7 +114,11 @@ def _missing_verdict(d: Draft) -> str:
     following = d.stages[s.step + 1] if s.step + 1 < len(d.stages) else d.stages[s.step]
     last = following.weight == 100 or following.guard
     decides = d.stages[s.step].decided_by is not None
+    # Nobody acts on answers to copies, so a first stage of copies cannot wait for outcomes; later ones do.
+    copies = d.stages[s.step].copies_first
     for gate, view in zip(d.spec.rollout.gates, s.gates, strict=True):
+        if copies and (gate.metric or "").startswith("outcome/"):
+            continue
         must_pass = _must_pass(gate, last) or (decides and gate.required != "Never")
         if must_pass and view.verdict != "pass":
             late = decides and requests_in_stage(d) >= (d.stages[s.step].decided_by or 0)

@@ -208,7 +208,6 @@ CEL: dict[str, list[Rule]] = {
         *_forms("outcome/brier", "max", "compare"),
         _rule("!has(self.promql) || !has(self.compare)", "does not fit promql; use max or min", ".compare"),
         _rule("has(self.margin) == has(self.compare)", "belongs to compare, and compare needs it", ".margin"),
-        _rule("!has(self.failureLimit) || has(self.promql)", "belongs to promql", ".failureLimit"),
         _rule(
             "!has(self.failureLimit) || has(self.promql) || (has(self.metric) && self.metric == 'throughput')",
             "belongs to promql and throughput",
