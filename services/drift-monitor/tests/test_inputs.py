@@ -10,8 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from google.protobuf import timestamp_pb2
 from millrace_api.drift.v1 import drift_pb2
+from millrace_api.events.v1 import events_pb2
 from millrace_drift_monitor.app import build
+from millrace_drift_monitor.convert import decode_predictions
 from millrace_drift_monitor.store import MIGRATIONS
 from millrace_drift_monitor.tables import METADATA
 from millrace_kit.client import open_channel
@@ -144,3 +147,18 @@ def test_the_migrations_make_the_schema_the_code_uses(tmp_path: Path) -> None:
     migrate(engine, MIGRATIONS)
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
+
+
+def test_predictions_whose_callers_chose_the_version_are_no_evidence() -> None:
+    at = timestamp_pb2.Timestamp(seconds=1_700_000_000)
+    given = [
+        events_pb2.Prediction(
+            prediction_id=f"p{number}", model="m", version="1.0.0", event_time=at, predicted_at=at, pinned=number == 0
+        )
+        for number in range(3)
+    ]
+    made = events_pb2.PredictionsMade(gateway_id="g", journal_offset=1, predictions=given)
+    batch, malformed = decode_predictions(
+        "predictions", made.SerializeToString(), 1_700_000_001 * 1_000_000, 60_000_000
+    )
+    assert ([p.prediction_id for p in batch.predictions], malformed) == (["p1", "p2"], 0)

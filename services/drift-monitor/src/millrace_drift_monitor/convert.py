@@ -76,6 +76,9 @@ def decode_predictions(topic: str, value: bytes, now_us: int, max_ahead_us: int)
         raise MalformedError(f"no PredictionsMade: {error}") from error
     predictions, malformed = [], 0
     for prediction in message.predictions:
+        if prediction.pinned:
+            # Its caller chose the version, a tester for example: no evidence for or against it.
+            continue
         try:
             predictions.append(_prediction(prediction, now_us, max_ahead_us))
         except MalformedError:
