@@ -2,14 +2,11 @@
 
 import asyncio
 import contextlib
-import importlib.util
 import socket
 import ssl
-import sys
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
-from types import ModuleType
 
 import grpc.aio
 import models
@@ -18,21 +15,7 @@ from gateway import MODEL, Features, Gateway, Rollout, arm, eventually, gateway,
 from load import infer
 from millrace_api.prediction.v1 import prediction_pb2, prediction_pb2_grpc
 from millrace_kit.settings import TlsSettings
-
-
-def _maker() -> ModuleType:
-    """The kit's maker of test certificates; a service's tests cannot import another package's."""
-    path = Path(__file__).parents[3] / "libs/kit/tests/certificates.py"
-    spec = importlib.util.spec_from_file_location("kit_test_certificates", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-certificates = _maker()
+from parts import certificates
 
 
 def secure(address: str, tls: TlsSettings, *, own: bool = True) -> grpc.aio.Channel:
@@ -117,10 +100,11 @@ async def test_tls_outside_and_an_exchanged_certificate(tmp_path: Path, mode: st
         tmp_path / "stranger", certificates.Authority.new(), "a-client", trusted=authority.pem
     )
     public = tls.model_dump() | {"mode": mode}
-    async with gateway(public_tls=public) as (g, rollout), models.serving(models.Model("1.0.0")) as address:
+    async with gateway(public_tls=public) as (g, rollout), models.serving(model := models.Model("1.0.0")) as address:
         await rollout.in_force(rollout.set(route(arm("1.0.0", address))))
         async with secure(g.public, client) as channel:
-            assert await infer(channel, x_millrace_model=MODEL) == "1.0.0"
+            assert await infer(channel, x_millrace_model=MODEL, x_millrace_client="somebody-else") == "1.0.0"
+            assert model.metadata.get("x-millrace-client") == ("a-client" if mode == "mutual" else None)
 
             async def refused(other: grpc.aio.Channel) -> None:
                 with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -132,8 +132,9 @@ def _own_headers(settings: GatewaySettings) -> list[mutation_rules_pb2.HeaderMut
     """What clients may not say of themselves: an id of a prediction (two calls may carry the same one), and who they are."""
     found = [mutation_rules_pb2.HeaderMutation(remove=name) for name in ("x-request-id", CLIENT_HEADER)]
     if settings.public_tls.mode == "mutual":
-        who = header(CLIENT_HEADER, "%DOWNSTREAM_PEER_URI_SAN%")
-        found.append(mutation_rules_pb2.HeaderMutation(append=who))
+        # A certificate without such a name says nothing, and the one before stays.
+        names = ("%DOWNSTREAM_PEER_URI_SAN%", "%DOWNSTREAM_PEER_DNS_SAN%")
+        found += [mutation_rules_pb2.HeaderMutation(append=header(CLIENT_HEADER, name)) for name in names]
     return found
 
 
