@@ -12,6 +12,9 @@ online_store:
 feast:
   # Feast's own port.
   http_listen: 0.0.0.0:6566
+vector_search:
+  max_memory_mib: {{ int .Values.feature.vectorSearch.maxMemoryMib }}
+  max_concurrent: {{ int .Values.feature.vectorSearch.maxConcurrent }}
 build_memory_mib: 1024
 build_threads: 1
 {{- end -}}
