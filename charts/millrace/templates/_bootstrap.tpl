@@ -130,6 +130,9 @@ wait:
   {{- end }}
   {{- if has "redis" .component.uses }}
   redis: ["${file:/etc/millrace/secrets/redis-url}"]
+  {{- if and .root.Values.redis.authority (not (include "millrace.brings" (dict "root" .root "name" "redis"))) }}
+  redis_ca_file: /etc/millrace/secrets/redis-ca.crt
+  {{- end }}
   {{- end }}
   {{- if has "objectStorage" .component.uses }}
   buckets: ["s3://{{ .root.Values.objectStorage.bucket }}"]

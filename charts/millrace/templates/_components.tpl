@@ -9,7 +9,7 @@ The services, by their key in the values. One table, so that names, ports, certi
 */}}
 {{- define "millrace.components" -}}
 ingestion:
-  {name: ingestion, port: 7401, kind: StatefulSet, callers: [console, stage, jobs], uses: [postgres, kafka, objectStorage], api: false}
+  {name: ingestion, port: 7401, kind: StatefulSet, callers: [feature, console, stage, jobs], uses: [postgres, kafka, objectStorage], api: false}
 feature:
   {name: feature, port: 7402, kind: Deployment, callers: [inference-gateway, console, stage, jobs], uses: [postgres, redis, kafka, objectStorage], api: false}
 registry:

@@ -78,7 +78,7 @@ spec:
           ports:
             - {name: {{ ternary "http" "grpc" (eq .key "console") }}, containerPort: {{ $component.port }}}
             - {name: metrics, containerPort: 9090}
-            {{- if eq .key "feature" }}
+            {{- if and (eq .key "feature") $root.Values.feature.feast.http }}
             - {name: feast-http, containerPort: 6566}
             {{- end }}
           {{- include "millrace.probes" (dict "values" $values "port" "metrics" "live" "/livez" "ready" "/readyz") | nindent 10 }}
@@ -227,6 +227,9 @@ envFrom:
 {{- if and (eq .component.name "inference-gateway") (include "millrace.authSecret" .root) }}
 - {name: auth, mountPath: /etc/millrace/auth, readOnly: true}
 {{- end }}
+{{- if and (eq .component.name "ingestion") .root.Values.ingestion.sources.existingSecret }}
+- {name: sources, mountPath: /etc/millrace/sources, readOnly: true}
+{{- end }}
 - {name: state, mountPath: /var/lib/millrace}
 - {name: tmp, mountPath: /tmp}
 {{- end -}}
@@ -262,12 +265,24 @@ envFrom:
       {{- if has "redis" .component.uses }}
       - secret:
           name: {{ include "millrace.redisSecret" .root }}
-          items: [{key: {{ ternary "url" .root.Values.redis.key (eq "true" (include "millrace.brings" (dict "root" .root "name" "redis"))) }}, path: redis-url}]
+          {{- if include "millrace.brings" (dict "root" .root "name" "redis") }}
+          items: [{key: url, path: redis-url}]
+          {{- else if .root.Values.redis.authority }}
+          items: [{key: {{ .root.Values.redis.key }}, path: redis-url}, {key: ca.crt, path: redis-ca.crt}]
+          {{- else }}
+          items: [{key: {{ .root.Values.redis.key }}, path: redis-url}]
+          {{- end }}
       {{- end }}
 {{- end }}
 {{- if has "kafka" .component.uses }}
 {{- with include "millrace.kafkaSecret" .root }}
 - name: kafka
+  secret: {secretName: {{ . }}, defaultMode: 288}
+{{- end }}
+{{- end }}
+{{- if eq .component.name "ingestion" }}
+{{- with .root.Values.ingestion.sources.existingSecret }}
+- name: sources
   secret: {secretName: {{ . }}, defaultMode: 288}
 {{- end }}
 {{- end }}
@@ -313,7 +328,7 @@ spec:
     - name: metrics
       port: 9090
       targetPort: metrics
-    {{- if eq .key "feature" }}
+    {{- if and (eq .key "feature") .root.Values.feature.feast.http }}
     - name: feast-http
       port: 6566
       targetPort: feast-http

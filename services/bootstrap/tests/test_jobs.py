@@ -13,6 +13,8 @@ import psycopg
 import pytest
 import yaml
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
+from parts.certificates import Authority, write
+from parts.redis import start_redis
 from parts.server import free_port
 
 PROGRAM = Path(sys.executable).with_name("millrace-bootstrap")
@@ -225,6 +227,22 @@ def test_waiting_ends_when_everything_answers(
     done = run("wait", settings, tmp_path)
     assert done.returncode == 0, done.stderr
     assert messages(done).count("answers") == 4
+
+
+@pytest.mark.redis
+def test_waiting_for_redis_over_tls(tmp_path: Path) -> None:
+    tls = write(tmp_path / "certificate", Authority.new(), "localhost")
+    server = start_redis(tmp_path / "server", tls=tls, password="hunter2!")
+    url = server.address.replace("rediss://", "rediss://:hunter2!@")
+    try:
+        known = run("wait", {"wait": {"redis": [url], "redis_ca_file": tls.ca_file}}, tmp_path)
+        unknown = run("wait", {"wait": {"redis": [url]}, "deadline_s": 1}, tmp_path)
+    finally:
+        server.stop()
+    assert known.returncode == 0, known.stderr
+    assert unknown.returncode == 3
+    assert "certificate" in messages(unknown).lower()
+    assert "hunter2" not in unknown.stderr
 
 
 def test_waiting_names_what_is_missing_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,8 @@ class WaitSettings(Settings):
     """SQLAlchemy URLs; each must let in."""
     redis: tuple[str, ...] = Field(default=(), repr=False)
     """URLs; each must answer PING."""
+    redis_ca_file: str = ""
+    """Authorities of their certificates (PEM), for `rediss://`; empty takes the system's."""
     buckets: tuple[str, ...] = ()
     """S3 URLs of buckets that must be there, credentials from the environment."""
     addresses: tuple[str, ...] = ()

@@ -35,7 +35,7 @@ def checks(settings: WaitSettings, bus: BusSettings) -> Mapping[str, Check]:
     for number, url in enumerate(settings.postgres):
         found[f"PostgreSQL {number + 1} at {_host(url)}"] = partial(_postgres, url)
     for number, url in enumerate(settings.redis):
-        found[f"Redis {number + 1} at {_host(url)}"] = partial(_redis, url)
+        found[f"Redis {number + 1} at {_host(url)}"] = partial(_redis, url, settings.redis_ca_file)
     for url in settings.buckets:
         found[f"bucket {url}"] = partial(check_bucket, url)
     for address in settings.addresses:
@@ -87,8 +87,10 @@ def _postgres(url: str) -> None:
     connect(url).close()
 
 
-def _redis(url: str) -> None:
-    with redis.Redis.from_url(url, socket_timeout=CHECK_TIMEOUT_S, socket_connect_timeout=CHECK_TIMEOUT_S) as client:
+def _redis(url: str, ca_file: str) -> None:
+    tls = {"ssl_ca_certs": ca_file} if ca_file and url.startswith("rediss:") else {}
+    limits = {"socket_timeout": CHECK_TIMEOUT_S, "socket_connect_timeout": CHECK_TIMEOUT_S}
+    with redis.Redis.from_url(url, **limits, **tls) as client:
         client.ping()
 
 
