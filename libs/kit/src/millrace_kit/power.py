@@ -142,7 +142,14 @@ def needed(claim: Claim, candidate: float, stable: float, share: float, verdict:
 
 
 def _delay(
-    claim: Claim, candidate: float, stable: float, share: float, verdict: str, *, horizon: float, rng: np.random.Generator
+    claim: Claim,
+    candidate: float,
+    stable: float,
+    share: float,
+    verdict: str,
+    *,
+    horizon: float,
+    rng: np.random.Generator,
 ) -> int | None:
     plays = Plays(claim)
     batch = max(1, round(horizon / LOOKS))

@@ -50,8 +50,8 @@ def run_processes(count: int) -> int:
         for child in children:
             child.send_signal(number)
 
-    for number in _STOPS:
-        signal.signal(number, stop)
+    for stopping in _STOPS:
+        signal.signal(stopping, stop)
     for number in range(count):
         if not told:
             # In a session of its own, so that Ctrl-C reaches it once, through here.

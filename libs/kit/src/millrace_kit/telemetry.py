@@ -179,9 +179,9 @@ def server_span(method: str, headers: Mapping[bytes, bytes]) -> Iterator[Callabl
     parent = None
     if (traceparent := headers.get(b"traceparent")) is not None:
         carrier = {"traceparent": traceparent.decode("ascii", "replace")}
-        for name in (b"tracestate", b"baggage"):
-            if (value := headers.get(name)) is not None:
-                carrier[name.decode()] = value.decode("ascii", "replace")
+        for header in ("tracestate", "baggage"):
+            if (value := headers.get(header.encode())) is not None:
+                carrier[header] = value.decode("ascii", "replace")
         parent = propagate.extract(carrier)
     service, _, name = method[1:].partition("/")
     attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
