@@ -5,17 +5,14 @@ in this process, by Feast's design. Who may call ApplyDefinitions may run code h
 """
 
 import hashlib
-import math
-import re
-import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from millrace_kit.errors import InvalidArgumentError, MillraceError
 
+from millrace_feature.canonical import FIELD, canonical_registry, fingerprint
 from millrace_feature.feast_import import import_feast
-from millrace_feature.functions import KNOWN, canonical
 from millrace_feature.plan import (
     Aggregate,
     Definitions,
@@ -30,18 +27,9 @@ from millrace_feature.plan import (
 )
 from millrace_feature.transformers.attach import Attachments, Pinned
 from millrace_feature.vector_fields import LIST_TYPES, element_names, not_searched, vector_field
+from millrace_feature.window_definitions import HEAD_TAG, LATE_TAG, aggregate_of, duration_us, head_us_of, hop_us_of
 
-FIELD = "feast_registry"
 DUMMY_ENTITY = "__dummy"
-MAX_OBJECTS = 10_000
-MAX_TILES_PER_WINDOW = 100_000
-DEFAULT_HOP_US = 300_000_000
-HEAD_TAG = "millrace.head"
-"""`fresh` counts events up to the asked instant, `1m` up to the last whole minute; else up to the last complete slide."""
-LATE_TAG = "millrace.late_by"
-"""Rows that came in later than this after their event time do not count, anywhere."""
-_UNITS_US = {"ms": 1_000, "s": 1_000_000, "m": 60_000_000, "h": 3_600_000_000, "d": 86_400_000_000}
-
 _TYPES: Mapping[str, ValueType] = {
     "STRING": "string",
     "INT32": "int64",
@@ -82,121 +70,13 @@ def compile_registry(project: str, content: bytes, pinned: Pinned | None = None)
     except DecodeError:
         raise InvalidArgumentError(FIELD, "is no serialized feast.core.Registry") from None
     try:
-        canonical = _canonical(registry, project)
-        definitions = _Compiler(canonical, pinned).definitions(project)
-        return Compiled(definitions, canonical.SerializeToString(deterministic=True))
+        clean = canonical_registry(registry, project)
+        definitions = _Compiler(clean, pinned).definitions(project)
+        return Compiled(definitions, clean.SerializeToString(deterministic=True))
     except MillraceError:
         raise
     except Exception as error:  # Feast raises whatever its parsers meet in a strange message
         raise InvalidArgumentError(FIELD, f"cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _canonical(registry: Any, project: str) -> Any:
-    """The same objects without times or bookkeeping, named, sorted, and all of one project."""
-    from feast.protos.feast.core.Registry_pb2 import Registry
-
-    clean = Registry(registry_schema_version=registry.registry_schema_version)
-    for kind in (
-        "entities",
-        "data_sources",
-        "feature_views",
-        "stream_feature_views",
-        "on_demand_feature_views",
-        "feature_services",
-    ):
-        seen: set[str] = set()
-        copies = []
-        for item in getattr(registry, kind):
-            copy = type(item)()
-            copy.CopyFrom(item)
-            _forget_times(copy)
-            spec = copy if kind == "data_sources" else copy.spec
-            if not spec.name:
-                raise InvalidArgumentError(FIELD, f"one of {kind} has no name")
-            if spec.name in seen:
-                raise InvalidArgumentError(FIELD, f"{kind} holds {spec.name!r} twice")
-            seen.add(spec.name)
-            spec.project = project
-            if kind == "stream_feature_views":  # Feast writes their fields in the order of a Python set
-                fields = sorted(spec.features, key=lambda f: f.name)
-                del spec.features[:]
-                spec.features.extend(fields)
-            copies.append(copy)
-        if len(copies) > MAX_OBJECTS:
-            raise InvalidArgumentError(FIELD, f"{kind} holds more than {MAX_OBJECTS} objects")
-        getattr(clean, kind).extend(sorted(copies, key=lambda c: c.name if kind == "data_sources" else c.spec.name))
-    for item in registry.permissions, registry.label_views, registry.saved_datasets:
-        if len(item):
-            raise InvalidArgumentError(FIELD, f"{type(item[0]).__name__} objects are not supported")
-    return clean
-
-
-def _forget_times(message: Any) -> None:
-    """Clear every `meta` of a Feast message, however deep: times of creation, versions, materialization."""
-    for field, value in message.ListFields():
-        if field.message_type is None:
-            continue
-        if field.name == "meta":
-            message.ClearField("meta")
-        elif field.message_type.GetOptions().map_entry:
-            if field.message_type.fields_by_name["value"].message_type is not None:
-                for item in value.values():
-                    _forget_times(item)
-        elif field.is_repeated:
-            for item in value:
-                _forget_times(item)
-        else:
-            _forget_times(value)
-
-
-def _fingerprint(value: object, seen: frozenset[int] = frozenset()) -> str:
-    """Text that is equal for functions that do the same: code, constants and the globals they use, but no paths or line numbers."""
-    if id(value) in seen:
-        return "recursive"
-    inside = seen | {id(value)}
-    if isinstance(value, types.FunctionType):
-        names = _global_names(value.__code__)
-        used = {name: value.__globals__[name] for name in sorted(names) if name in value.__globals__}
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        parts: list[object] = [value.__code__, value.__defaults__, value.__kwdefaults__, cells, used]
-        return f"function({','.join(_fingerprint(p, inside) for p in parts)})"
-    if isinstance(value, types.CodeType):
-        code: list[object] = [
-            value.co_code,
-            value.co_consts,
-            value.co_names,
-            value.co_varnames,
-            value.co_freevars,
-            value.co_flags,
-        ]
-        return f"code({','.join(_fingerprint(p, inside) for p in code)})"
-    if isinstance(value, types.ModuleType):
-        return f"module({value.__name__})"
-    if isinstance(value, Mapping):
-        return (
-            "{"
-            + ",".join(sorted(f"{_fingerprint(k, inside)}:{_fingerprint(v, inside)}" for k, v in value.items()))
-            + "}"
-        )
-    if isinstance(value, frozenset | set):
-        return "set(" + ",".join(sorted(_fingerprint(v, inside) for v in value)) + ")"
-    if isinstance(value, tuple | list):
-        return f"{type(value).__name__}(" + ",".join(_fingerprint(v, inside) for v in value) + ")"
-    if isinstance(value, type):
-        return f"class({value.__module__}.{value.__qualname__})"
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
-        return repr(value)
-    import dill
-
-    return f"{type(value).__name__}({hashlib.sha256(dill.dumps(value, recurse=True)).hexdigest()})"
-
-
-def _global_names(code: types.CodeType) -> set[str]:
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= _global_names(constant)
-    return names
 
 
 def _type_name(value_type: Any) -> str:
@@ -271,7 +151,7 @@ class _Compiler:
         for view in copy.on_demand_feature_views:
             function = view.spec.feature_transformation.user_defined_function
             if function.body:
-                function.body = _fingerprint(dill.loads(function.body)).encode()  # noqa: S301 - see the module's docstring
+                function.body = fingerprint(dill.loads(function.body)).encode()  # noqa: S301 - see the module's docstring
             view.spec.ClearField("user_defined_function")
         pins = "".join(f"\0{digest}" for digest in self._pins).encode()
         return hashlib.sha256(copy.SerializeToString(deterministic=True) + pins).hexdigest()
@@ -343,18 +223,18 @@ class _Compiler:
         contract, column, keys = self._place(spec)
         for field in spec.features:
             not_searched(spec.name, field)
-        hop_us = _hop_us(spec)
+        hop_us = hop_us_of(spec)
         found: dict[str, Aggregate] = {}
         for aggregation in spec.aggregations:
-            aggregate = _aggregate(spec.name, aggregation, hop_us)
+            aggregate = aggregate_of(spec.name, aggregation, hop_us)
             if found.setdefault(aggregate.feature, aggregate) != aggregate:
                 raise InvalidArgumentError(FIELD, f"{spec.name}.{aggregate.feature} is defined twice")
         names = [f.name for f in spec.features if f.name not in keys and f.name != column] or list(found)
         if missing := [name for name in names if name not in found]:
             raise InvalidArgumentError(FIELD, f"{spec.name}.{missing[0]} has no aggregation of that name")
         aggregates = tuple(found[name] for name in names)
-        head_us = _head_us(spec.name, spec.tags.get(HEAD_TAG, ""), hop_us)
-        late_us = _duration_us(spec.name, LATE_TAG, spec.tags[LATE_TAG]) if LATE_TAG in spec.tags else 0
+        head_us = head_us_of(spec.name, spec.tags.get(HEAD_TAG, ""), hop_us)
+        late_us = duration_us(spec.name, LATE_TAG, spec.tags[LATE_TAG]) if LATE_TAG in spec.tags else 0
         arrived_at = self._arrived_at(spec, contract) if late_us else ""
         return WindowView(spec.name, contract, column, keys, hop_us, aggregates, head_us, arrived_at, late_us)
 
@@ -491,49 +371,3 @@ def _names(feature: str, vector: VectorField | None) -> Iterable[str]:
 
 def _once(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
-
-
-def _hop_us(spec: Any) -> int:
-    """The widest hop of which every slide of the view is a multiple, unless the view names one."""
-    if spec.HasField("tiling_hop_size") and spec.enable_tiling:
-        return int(spec.tiling_hop_size.ToMicroseconds())
-    slides = [a.slide_interval.ToMicroseconds() for a in spec.aggregations if a.HasField("slide_interval")]
-    if len(slides) < len(spec.aggregations):
-        slides.append(DEFAULT_HOP_US)
-    return math.gcd(*slides)
-
-
-def _head_us(view: str, text: str, hop_us: int) -> int:
-    """Unit of a view's fresh head; 0 when it has none."""
-    if text in {"", "hop"}:
-        return 0
-    unit_us = 1 if text == "fresh" else _duration_us(view, HEAD_TAG, text)
-    if not 0 < unit_us < hop_us or hop_us % unit_us:
-        raise InvalidArgumentError(FIELD, f"view {view!r}: tag {HEAD_TAG} must be 'fresh' or a whole part of the hop")
-    return unit_us
-
-
-def _duration_us(view: str, tag: str, text: str) -> int:
-    found = re.fullmatch(r"(\d{1,9})(ms|s|m|h|d)", text)
-    if found is None or int(found.group(1)) == 0:
-        raise InvalidArgumentError(
-            FIELD, f"view {view!r}: tag {tag} must be a time such as 30s, 5m or 2h, not {text!r}"
-        )
-    return int(found.group(1)) * _UNITS_US[found.group(2)]
-
-
-def _aggregate(view: str, aggregation: Any, hop_us: int) -> Aggregate:
-    window_us = aggregation.time_window.ToMicroseconds()
-    slide_us = aggregation.slide_interval.ToMicroseconds() if aggregation.HasField("slide_interval") else hop_us
-    name = aggregation.name or f"{aggregation.function}_{aggregation.column}_{window_us // 1_000_000}s"
-    function = canonical(aggregation.function)
-    if function is None:
-        raise InvalidArgumentError(FIELD, f"{view}.{name}: function {aggregation.function!r} is none of {KNOWN}")
-    if not aggregation.column:
-        raise InvalidArgumentError(FIELD, f"{view}.{name} needs a column")
-    if slide_us <= 0 or hop_us <= 0 or slide_us % hop_us:
-        raise InvalidArgumentError(FIELD, f"{view}.{name}: slide_interval must be whole hops of the view")
-    if window_us <= 0 or window_us % slide_us or window_us // hop_us > MAX_TILES_PER_WINDOW:
-        problem = f"time_window must be whole slide_intervals, and at most {MAX_TILES_PER_WINDOW} hops"
-        raise InvalidArgumentError(FIELD, f"{view}.{name}: {problem}")
-    return Aggregate(name, aggregation.column, function, window_us, 0 if slide_us == hop_us else slide_us)

@@ -10,8 +10,9 @@ from pathlib import Path
 from millrace_kit.clock import Clock
 from millrace_kit.errors import InvalidArgumentError, NotFoundError
 
+from millrace_feature.canonical import FIELD
 from millrace_feature.catalog import Catalog, Stored
-from millrace_feature.compiler import FIELD, compile_registry
+from millrace_feature.compiler import compile_registry
 from millrace_feature.feast_files import write_feast_files
 from millrace_feature.lake import NO_TABLE, Lake
 from millrace_feature.plan import Definitions, LatestView

@@ -8,7 +8,7 @@ from uuid import uuid4
 
 from millrace_kit.errors import InvalidArgumentError
 
-from millrace_feature.compiler import FIELD
+from millrace_feature.canonical import FIELD
 from millrace_feature.feast_import import import_feast
 
 _CONFIG = """# Written by the feature service; a view of its definitions for Feast's own tools.
