@@ -161,7 +161,7 @@ async def test_feasts_command_applies_materializes_and_reads(place: Place) -> No
         assert status == 0, said
         materialize = ("materialize", "2026-01-01T00:00:00", "2026-01-02T00:00:00")
         status, said = await place.feast(*materialize)
-        assert status != 0
+        assert status != 0, said
         assert "no definitions are applied yet" in said
         await place.apply(stub)
         await place.land(rows(("a", 5, "y", 45)))

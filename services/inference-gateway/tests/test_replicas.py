@@ -307,7 +307,7 @@ async def test_connections_grow_old_and_streams_live_on() -> None:
         models.serving(models.Model("1.0.0", delay_s=0.01)) as address,
     ):
         (g,) = made
-        await rollout.in_force(rollout.set(route(arm("1.0.0", address))), 40)
+        await rollout.in_force(rollout.set(route(arm("1.0.0", address), timeout_ms=20_000)), 40)
         async with load(g) as counts:
             await counts.grow(50)
             started = await asyncio.to_thread(connections, g)

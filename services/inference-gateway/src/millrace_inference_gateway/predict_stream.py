@@ -41,6 +41,9 @@ async def predict_stream(
         while (found := await answers.get()) is not None:
             yield found
             places.release()
-        await reading
+        try:
+            await reading
+        except BaseExceptionGroup as errors:  # of the task group; one is what the caller is told
+            raise errors.exceptions[0] from None
     finally:
         reading.cancel()
