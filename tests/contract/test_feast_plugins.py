@@ -2,8 +2,9 @@
 
 import asyncio
 import json
+import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -150,8 +151,13 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    made = Place(tmp_path)
+    # Feast imports a repository's files by their bare names, and another test's `features` may be loaded already.
+    monkeypatch.syspath_prepend(str(made.repo))
+    sys.modules.pop("features", None)
+    yield made
+    sys.modules.pop("features", None)
 
 
 async def test_feasts_command_applies_materializes_and_reads(place: Place) -> None:
