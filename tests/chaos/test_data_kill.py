@@ -4,6 +4,7 @@ What was acknowledged is the oracle for the lake, for the topic once copies of a
 values. `make soak` runs twenty points; the test run, with the same code, a few.
 """
 
+import contextlib
 import os
 import random
 from collections import Counter
@@ -153,9 +154,6 @@ def check_topic(plane: Plane, sent: Sequence[str]) -> None:
 def check_online(reader: Reader, writers: Sequence[Writer]) -> None:
     wanted = expected(oracle(writers))
     assert set(wanted) == set(USERS)
-    eventually(
-        "online values are those of what was acknowledged",
-        lambda: reader.newest == wanted or broken([reader]),
-        RECOVERY_S,
-    )
+    with contextlib.suppress(AssertionError):  # what differs says more than that it took too long
+        eventually("online values", lambda: reader.newest == wanted or broken([reader]), RECOVERY_S)
     assert reader.newest == wanted

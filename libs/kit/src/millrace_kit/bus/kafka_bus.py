@@ -38,6 +38,8 @@ PUBLISH_THREADS = 4
 # A consumer that was killed is forgotten after this long, then its partitions go to the next; brokers allow no less than 6 s.
 SESSION_TIMEOUT_MS = 6_000
 HEARTBEAT_MS = 2_000
+METADATA_MS = 15_000
+"""How old what is known of the topics may be: a group whose partitions were dealt out before they were known has none for so long at most."""
 CLOSE_TIMEOUT_S = 5.0
 # Room for a record batch's own header.
 _ENVELOPE_BYTES = 4096
@@ -302,9 +304,13 @@ class KafkaSubscription:
             fetch_max_bytes=MAX_FETCH_BYTES,
             session_timeout_ms=SESSION_TIMEOUT_MS,
             heartbeat_interval_ms=HEARTBEAT_MS,
+            metadata_max_age_ms=METADATA_MS,
         )
         self._consumer = consumer
         if at is None:
+            # Known before the group is joined: else its first dealing out has no partitions, and the next one may be long in coming.
+            for topic in self._topics:
+                consumer.partitions_for_topic(topic)
             consumer.subscribe(self._topics, listener=_Beginnings(consumer, starts) if starts is not None else None)
             return
         partitions = self._partitions()
