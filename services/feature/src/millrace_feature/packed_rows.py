@@ -57,12 +57,6 @@ def pack_row(time_us: int, values: Sequence[Scalar]) -> bytes:
     return head + struct.pack(layout, *fixed) + (_encode(tail) if tail else b"")
 
 
-def time_of(packed: bytes) -> int:
-    """Event time of a packed row."""
-    found: int = _TIME.unpack_from(packed)[0]
-    return found
-
-
 def bound_of(time_us: int) -> bytes:
     """Sorts before every packed row later than `time_us` and not before any other, as bytes; for instants after 1970."""
     return _TIME.pack(time_us + 1)

@@ -176,6 +176,9 @@ def _rows(request: _Request, replies: Sequence[Sequence[bytes | None]]) -> dict[
         count = sum(key is not None for key in keys) if None in keys else len(keys)
         part, at = replies[at : at + count], at + count
         for number, ask in enumerate(views):
-            found = iter([reply[number] for reply in part])
-            out[id(ask)] = [None if key is None else next(found) for key in keys] if count < len(keys) else list(found)
+            found = [reply[number] for reply in part]
+            if count < len(keys):
+                known = iter(found)
+                found = [None if key is None else next(known) for key in keys]
+            out[id(ask)] = found
     return out
