@@ -36,7 +36,7 @@ spark-test: setup ## Historical features on a local Spark beside the service's (
 
 .PHONY: perf
 perf: setup ## Measure AREA=gateway|features|ingestion|point_in_time|stream|transformers|vectors and print the table (build/perf/<area>.json)
-	@$(BIN)/python -m tests.perf.$(AREA)
+	@PYTHONPATH=tools $(BIN)/python -m tests.perf.$(AREA)
 
 .PHONY: soak
 soak: setup ## kill -9 of ingestion, the feature service, Kafka and Redis at POINTS=20 random points under load (SEED=n); a restore from nothing
