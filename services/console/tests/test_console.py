@@ -44,7 +44,13 @@ def answers() -> Answers:
         problems={"drift": "down for a test"},
         versions=[
             registry_pb2.ModelVersion(
-                model="flight-delay", version="1.1.0", stage=registry_pb2.STAGE_PRODUCTION, digest="d" * 64
+                model="flight-delay",
+                version="1.1.0",
+                stage=registry_pb2.STAGE_PRODUCTION,
+                digest="d" * 64,
+                rollouts=[
+                    registry_pb2.RolloutRecord(deployment="flight-delay", decision="Promoted", evidence_sha256="e" * 64)
+                ],
             )
         ],
         deployments=rollout_pb2.ListDeploymentsResponse(deployments=[deployment]),

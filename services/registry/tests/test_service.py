@@ -436,3 +436,44 @@ async def test_a_file_that_is_not_there(client: Client) -> None:
     with pytest.raises(MillraceError) as caught:
         await client.get(sha(b"nothing"))
     assert caught.value.code is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_rollout_is_linked_to_its_version_with_its_evidence(client: Client, settings: RegistrySettings) -> None:
+    registered = (await client.register()).version
+    bundle = b'{"format": "millrace.rollout-evidence/1"}'
+    record = R.RolloutRecord(
+        deployment="d",
+        decision="Promoted",
+        against="0.9.0",
+        evidence_sha256=sha(bundle),
+        evidence_size_bytes=len(bundle),
+    )
+    record.ended_at.FromJsonString("2026-01-02T03:04:05Z")
+    request = R.RecordRolloutRequest(model="m", version="1.0.0", rollout=record, actor="rollout-controller")
+    with pytest.raises(MillraceError, match="not uploaded") as caught:
+        await client.call("RecordRollout", request)
+    assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
+    await client.put(bundle)
+    first = await client.call("RecordRollout", request)
+    again = await client.call("RecordRollout", request)
+    assert (first.created, again.created) == (True, False)
+    found = await client.version("1.0.0")
+    assert list(found.rollouts) == [record]
+    # Nobody who read the version before has to read it again.
+    assert found.revision == registered.revision
+    entries = (await client.audit(model="m")).entries
+    assert [(e.action, e.actor) for e in entries][-1] == ("RecordRollout", "rollout-controller")
+    assert sha(bundle) in entries[-1].detail
+    record.evidence_size_bytes += 1
+    for wrong, field in (
+        (R.RecordRolloutRequest(model="m", version="1.0.0", rollout=record, actor="a"), "rollout.evidence_size_bytes"),
+        (R.RecordRolloutRequest(model="m", version="1.0.0", rollout=R.RolloutRecord(), actor="a"), "rollout.ended_at"),
+    ):
+        with pytest.raises(MillraceError, match=field):
+            await client.call("RecordRollout", wrong)
+    record.evidence_size_bytes -= 1
+    with pytest.raises(MillraceError) as caught:
+        await client.call(
+            "RecordRollout", R.RecordRolloutRequest(model="m", version="2.0.0", rollout=record, actor="a")
+        )
+    assert caught.value.code is grpc.StatusCode.NOT_FOUND

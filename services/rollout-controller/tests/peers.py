@@ -33,6 +33,10 @@ class Peers:
     """ONNX by version."""
     kept: dict[str, bytes] = field(default_factory=dict)
     """Evidence the registry has got, by its digest."""
+    linked: dict[str, registry_pb2.RolloutRecord] = field(default_factory=dict)
+    """Rollouts the registry has linked, by "model version"."""
+    links: bool = True
+    """The registry takes links now."""
     refuses: bool = False
     """The registry takes no artifact now."""
     tampered: set[str] = field(default_factory=set)
@@ -91,6 +95,13 @@ class _Registry(registry_pb2_grpc.RegistryServiceServicer):
         assert len(content) == parts[0].header.size_bytes
         self._peers.kept[parts[0].header.sha256] = content
         return registry_pb2.PutArtifactResponse(sha256=parts[0].header.sha256)
+
+    async def RecordRollout(self, request, context):
+        if not self._peers.links:
+            raise UnavailableError("DATABASE_DOWN", "nothing is linked now")
+        assert request.rollout.evidence_sha256 in self._peers.kept
+        self._peers.linked[f"{request.model} {request.version}"] = request.rollout
+        return registry_pb2.RecordRolloutResponse(created=True)
 
     async def GetArtifact(self, request, context):
         for version, content in self._peers.contents.items():

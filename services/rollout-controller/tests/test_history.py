@@ -99,14 +99,22 @@ def test_history_is_bounded() -> None:
 
 async def test_a_bundle_is_sent_until_the_registry_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("millrace_rollout_controller.archive.RETRY_S", 0.05)
-    text = json.dumps({"long": "x" * 3_000_000})
+    said = {"model": "m", "version": "1.1.0", "deployment": "d", "decision": "Promoted", "against": "1.0.0"}
+    text = json.dumps({**said, "ended_at": "2026-01-02T03:04:05+00:00", "long": "x" * 3_000_000})
     bundle = Bundle(sha256=hashlib.sha256(text.encode()).hexdigest(), text=text)
-    async with serving(Peers(refuses=True)) as peers, grpc.aio.insecure_channel(peers.address) as channel:
+    async with serving(Peers(refuses=True, links=False)) as peers, grpc.aio.insecure_channel(peers.address) as channel:
         archive = Archive(Registry(channel, SystemClock(), timeout_s=5, artifact_timeout_s=10).put, SystemClock())
         for _ in range(3):
             assert archive.left([bundle]) == [bundle]
         assert not peers.kept
         peers.refuses = False
+        await until(lambda: archive.left([bundle]) and peers.kept, what="the registry has the content")
+        assert not peers.linked
+        peers.links = True
         await until(lambda: archive.left([bundle]) == [], what="the bundle is kept")
         assert peers.kept == {bundle.sha256: text.encode()}
+        linked = peers.linked["m 1.1.0"]
+        assert (linked.deployment, linked.decision, linked.against) == ("d", "Promoted", "1.0.0")
+        assert (linked.evidence_sha256, linked.evidence_size_bytes) == (bundle.sha256, len(text))
+        assert linked.ended_at.ToJsonString() == "2026-01-02T03:04:05Z"
         archive.close()

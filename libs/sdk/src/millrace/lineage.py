@@ -1,16 +1,25 @@
-"""From one prediction id back to the rows and definitions that made the model: `millrace trace`."""
+"""From a prediction id or a model version back to the rows and definitions that made the model, and to the decisions that gave it traffic:
+`millrace trace`, `millrace lineage`.
+"""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from millrace_api.drift.v1.drift_pb2 import GetPredictionResponse
 from millrace_api.feature.v1.feature_pb2 import TrainingSet
-from millrace_api.registry.v1.registry_pb2 import ModelVersion
+from millrace_api.registry.v1.registry_pb2 import ModelVersion, RolloutRecord
 from millrace_api.training.v1.training_pb2 import Run
 from millrace_kit.errors import DataLossError, MillraceError
 
 from millrace.client import Client
 
 SIDE_BY_SIDE = frozenset({"table", "definitions"})
+ROLLOUT = "rollout"
+EVIDENCE_FORMAT = "millrace.rollout-evidence/1"
+MAX_ROLLOUTS = 10
+"""Newest rollouts of a version whose decisions are fetched."""
 
 
 @dataclass
@@ -24,9 +33,9 @@ class Link:
 
 @dataclass
 class Trace:
-    """The chain from a prediction to its origins, in order."""
+    """The chain from a prediction, or a version, to its origins, in order."""
 
-    prediction: GetPredictionResponse
+    prediction: GetPredictionResponse | None
     version: ModelVersion
     run: Run | None
     training_set: TrainingSet | None
@@ -35,13 +44,15 @@ class Trace:
     """Steps that could not be taken, with the reason; empty when the chain is whole."""
 
     def depths(self) -> list[int]:
-        """How far each link is from the prediction; tables and definitions stand side by side below the training set."""
-        last = sum(link.kind not in SIDE_BY_SIDE for link in self.links)
-        return [last if link.kind in SIDE_BY_SIDE else depth for depth, link in enumerate(self.links)]
+        """How far each link is from the start; tables and definitions stand side by side below the training set, rollouts below the version."""
+        chain = [link.kind for link in self.links if link.kind not in SIDE_BY_SIDE and link.kind != ROLLOUT]
+        depths = {kind: depth for depth, kind in enumerate(chain)}
+        depths |= {ROLLOUT: depths["model version"] + 1} | dict.fromkeys(SIDE_BY_SIDE, len(chain))
+        return [depths[link.kind] for link in self.links]
 
 
 def trace_prediction(client: Client, prediction_id: str) -> Trace:
-    """Walk back from `prediction_id`: version, digest, run, training set, table versions, definitions.
+    """Walk back from `prediction_id`: version, digest, rollouts, run, training set, table versions, definitions.
 
     Raises:
         MillraceError: NOT_FOUND for an unknown id; DATA_LOSS when the version's digest is not the one that answered.
@@ -53,6 +64,19 @@ def trace_prediction(client: Client, prediction_id: str) -> Trace:
             f"{prediction.model} {prediction.version} has digest {version.digest}, but {prediction.digest} answered"
         )
         raise DataLossError("DIGEST_MISMATCH", message, {"prediction_id": prediction_id})
+    return _trace(client, prediction, version)
+
+
+def trace_version(client: Client, model: str, version: str = "") -> Trace:
+    """Walk back from a version; empty takes the one in Production.
+
+    Raises:
+        MillraceError: NOT_FOUND for an unknown model or version.
+    """
+    return _trace(client, None, client.registry.version(model, version))
+
+
+def _trace(client: Client, prediction: GetPredictionResponse | None, version: ModelVersion) -> Trace:
     lineage = version.lineage
     gaps: list[str] = []
     run: Run | None = None
@@ -66,13 +90,36 @@ def trace_prediction(client: Client, prediction_id: str) -> Trace:
             training_set = client.features.training_set(lineage.training_set_digest)
     except MillraceError as error:
         gaps.append(f"training set {lineage.training_set_digest}: {error}")
-    return Trace(prediction, version, run, training_set, _links(prediction, version, run, training_set), gaps)
+    links = [] if prediction is None else [_prediction_link(prediction)]
+    links.append(_version_link(version))
+    links += [_rollout_link(client, record, gaps) for record in version.rollouts[-MAX_ROLLOUTS:]]
+    links += _origins(version, run, training_set)
+    return Trace(prediction, version, run, training_set, links, gaps)
 
 
-def _links(
-    prediction: GetPredictionResponse, version: ModelVersion, run: Run | None, training_set: TrainingSet | None
-) -> list[Link]:
-    lineage = version.lineage
+def _rollout_link(client: Client, record: RolloutRecord, gaps: list[str]) -> Link:
+    """One rollout with every decision, from its evidence bundle."""
+    link = Link(ROLLOUT, f"{record.deployment}: {record.decision}", {"ended": record.ended_at.ToJsonString()})
+    link.facts |= {"against": record.against, "evidence": f"sha256 {record.evidence_sha256}"}
+    try:
+        said = json.loads(client.registry.read_artifact(record.evidence_sha256))
+        link.facts |= _decisions(said["decisions"] if said.get("format") == EVIDENCE_FORMAT else [])
+    except (MillraceError, ValueError) as error:
+        gaps.append(f"evidence {record.evidence_sha256}: {error}")
+    return link
+
+
+def _decisions(made: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Every decision in a line, with the verdicts behind it."""
+    lines: dict[str, str] = {}
+    for number, one in enumerate(made, 1):
+        verdicts = "; ".join(f"{gate['gate']}: {gate['verdict']}" for gate in one["gates"])
+        told = f"{one['at']} {one['decision']} at {one['weight']:g} %: {one['message']}"
+        lines[f"decision {number}"] = f"{told} ({verdicts})" if verdicts else told
+    return lines
+
+
+def _prediction_link(prediction: GetPredictionResponse) -> Link:
     made = Link(
         "prediction",
         prediction.prediction_id,
@@ -85,11 +132,20 @@ def _links(
     )
     if prediction.HasField("outcome"):
         made.facts["outcome"] = str(prediction.outcome).lower()
-    links = [made, Link("model version", f"{version.model} {version.version}", {"digest": version.digest})]
+    return made
+
+
+def _version_link(version: ModelVersion) -> Link:
+    link = Link("model version", f"{version.model} {version.version}", {"digest": version.digest})
     for artifact in version.artifacts:
-        links[-1].facts[artifact.path] = f"sha256 {artifact.sha256} ({artifact.size_bytes} bytes)"
-    if lineage.parent_version:
-        links[-1].facts["derived from"] = lineage.parent_version
+        link.facts[artifact.path] = f"sha256 {artifact.sha256} ({artifact.size_bytes} bytes)"
+    if version.lineage.parent_version:
+        link.facts["derived from"] = version.lineage.parent_version
+    return link
+
+
+def _origins(version: ModelVersion, run: Run | None, training_set: TrainingSet | None) -> list[Link]:
+    lineage, links = version.lineage, list[Link]()
     if lineage.run_id:
         link = Link("run", lineage.run_id, {"code": lineage.code_hash, "environment": lineage.lock_hash})
         link.facts["seed"] = str(lineage.seed)

@@ -16,6 +16,8 @@ from millrace_console.sources import SERVICES, Answers
 
 QUANTILE = 0.99
 MAX_FEATURES = 50
+MAX_ROLLOUTS = 3
+"""Newest rollouts of a version on the page."""
 
 
 def word(name: Callable[[Any], str], number: int, prefix: str) -> str:
@@ -168,6 +170,16 @@ def _version(answers: Answers, index: int) -> dict[str, Any]:
         "digest": version.digest,
         "metrics": {name: finite(value) for name, value in sorted(version.metrics.items())},
         "run": version.lineage.run_id,
+        "rollouts": [
+            {
+                "deployment": one.deployment,
+                "decision": one.decision,
+                "against": one.against,
+                "ended": one.ended_at.ToJsonString(),
+                "evidence": one.evidence_sha256,
+            }
+            for one in version.rollouts[-MAX_ROLLOUTS:]
+        ],
     }
 
 

@@ -82,16 +82,19 @@ class Artifacts:
             DataLossError: a stored file was changed.
         """
         for index, artifact in enumerate(artifacts):
-            try:
-                size = await _in_thread(self._store.size, artifact.sha256)
-            except NotFoundError:
-                message = f"{artifact.path} ({artifact.sha256}) was not uploaded; call PutArtifact first"
-                metadata = {"path": artifact.path, "sha256": artifact.sha256}
-                raise FailedPreconditionError("ARTIFACT_MISSING", message, metadata) from None
-            await _in_thread(self._store.verify, artifact.sha256)
-            if size != artifact.size_bytes:
-                field = f"version.artifacts[{index}].size_bytes"
-                raise InvalidArgumentError(field, f"{artifact.path} has {size} bytes, not {artifact.size_bytes}")
+            await self.check_one(artifact, f"version.artifacts[{index}].size_bytes")
+
+    async def check_one(self, artifact: Artifact, size_field: str) -> None:
+        """The same for one file; `size_field` is the field to name when its length is not as stated."""
+        try:
+            size = await _in_thread(self._store.size, artifact.sha256)
+        except NotFoundError:
+            message = f"{artifact.path} ({artifact.sha256}) was not uploaded; call PutArtifact first"
+            metadata = {"path": artifact.path, "sha256": artifact.sha256}
+            raise FailedPreconditionError("ARTIFACT_MISSING", message, metadata) from None
+        await _in_thread(self._store.verify, artifact.sha256)
+        if size != artifact.size_bytes:
+            raise InvalidArgumentError(size_field, f"{artifact.path} has {size} bytes, not {artifact.size_bytes}")
 
     def _intact(self, sha256: str) -> bool:
         try:

@@ -16,6 +16,7 @@ from millrace_registry.models import (
     Model,
     OutcomeSpec,
     Signature,
+    Rollout,
     Stage,
     TableVersion,
     TensorSpec,
@@ -252,6 +253,15 @@ def version_out(version: Version) -> registry_pb2.ModelVersion:
     return message
 
 
+    for rollout in version.rollouts:
+        record = message.rollouts.add(
+            deployment=rollout.deployment,
+            decision=rollout.decision,
+            against=rollout.against,
+            evidence_sha256=rollout.evidence.sha256,
+            evidence_size_bytes=rollout.evidence.size_bytes,
+        )
+        record.ended_at.FromDatetime(rollout.ended_at)
 def _tensor_out(tensor: TensorSpec) -> registry_pb2.TensorSpec:
     return registry_pb2.TensorSpec(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
 
@@ -260,6 +270,22 @@ def audit_out(entry: AuditEntry) -> registry_pb2.AuditEntry:
     """An audit entry as it is answered."""
     message = registry_pb2.AuditEntry(
         id=entry.id,
+def rollout_in(message: registry_pb2.RolloutRecord) -> Rollout:
+    """A rollout that ended."""
+    if not message.HasField("ended_at"):
+        raise InvalidArgumentError("rollout.ended_at", "is needed")
+    size = message.evidence_size_bytes
+    if size <= 0:
+        raise InvalidArgumentError("rollout.evidence_size_bytes", "must be positive")
+    return Rollout(
+        deployment=check.name(message.deployment, "rollout.deployment"),
+        decision=check.text(message.decision, "rollout.decision", limit=MAX_ID),
+        against=check.semver(message.against, "rollout.against") if message.against else "",
+        evidence=Artifact("evidence", check.sha256(message.evidence_sha256, "rollout.evidence_sha256"), size),
+        ended_at=check.timestamp(message.ended_at, "rollout.ended_at"),
+    )
+
+
         actor=entry.actor,
         action=entry.action,
         model=entry.model,

@@ -99,6 +99,18 @@ class Approval:
 
 @dataclass(frozen=True, slots=True)
 class Content:
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """How one rollout of a version ended."""
+
+    deployment: str
+    decision: str
+    against: str
+    evidence: Artifact
+    """The evidence bundle."""
+    ended_at: datetime
+
+
     """What a version is: it never changes."""
 
     model: str
@@ -133,6 +145,8 @@ class Version:
     approvals: tuple[Approval, ...] = ()
     spent_approvals: int = 0
     """How many of the oldest approvals an earlier promotion has used up."""
+    rollouts: tuple[Rollout, ...] = ()
+    """Oldest first; the newest of them."""
 
 
 @dataclass(frozen=True, slots=True)

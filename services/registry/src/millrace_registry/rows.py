@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, select
+from sqlalchemy import ColumnElement, Connection, Row, and_, select
 
 from millrace_registry.audit import from_us, to_us
 from millrace_registry.models import (
@@ -16,13 +16,17 @@ from millrace_registry.models import (
     Lineage,
     Model,
     OutcomeSpec,
+    Rollout,
     Signature,
     Stage,
     TableVersion,
     TensorSpec,
     Version,
 )
-from millrace_registry.tables import APPROVAL, ARTIFACT, METRIC, MODEL, TAG, VERSION
+from millrace_registry.tables import APPROVAL, ARTIFACT, METRIC, MODEL, ROLLOUT, TAG, VERSION
+
+MAX_ROLLOUTS = 100
+"""Newest rollouts of a version that are told with it."""
 
 
 def load_model(connection: Connection, name: str) -> Model | None:
@@ -99,6 +103,7 @@ def load_versions(connection: Connection, which: ColumnElement[bool]) -> Sequenc
     for row in connection.execute(select(APPROVAL).where(APPROVAL.c.version_id.in_(ids)).order_by(APPROVAL.c.id)):
         stage = Stage(row.to_stage)
         approvals[row.version_id].append(Approval(row.actor, stage, row.comment, from_us(row.approved_at_us)))
+    rollouts = _rollouts(connection, which)
     return [
         Version(
             content=Content(
@@ -116,9 +121,43 @@ def load_versions(connection: Connection, which: ColumnElement[bool]) -> Sequenc
             revision=row.revision,
             approvals=tuple(approvals[row.id]),
             spent_approvals=row.spent_approvals,
+            rollouts=tuple(rollouts[row.id][-MAX_ROLLOUTS:]),
         )
         for row in rows
     ]
+
+
+def _rollouts(connection: Connection, which: ColumnElement[bool]) -> Mapping[int, list[Rollout]]:
+    found: Mapping[int, list[Rollout]] = defaultdict(list)
+    ids = select(VERSION.c.id).where(which)
+    for row in connection.execute(
+        select(ROLLOUT).where(ROLLOUT.c.version_id.in_(ids)).order_by(ROLLOUT.c.ended_at_us, ROLLOUT.c.id)
+    ):
+        evidence = Artifact("", row.evidence_sha256, row.evidence_size_bytes)
+        found[row.version_id].append(
+            Rollout(row.deployment, row.decision, row.against, evidence, from_us(row.ended_at_us))
+        )
+    return found
+
+
+def insert_rollout(connection: Connection, which: ColumnElement[bool], rollout: Rollout) -> bool:
+    """Add a rollout to the version `which` selects; False when one with the same evidence is there."""
+    version_id = connection.execute(select(VERSION.c.id).where(which)).scalar_one()
+    same = and_(ROLLOUT.c.version_id == version_id, ROLLOUT.c.evidence_sha256 == rollout.evidence.sha256)
+    if connection.execute(select(ROLLOUT.c.id).where(same)).first() is not None:
+        return False
+    connection.execute(
+        ROLLOUT.insert().values(
+            version_id=version_id,
+            deployment=rollout.deployment,
+            decision=rollout.decision,
+            against=rollout.against,
+            evidence_sha256=rollout.evidence.sha256,
+            evidence_size_bytes=rollout.evidence.size_bytes,
+            ended_at_us=to_us(rollout.ended_at),
+        )
+    )
+    return True
 
 
 def _signature(fields: dict[str, Any]) -> Signature:

@@ -120,6 +120,16 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         self._changed()
         return registry_pb2.TransitionStageResponse(version=convert.version_out(version))
 
+    async def RecordRollout(
+        self, request: registry_pb2.RecordRolloutRequest, context: Context
+    ) -> registry_pb2.RecordRolloutResponse:
+        model, version = check.name(request.model, "model"), check.semver(request.version, "version")
+        actor = convert.actor_in(request.actor)
+        rollout = convert.rollout_in(request.rollout)
+        await self._artifacts.check_one(rollout.evidence, "rollout.evidence_size_bytes")
+        created = await asyncio.to_thread(self._store.record_rollout, model, version, rollout, actor)
+        return registry_pb2.RecordRolloutResponse(created=created)
+
     async def ListAudit(
         self, request: registry_pb2.ListAuditRequest, context: Context
     ) -> registry_pb2.ListAuditResponse:

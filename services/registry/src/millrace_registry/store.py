@@ -25,7 +25,7 @@ from millrace_kit.sql import reading, writing
 from sqlalchemy import ColumnElement, Connection, Engine, and_, func, select
 
 from millrace_registry import audit, rows
-from millrace_registry.models import Approval, AuditEntry, Content, Model, Stage, Version
+from millrace_registry.models import Approval, AuditEntry, Content, Model, Rollout, Stage, Version
 from millrace_registry.stages import check_transition, open_approvals
 from millrace_registry.tables import APPROVAL, MODEL, OUTBOX, VERSION
 
@@ -249,6 +249,30 @@ class SqlStore:
                 )
             )
             return changed
+
+    def record_rollout(self, model: str, version: str, rollout: Rollout, actor: str) -> bool:
+        """Link the evidence of a rollout that ended to its version; False when it was linked already.
+
+        It is no change of the version: its revision stays, and nothing is announced.
+
+        Raises:
+            NotFoundError: no such version.
+        """
+        with self._changing() as (connection, head):
+            _known_version(connection, model, version)
+            if not rows.insert_rollout(connection, _is(model, version), rollout):
+                return False
+            audit.append(
+                connection,
+                head,
+                at=self._now(),
+                actor=actor,
+                action="RecordRollout",
+                model=model,
+                version=version,
+                detail=f"{rollout.deployment}: {rollout.decision}, evidence {rollout.evidence.sha256}",
+            )
+            return True
 
     def audit_page(self, model: str, after: int, limit: int) -> Sequence[AuditEntry]:
         """Entries with an id above `after`, oldest first; empty `model` takes every model's.

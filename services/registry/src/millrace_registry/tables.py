@@ -74,6 +74,19 @@ APPROVAL = Table(
     Column("comment", Text, nullable=False),
     Column("approved_at_us", BigInteger, nullable=False),
 )
+ROLLOUT = Table(
+    "rollout",
+    METADATA,
+    Column("id", ID, primary_key=True, autoincrement=True),
+    Column("version_id", ID, ForeignKey("version.id"), nullable=False),
+    Column("deployment", Text, nullable=False),
+    Column("decision", Text, nullable=False),
+    Column("against", Text, nullable=False),
+    Column("evidence_sha256", Text, nullable=False),
+    Column("evidence_size_bytes", BigInteger, nullable=False),
+    Column("ended_at_us", BigInteger, nullable=False),
+    UniqueConstraint("version_id", "evidence_sha256"),
+)
 AUDIT = Table(
     "audit",
     METADATA,

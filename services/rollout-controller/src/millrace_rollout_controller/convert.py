@@ -1,5 +1,6 @@
 """Between the services' messages and this service's values."""
 
+import json
 from datetime import datetime
 
 from millrace_api.drift.v1 import drift_pb2
@@ -16,6 +17,7 @@ from millrace_rollout_controller.shadow_pairs import Pairs
 from millrace_rollout_controller.stages import guarded_until, stages
 from millrace_rollout_controller.state import (
     ArtifactRef,
+    Bundle,
     ComparisonView,
     Decision,
     GateView,
@@ -26,6 +28,8 @@ from millrace_rollout_controller.state import (
 )
 from millrace_rollout_controller.store import Row
 
+ACTOR = "rollout-controller"
+"""Who links evidence, in the registry's audit."""
 _BALANCING = {
     "LeastRequest": rollout_pb2.BALANCING_LEAST_REQUEST,
     "RoundRobin": rollout_pb2.BALANCING_ROUND_ROBIN,
@@ -43,7 +47,7 @@ def version_ref(version: registry_pb2.ModelVersion, model: registry_pb2.Model) -
     """A registered version.
 
     Raises:
-        InvalidArgumentError: what it declares for Predict is wrong.
+        InvalidArgumentError: what it declares for Predict, or what its values may be, is wrong.
     """
     declared = version.tags.get(predict_plan.TAG, "")
     predict_plan.read_plan(declared, f"tags[{predict_plan.TAG!r}]")
@@ -68,6 +72,20 @@ def _tensor(tensor: registry_pb2.TensorSpec) -> Tensor:
 def gateway_counts(answer: prediction_pb2.GetFiguresResponse, model: str) -> dict[str, Counts]:
     """One model's versions in a gateway's figures."""
     return {
+def rollout_record(bundle: Bundle) -> registry_pb2.RecordRolloutRequest:
+    """The link from a version to the evidence of its rollout."""
+    said = json.loads(bundle.text)
+    record = registry_pb2.RolloutRecord(
+        deployment=said["deployment"],
+        decision=said["decision"],
+        against=said["against"],
+        evidence_sha256=bundle.sha256,
+        evidence_size_bytes=len(bundle.text.encode()),
+    )
+    record.ended_at.FromDatetime(datetime.fromisoformat(said["ended_at"]))
+    return registry_pb2.RecordRolloutRequest(model=said["model"], version=said["version"], rollout=record, actor=ACTOR)
+
+
         v.version: Counts(
             requests=v.requests,
             errors=v.errors,

@@ -71,7 +71,7 @@ class Registry:
         return ref
 
     async def put(self, bundle: Bundle) -> bool:
-        """Keep the evidence of a rollout as an artifact; False while the registry does not take it."""
+        """Keep the evidence of a rollout as an artifact, linked from its version; False while the registry does not take it."""
         content = bundle.text.encode()
 
         async def parts() -> AsyncIterator[registry_pb2.PutArtifactRequest]:
@@ -85,6 +85,16 @@ class Registry:
         except grpc.aio.AioRpcError as error:
             log.warning("registry: evidence %s is not kept yet: %s", bundle.sha256[:12], error.details())
             return False
+        return await self._link(bundle)
+
+    async def _link(self, bundle: Bundle) -> bool:
+        try:
+            await self._stub.RecordRollout(convert.rollout_record(bundle), timeout=self._timeout_s)
+        except grpc.aio.AioRpcError as error:
+            # A version that the registry does not know (any more) will not be linked by trying again; the bundle is kept.
+            final = error.code() in {grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT}
+            log.warning("registry: evidence %s is not linked: %s", bundle.sha256[:12], error.details())
+            return final
         return True
 
     async def fetch(self, artifact: ArtifactRef, target: Path) -> None:

@@ -1,5 +1,6 @@
 """Registry and training."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from millrace_api.registry.v1.registry_pb2_grpc import RegistryServiceStub
 from millrace_api.training.v1 import training_pb2 as training
 from millrace_api.training.v1.training_pb2_grpc import TrainingServiceStub
 from millrace_kit.content import CHUNK_BYTES, sha256_file
-from millrace_kit.errors import DataLossError
+from millrace_kit.errors import DataLossError, ResourceExhaustedError
 
 from millrace.transport import LONG_TIMEOUT_S, call, stream
 
+MAX_READ_BYTES = 16 << 20
+"""Largest file that is read into memory."""
 ENDED = frozenset({training.RUN_STATE_SUCCEEDED, training.RUN_STATE_FAILED, training.RUN_STATE_CANCELLED})
 
 
@@ -71,6 +74,21 @@ class RegistryArea:
                 "DIGEST_MISMATCH", f"{artifact.path} arrived with digest {found}", {"sha256": artifact.sha256}
             )
         return scratch.replace(target)
+
+    def read_artifact(self, sha256: str, *, limit_bytes: int = MAX_READ_BYTES) -> bytes:
+        """The content of a small file.
+
+        Raises:
+            MillraceError: NOT_FOUND; DATA_LOSS when the content is not what the digest says; RESOURCE_EXHAUSTED when it is larger than `limit_bytes`.
+        """
+        content = bytearray()
+        for answer in stream(self.stub.GetArtifact, registry.GetArtifactRequest(sha256=sha256), LONG_TIMEOUT_S):
+            content += answer.chunk
+            if len(content) > limit_bytes:
+                raise ResourceExhaustedError("limit_bytes", f"{sha256} is larger than {limit_bytes} bytes")
+        if (found := hashlib.sha256(content).hexdigest()) != sha256:
+            raise DataLossError("DIGEST_MISMATCH", f"{sha256} arrived with digest {found}", {"sha256": sha256})
+        return bytes(content)
 
     def register_version(
         self, version: registry.ModelVersion, files: Mapping[str, Path], *, actor: str

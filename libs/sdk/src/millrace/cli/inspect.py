@@ -1,4 +1,4 @@
-"""`trace`, `reproduce`, `runs`, `models`, `findings`, `dead-letters`: looking back."""
+"""`trace`, `lineage`, `reproduce`, `runs`, `models`, `findings`, `dead-letters`: looking back."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from millrace_api.registry.v1.registry_pb2 import Stage
 from millrace_api.training.v1.training_pb2 import RunState
 
 from millrace.cli.local import Context
-from millrace.lineage import trace_prediction
+from millrace.lineage import Trace, trace_prediction, trace_version
 from millrace.view import table
 
 
@@ -21,7 +21,21 @@ from millrace.view import table
 def trace(context: Context, prediction_id: str, output: str) -> None:
     """Walk back from a prediction to the data and definitions that made its model."""
     with context.client() as client:
-        found = trace_prediction(client, prediction_id)
+        _show(trace_prediction(client, prediction_id), output)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("version", required=False, default="")
+@click.option("-o", "--output", type=click.Choice(["tree", "json"]), default="tree", show_default=True)
+@click.pass_obj
+def lineage(context: Context, model: str, version: str, output: str) -> None:
+    """Show what made a model version, and the rollouts it went through with every decision; without VERSION the one in Production."""
+    with context.client() as client:
+        _show(trace_version(client, model, version), output)
+
+
+def _show(found: Trace, output: str) -> None:
     if output == "json":
         links = [{"kind": link.kind, "identity": link.identity, **link.facts} for link in found.links]
         click.echo(json.dumps({"links": links, "gaps": found.gaps}, indent=2))
@@ -139,4 +153,4 @@ def dead_letters(context: Context, contract: str) -> None:
     )
 
 
-COMMANDS = (trace, reproduce, runs, models, findings, dead_letters)
+COMMANDS = (trace, lineage, reproduce, runs, models, findings, dead_letters)

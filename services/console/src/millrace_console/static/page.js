@@ -119,9 +119,10 @@ function draw(page) {
   };
   const none = element("p", { class: "empty" }, "nothing is deployed; millrace apply -f manifest.yaml");
   place("rollouts", ...(page.deployments.length ? page.deployments.map((d) => rollout(d, page.figures.filter((f) => f.model === d.name || page.deployments.length === 1))) : [none]));
-  place("versions", table([["model"], ["version"], ["stage"], ["weight", "number"], ["metrics"], ["digest"]], page.versions.map((v) => [
+  place("versions", table([["model"], ["version"], ["stage"], ["weight", "number"], ["metrics"], ["rollouts"], ["digest"]], page.versions.map((v) => [
     v.model, v.version, v.stage, v.weight ? `${v.weight} %` : "–",
-    Object.entries(v.metrics).slice(0, 4).map(([name, value]) => `${name} ${decimal(value)}`).join(", "), element("code", {}, short(v.digest)),
+    Object.entries(v.metrics).slice(0, 4).map(([name, value]) => `${name} ${decimal(value)}`).join(", "),
+    element("span", {}, ...v.rollouts.flatMap((r) => [`${r.decision} ${day(r.ended)}, evidence `, element("code", { title: r.evidence }, short(r.evidence)), " "])), element("code", {}, short(v.digest)),
   ]), "no versions yet"));
   place("findings", table([["kind"], ["version"], ["feature"], ["test"], ["effect", "number"], ["counts from", "number"], ["p", "number"], ["window from"], ["what"]], page.findings.map((f) => [
     word(f.kind, "bad"), f.version, f.feature || "–", f.test, decimal(f.effect), decimal(f.threshold), f.p === null ? "–" : f.p.toExponential(1), word(day(f.window[0]), "number"), word(f.summary, "what"),
