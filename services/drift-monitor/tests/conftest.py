@@ -38,6 +38,9 @@ class Registry(registry_pb2_grpc.RegistryServiceServicer):
     def __init__(self) -> None:
         self.is_down = False
         self.calls = 0
+        self.outcome = registry_pb2.OutcomeSpec(
+            contract="outcomes", subject_column="flight_id", label_column="late", threshold=0.5
+        )
 
     async def GetModel(self, request, context):
         self.calls += 1
@@ -45,10 +48,7 @@ class Registry(registry_pb2_grpc.RegistryServiceServicer):
             raise UnavailableError("DOWN", "down")
         if request.name != MODEL:
             raise NotFoundError("model", request.name)
-        spec = registry_pb2.OutcomeSpec(
-            contract="outcomes", subject_column="flight_id", label_column="late", threshold=0.5
-        )
-        return registry_pb2.GetModelResponse(model=registry_pb2.Model(name=MODEL, outcome=spec))
+        return registry_pb2.GetModelResponse(model=registry_pb2.Model(name=MODEL, outcome=self.outcome))
 
     async def GetVersion(self, request, context):
         self.calls += 1

@@ -10,11 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from google.protobuf import timestamp_pb2
 from millrace_api.drift.v1 import drift_pb2
-from millrace_api.events.v1 import events_pb2
 from millrace_drift_monitor.app import build
-from millrace_drift_monitor.convert import decode_predictions
 from millrace_drift_monitor.store import MIGRATIONS
 from millrace_drift_monitor.tables import METADATA
 from millrace_kit.client import open_channel
@@ -114,6 +111,21 @@ async def test_bad_reads(stub) -> None:
         (stub.GetPrediction, drift_pb2.GetPredictionRequest(prediction_id="x" * 257), "prediction_id"),
         (stub.GetPrediction, drift_pb2.GetPredictionRequest(prediction_id="a\0"), "prediction_id"),
     ]
+    value = drift_pb2.TrackedValue
+    for wrong, field in [
+        (value(), "values[0].metric"),
+        (value(metric="outcome/auc"), "values[0].metric"),
+        (value(metric="business/"), "values[0].metric"),
+        (value(metric="business/revenue", segment="carrier"), "values[0].segment"),
+        (value(metric="business/revenue", segment="outcome/"), "values[0].segment"),
+        (value(metric="business/revenue", lower=0), "values[0].upper"),
+        (value(metric="business/revenue", lower=1, upper=1), "values[0].upper"),
+        (value(metric="business/revenue", lower=float("nan"), upper=1), "values[0].lower"),
+    ]:
+        cases.append((stub.SetTrackedValues, drift_pb2.SetTrackedValuesRequest(model="m", values=[wrong]), field))
+    many = [value(metric=f"business/column{number}") for number in range(65)]
+    cases.append((stub.SetTrackedValues, drift_pb2.SetTrackedValuesRequest(model="m", values=many), "values"))
+    cases.append((stub.SetTrackedValues, drift_pb2.SetTrackedValuesRequest(), "model"))
     since = drift_pb2.GetOutcomesRequest(model="m")
     since.predicted_since.seconds = 1 << 60
     for call, request, field in [*cases, (stub.GetOutcomes, since, "predicted_since")]:
@@ -128,7 +140,15 @@ async def test_bad_reads(stub) -> None:
 
 async def test_random_bytes_never_break_the_service(world) -> None:
     rng = random.Random(1)
-    names = ["SetReference", "ListFindings", "ListWindows", "CloseWindows", "GetOutcomes", "GetPrediction"]
+    names = [
+        "SetReference",
+        "ListFindings",
+        "ListWindows",
+        "CloseWindows",
+        "GetOutcomes",
+        "GetPrediction",
+        "SetTrackedValues",
+    ]
     codes = set()
     async with running(await build(world.settings), world.settings) as address, open_channel(address) as channel:
         for name in names:
@@ -147,18 +167,3 @@ def test_the_migrations_make_the_schema_the_code_uses(tmp_path: Path) -> None:
     migrate(engine, MIGRATIONS)
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
-
-
-def test_predictions_whose_callers_chose_the_version_are_no_evidence() -> None:
-    at = timestamp_pb2.Timestamp(seconds=1_700_000_000)
-    given = [
-        events_pb2.Prediction(
-            prediction_id=f"p{number}", model="m", version="1.0.0", event_time=at, predicted_at=at, pinned=number == 0
-        )
-        for number in range(3)
-    ]
-    made = events_pb2.PredictionsMade(gateway_id="g", journal_offset=1, predictions=given)
-    batch, malformed = decode_predictions(
-        "predictions", made.SerializeToString(), 1_700_000_001 * 1_000_000, 60_000_000
-    )
-    assert ([p.prediction_id for p in batch.predictions], malformed) == (["p1", "p2"], 0)

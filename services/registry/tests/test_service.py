@@ -34,7 +34,9 @@ async def messages(settings: RegistrySettings, count: int) -> list[Message]:
 
 
 async def test_a_model_is_made_once(client: Client) -> None:
-    outcome = R.OutcomeSpec(contract="outcomes", subject_column="flight_id", label_column="late", threshold=0.5)
+    outcome = R.OutcomeSpec(
+        contract="outcomes", subject_column="flight_id", label_column="late", threshold=0.5, numeric=True
+    )
     model = R.Model(name="flight-delay", description="late?", feature_service="flight_delay", outcome=outcome)
     first = await client.call("CreateModel", R.CreateModelRequest(model=model))
     again = await client.call("CreateModel", R.CreateModelRequest(model=model))

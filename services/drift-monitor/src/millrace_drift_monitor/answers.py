@@ -6,10 +6,11 @@ from typing import Any
 
 from millrace_kit.errors import NotFoundError
 from millrace_kit.sql import reading
-from sqlalchemy import Double, Integer, Select, case, cast, func, select
+from sqlalchemy import Connection, Double, Integer, Select, case, cast, func, not_, or_, select
 
+from millrace_drift_monitor import tracking
 from millrace_drift_monitor.ledger import NO_OUTCOMES, SPAN_US
-from millrace_drift_monitor.records import Figures
+from millrace_drift_monitor.records import Figures, OutcomeSpec
 from millrace_drift_monitor.store import Store, specs_of
 from millrace_drift_monitor.tables import (
     EVENT_WINDOW,
@@ -17,10 +18,12 @@ from millrace_drift_monitor.tables import (
     FIGURE_TOTAL,
     FINDING,
     MODEL_INFO,
+    OUTCOME,
     PREDICTION,
     SCORE_TOTAL,
     VERSION_INFO,
 )
+from millrace_drift_monitor.tracking import Tracked, ValueSums
 
 _SUMS = ("predictions", "outcomes", "correct", "brier_sum", "brier_square_sum")
 
@@ -55,8 +58,8 @@ class Answers:
             windows = connection.execute(query).all()
             return [(w, [*connection.execute(_findings_of(w.model, w.version, w.start_us))]) for w in windows]
 
-    def prediction(self, prediction_id: str) -> tuple[Any, list[str], str]:
-        """A prediction, its version's feature names and digest (empty while unknown).
+    def prediction(self, prediction_id: str) -> tuple[Any, list[str], str, dict[str, float]]:
+        """A prediction, its version's feature names and digest (empty while unknown), and its outcome's numbers.
 
         Raises:
             NotFoundError: no such prediction, or it was too old to keep.
@@ -65,12 +68,13 @@ class Answers:
             row = connection.execute(select(PREDICTION).where(PREDICTION.c.prediction_id == prediction_id)).first()
             if row is None:
                 raise NotFoundError("prediction", prediction_id)
+            numbers = _outcome_numbers(connection, row) if row.outcome is not None else {}
             here = (VERSION_INFO.c.model == row.model) & (VERSION_INFO.c.version == row.version)
             info = connection.execute(select(VERSION_INFO).where(here)).first()
             if info is not None:
-                return row, json.loads(info.feature_names), info.digest
+                return row, json.loads(info.feature_names), info.digest, numbers
             profile = self._store.profile(connection, row.model, row.version)
-            return row, [*profile.feature_names] if profile else [], ""
+            return row, [*profile.feature_names] if profile else [], "", numbers
 
     def figures(self, model: str, since_us: int | None) -> dict[str, Figures]:
         """Sums per version over predictions made at or after `since_us`; None takes all."""
@@ -82,7 +86,7 @@ class Answers:
             found = {row.version: _figures(row) for row in connection.execute(_span_sums(model, first_us))}
             if first_us > since_us:
                 spec = specs_of(connection).get(model, NO_OUTCOMES)
-                exact = _exact_sums(model, since_us, first_us, spec.threshold)
+                exact = _exact_sums(model, since_us, first_us, spec)
                 for row in connection.execute(exact):
                     found[row.version] = _sum(found.get(row.version, Figures()), _figures(row))
             return found
@@ -95,6 +99,11 @@ class Answers:
                 found.setdefault(row.version, {})[row.bucket] = row.predictions
         return found
 
+    def tracked(self, model: str) -> list[tuple[Tracked, list[tuple[str, str, ValueSums]]]]:
+        """Every tracked value with its sums by version and segment."""
+        with reading(self._engine) as connection:
+            return tracking.figures(connection, model)
+
     def waiting(self) -> int:
         """Predictions that wait for an outcome, of models that have outcomes."""
         query = select(func.coalesce(func.sum(FIGURE_TOTAL.c.predictions - FIGURE_TOTAL.c.outcomes), 0)).where(
@@ -102,6 +111,18 @@ class Answers:
         )
         with reading(self._engine) as connection:
             return int(connection.execute(query).scalar_one())
+
+
+def _outcome_numbers(connection: Connection, row: Any) -> dict[str, float]:
+    """Tracked numbers of a prediction's outcome, and its label's where that is a number."""
+    spec = specs_of(connection).get(row.model, NO_OUTCOMES)
+    here = (OUTCOME.c.contract == spec.source) & (OUTCOME.c.subject == row.subject)
+    found = connection.execute(select(OUTCOME.c.number, OUTCOME.c.columns).where(here)).first()
+    if found is None:
+        return {}
+    columns = tracking.load_columns(found.columns)
+    numbers = {name: value for name, value in columns.items() if isinstance(value, float)}
+    return numbers if found.number is None else {**numbers, spec.label_column: found.number}
 
 
 def _findings_of(model: str, version: str, start_us: int) -> Select[Any]:
@@ -115,14 +136,15 @@ def _span_sums(model: str, first_us: int) -> Select[Any]:
     return select(FIGURE_SPAN.c.version, *sums).where(here).group_by(FIGURE_SPAN.c.version)
 
 
-def _exact_sums(model: str, since_us: int, until_us: int, threshold: float) -> Select[Any]:
+def _exact_sums(model: str, since_us: int, until_us: int, spec: OutcomeSpec) -> Select[Any]:
     """Sums over the stored predictions of one part of a span."""
     p = PREDICTION.c
     is_scored = p.outcome.is_not(None) & p.score.is_not(None)
+    right = ((p.score >= spec.threshold) & p.outcome) | ((p.score < spec.threshold) & ~p.outcome)
     difference = p.score - cast(cast(p.outcome, Integer), Double)
-    error = difference * difference
-    right = ((p.score >= threshold) & p.outcome) | ((p.score < threshold) & ~p.outcome)
+    error = case((right, 0.0), else_=1.0) if spec.numeric else difference * difference
     here = (p.model == model) & (p.predicted_us >= since_us) & (p.predicted_us < until_us)
+    here &= not_(or_(p.pinned, p.cached))
     return (
         select(
             p.version,

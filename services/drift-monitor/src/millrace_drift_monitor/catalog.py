@@ -85,7 +85,9 @@ class Catalog:
     async def _learn_model(self, model: str) -> None:
         answer = await self._registry.GetModel(registry_pb2.GetModelRequest(name=model))
         outcome = answer.model.outcome
-        spec = OutcomeSpec(outcome.contract, outcome.subject_column, outcome.label_column, outcome.threshold)
+        spec = OutcomeSpec(
+            outcome.contract, outcome.subject_column, outcome.label_column, outcome.threshold, outcome.numeric
+        )
         now_us = now_micros(self._clock.now())
         self._on_joined(await asyncio.to_thread(self._store.learn_model, model, spec, now_us))
         log.info("model %s: outcomes from %s", model, spec.source or "nowhere")

@@ -10,12 +10,22 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Table, bindparam, insert, select, update
+from sqlalchemy import Connection, Table, bindparam, insert, literal, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from millrace_drift_monitor.records import MICROS, Figures, OutcomeBatch, OutcomeSpec, Prediction, PredictionBatch
+from millrace_drift_monitor import tracking
+from millrace_drift_monitor.records import (
+    MICROS,
+    Figures,
+    Outcome,
+    OutcomeBatch,
+    OutcomeSpec,
+    Prediction,
+    PredictionBatch,
+)
 from millrace_drift_monitor.scores import bucket
 from millrace_drift_monitor.tables import FIGURE_SPAN, FIGURE_TOTAL, OUTCOME, PREDICTION, SCORE_TOTAL, SEEN_BATCH
+from millrace_drift_monitor.tracking import Tracked, dump_columns, load_columns
 
 # Values in one IN list.
 CHUNK = 1000
@@ -24,6 +34,14 @@ SPAN_US = 10 * MICROS
 NO_OUTCOMES = OutcomeSpec("", "", "", 0.5)
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of models, by their names."""
+
+    specs: Mapping[str, OutcomeSpec] = field(default_factory=dict)
+    tracked: Mapping[str, Sequence[Tracked]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -35,15 +53,25 @@ class Joined:
     event_us: int
     predicted_us: int
     score: float | None
-    label: bool
+    outcome: Outcome
     is_correct: bool
+    error: float
+    """Brier's: (score - label) squared; of a numeric label, whose score is no probability, whether it was wrong."""
+    features: bytes
+    client: str
+
+    @property
+    def label(self) -> bool:
+        """The true label."""
+        return self.outcome.label
 
 
 @dataclass(slots=True)
 class Taken:
-    """What a transaction took in."""
+    """What a transaction took in; only evidence is in `predictions` and `joined`."""
 
     predictions: list[Prediction] = field(default_factory=list)
+    not_evidence: int = 0
     joined: list[Joined] = field(default_factory=list)
     duplicate_predictions: int = 0
     duplicate_batches: int = 0
@@ -97,7 +125,7 @@ def _batch_key(batch: PredictionBatch) -> BatchKey:
 def take_predictions(
     connection: Connection,
     batches: Sequence[PredictionBatch],
-    specs: Mapping[str, OutcomeSpec],
+    known: Known,
     now_us: int,
     taken: Taken,
 ) -> None:
@@ -110,30 +138,58 @@ def take_predictions(
         offered += len(batches[index].predictions)
         fresh.update((prediction.prediction_id, prediction) for prediction in batches[index].predictions)
     for ids in chunks(list(fresh)):
-        known = select(PREDICTION.c.prediction_id).where(PREDICTION.c.prediction_id.in_(ids))
-        for row in connection.execute(known):
+        there = select(PREDICTION.c.prediction_id).where(PREDICTION.c.prediction_id.in_(ids))
+        for row in connection.execute(there):
             del fresh[row.prediction_id]
     taken.duplicate_predictions += offered - len(fresh)
     if not fresh:
         return
     predictions = list(fresh.values())
-    labels = _known_labels(connection, predictions, specs)
-    rows = [_prediction_row(p, labels.get((p.model, p.subject)), now_us) for p in predictions]
+    known_outcomes = _known_outcomes(connection, predictions, known)
+    rows = [_prediction_row(p, known_outcomes.get((p.model, p.subject)), now_us) for p in predictions]
     connection.execute(insert(PREDICTION), rows)
-    joined = [_join(p, labels[p.model, p.subject], specs) for p in predictions if (p.model, p.subject) in labels]
-    taken.predictions += predictions
+    evidence = [p for p in predictions if p.is_evidence]
+    found = ((p, known_outcomes.get((p.model, p.subject))) for p in evidence)
+    joined = [_join(p, outcome, known) for p, outcome in found if outcome is not None]
+    taken.not_evidence += len(predictions) - len(evidence)
+    taken.predictions += evidence
+    _count(connection, evidence, joined, known, taken)
+
+
+def _count(
+    connection: Connection,
+    predictions: Sequence[Prediction],
+    joined: Sequence[Joined],
+    known: Known,
+    taken: Taken,
+) -> None:
     taken.joined += joined
     add_figures(connection, predictions, joined)
+    if known.tracked:
+        tracking.count(connection, joined, known.tracked)
 
 
-def _join(row: Any, label: bool, specs: Mapping[str, OutcomeSpec]) -> Joined:
+def _join(row: Any, outcome: Outcome, known: Known) -> Joined:
     """`row` is a `Prediction` or has its attributes."""
-    threshold = specs.get(row.model, NO_OUTCOMES).threshold
-    is_correct = row.score is not None and (row.score >= threshold) == label
-    return Joined(row.model, row.version, row.event_us, row.predicted_us, row.score, label, is_correct)
+    spec, error = known.specs.get(row.model, NO_OUTCOMES), 0.0
+    is_correct = row.score is not None and (row.score >= spec.threshold) == outcome.label
+    if row.score is not None:
+        error = float(not is_correct) if spec.numeric else (row.score - outcome.label) ** 2
+    return Joined(
+        row.model,
+        row.version,
+        row.event_us,
+        row.predicted_us,
+        row.score,
+        outcome,
+        is_correct,
+        error,
+        row.features,
+        row.client,
+    )
 
 
-def _prediction_row(p: Prediction, outcome: bool | None, now_us: int) -> dict[str, object]:
+def _prediction_row(p: Prediction, outcome: Outcome | None, now_us: int) -> dict[str, object]:
     return {
         "prediction_id": p.prediction_id,
         "model": p.model,
@@ -147,99 +203,130 @@ def _prediction_row(p: Prediction, outcome: bool | None, now_us: int) -> dict[st
         "score": p.score,
         "definitions_hash": p.definitions_hash,
         "trace_id": p.trace_id,
-        "outcome": outcome,
+        "outcome": None if outcome is None else outcome.label,
         "stored_us": now_us,
+        "client": p.client,
+        "pinned": p.pinned,
+        "cached": p.cached,
     }
 
 
-def _known_labels(
-    connection: Connection, predictions: Sequence[Prediction], specs: Mapping[str, OutcomeSpec]
-) -> dict[tuple[str, str], bool]:
+_OUTCOME_NAMES = ("subject", "label", "number", "columns")
+
+
+def _outcome(row: Any) -> Outcome:
+    number = float(row.label) if row.number is None else row.number
+    return Outcome(row.label, number, load_columns(row.columns))
+
+
+def _known_outcomes(
+    connection: Connection, predictions: Sequence[Prediction], known: Known
+) -> dict[tuple[str, str], Outcome]:
     """Outcomes that came before their predictions, by (model, subject)."""
     models_of: dict[str, set[str]] = defaultdict(set)
     subjects_of: dict[str, set[str]] = defaultdict(set)
     for p in predictions:
-        source = specs.get(p.model, NO_OUTCOMES).source
+        source = known.specs.get(p.model, NO_OUTCOMES).source
         if source and p.subject:
             models_of[source].add(p.model)
             subjects_of[source].add(p.subject)
-    labels: dict[tuple[str, str], bool] = {}
+    found: dict[tuple[str, str], Outcome] = {}
     for source, subjects in subjects_of.items():
         for part in chunks(subjects):
-            query = select(OUTCOME.c.subject, OUTCOME.c.label).where(
+            query = select(*(OUTCOME.c[name] for name in _OUTCOME_NAMES)).where(
                 OUTCOME.c.contract == source, OUTCOME.c.subject.in_(part)
             )
             for row in connection.execute(query):
-                labels.update(((model, row.subject), row.label) for model in models_of[source])
-    return labels
+                found.update(((model, row.subject), _outcome(row)) for model in models_of[source])
+    return found
 
 
 def take_outcomes(
-    connection: Connection, batch: OutcomeBatch, specs: Mapping[str, OutcomeSpec], now_us: int, taken: Taken
+    connection: Connection,
+    batch: OutcomeBatch,
+    known: Known,
+    now_us: int,
+    taken: Taken,
 ) -> None:
     """Store new outcomes, label the predictions that waited for them, and add these to the sums."""
     if not unseen(connection, [BatchKey(batch.topic, batch.origin, batch.place, batch.source)]):
         taken.duplicate_batches += 1
         return
     # The first outcome of a subject stands; ingestion drops later ones of the same event id anyway.
-    labels: dict[str, bool] = {}
-    for subject, label in zip(batch.subjects, batch.labels, strict=True):
-        labels.setdefault(subject, label)
-    for part in chunks(list(labels)):
-        known = select(OUTCOME.c.subject).where(OUTCOME.c.contract == batch.source, OUTCOME.c.subject.in_(part))
-        for row in connection.execute(known):
-            del labels[row.subject]
-    if not labels:
+    outcomes: dict[str, Outcome] = {}
+    for subject, outcome in zip(batch.subjects, batch.outcomes, strict=True):
+        outcomes.setdefault(subject, outcome)
+    for part in chunks(list(outcomes)):
+        there = select(OUTCOME.c.subject).where(OUTCOME.c.contract == batch.source, OUTCOME.c.subject.in_(part))
+        for row in connection.execute(there):
+            del outcomes[row.subject]
+    if not outcomes:
         return
+    models = [model for model, spec in known.specs.items() if spec.source == batch.source]
+    numeric = any(known.specs[model].numeric for model in models)
     connection.execute(
         insert(OUTCOME),
         [
-            {"contract": batch.source, "subject": subject, "label": label, "stored_us": now_us}
-            for subject, label in labels.items()
+            {
+                "contract": batch.source,
+                "subject": subject,
+                "label": outcome.label,
+                "stored_us": now_us,
+                "number": outcome.number if numeric else None,
+                "columns": dump_columns(outcome.columns),
+            }
+            for subject, outcome in outcomes.items()
         ],
     )
-    taken.outcomes += len(labels)
-    models = [model for model, spec in specs.items() if spec.source == batch.source]
-    join_waiting(connection, models, labels, specs, taken)
+    taken.outcomes += len(outcomes)
+    join_waiting(connection, models, outcomes, known, taken)
 
 
 def join_waiting(
     connection: Connection,
     models: Sequence[str],
-    labels: Mapping[str, bool],
-    specs: Mapping[str, OutcomeSpec],
+    outcomes: Mapping[str, Outcome],
+    known: Known,
     taken: Taken,
 ) -> None:
-    """Give stored predictions of `models` their outcome from `labels` (by subject)."""
+    """Give stored predictions of `models` their outcome from `outcomes` (by subject)."""
     if not models:
         return
     joined: list[Joined] = []
     updates: list[dict[str, object]] = []
-    names = ("seq", "model", "version", "subject", "event_us", "predicted_us", "score")
-    for part in chunks(list(labels)):
-        waiting = select(*(PREDICTION.c[name] for name in names)).where(
+    names = ("seq", "model", "version", "subject", "event_us", "predicted_us", "score", "client", "pinned", "cached")
+    wanted = any(value.segment for model in models for value in known.tracked.get(model, ()))
+    # Rows of features are long; only segments by a feature look at them.
+    features = PREDICTION.c.features if wanted else literal(b"").label("features")
+    for part in chunks(list(outcomes)):
+        waiting = select(*(PREDICTION.c[name] for name in names), features).where(
             PREDICTION.c.subject.in_(part), PREDICTION.c.model.in_(models), PREDICTION.c.outcome.is_(None)
         )
         for row in connection.execute(waiting):
-            label = labels[row.subject]
-            updates.append({"row": row.seq, "label": label})
-            joined.append(_join(row, label, specs))
+            outcome = outcomes[row.subject]
+            updates.append({"row": row.seq, "label": outcome.label})
+            if not (row.pinned or row.cached):
+                joined.append(_join(row, outcome, known))
     if updates:
         statement = update(PREDICTION).where(PREDICTION.c.seq == bindparam("row")).values(outcome=bindparam("label"))
         connection.execute(statement, updates)
-        taken.joined += joined
-        add_figures(connection, [], joined)
+        _count(connection, [], joined, known, taken)
 
 
-def adopt(connection: Connection, model: str, specs: Mapping[str, OutcomeSpec], taken: Taken) -> None:
+def adopt(
+    connection: Connection,
+    model: str,
+    known: Known,
+    taken: Taken,
+) -> None:
     """Join what came before the model's outcome specification was known."""
-    source = specs[model].source
+    source = known.specs[model].source
     if not source:
         return
     last = 0
     while True:
         query = (
-            select(PREDICTION.c.seq, OUTCOME.c.subject, OUTCOME.c.label)
+            select(PREDICTION.c.seq, *(OUTCOME.c[name] for name in _OUTCOME_NAMES))
             .join(OUTCOME, (OUTCOME.c.subject == PREDICTION.c.subject) & (OUTCOME.c.contract == source))
             .where(PREDICTION.c.model == model, PREDICTION.c.outcome.is_(None), PREDICTION.c.seq > last)
             .order_by(PREDICTION.c.seq)
@@ -249,7 +336,7 @@ def adopt(connection: Connection, model: str, specs: Mapping[str, OutcomeSpec], 
         if not found:
             return
         last = found[-1].seq
-        join_waiting(connection, [model], {row.subject: row.label for row in found}, specs, taken)
+        join_waiting(connection, [model], {row.subject: _outcome(row) for row in found}, known, taken)
 
 
 def add_figures(connection: Connection, predictions: Sequence[Prediction], joined: Sequence[Joined]) -> None:
@@ -262,8 +349,8 @@ def add_figures(connection: Connection, predictions: Sequence[Prediction], joine
     for j in joined:
         if j.score is None:
             continue
-        totals[j.model, j.version].add_outcome(j.score, j.label, j.is_correct)
-        spans[j.model, j.version, j.predicted_us // SPAN_US * SPAN_US].add_outcome(j.score, j.label, j.is_correct)
+        totals[j.model, j.version].add_outcome(j.error, j.is_correct)
+        spans[j.model, j.version, j.predicted_us // SPAN_US * SPAN_US].add_outcome(j.error, j.is_correct)
     _add_sums(
         connection, FIGURE_TOTAL, [(dict(zip(("model", "version"), k, strict=True)), f) for k, f in totals.items()]
     )

@@ -3,6 +3,10 @@
 from prometheus_client import Counter, Gauge
 
 PREDICTIONS = Counter("millrace_drift_predictions_total", "Predictions taken in.")
+NOT_EVIDENCE = Counter(
+    "millrace_drift_not_evidence_total",
+    "Predictions kept that count for nothing: their caller chose the version, or the answer was given again.",
+)
 DUPLICATES = Counter("millrace_drift_duplicates_total", "What came a second time and was dropped.", ["what"])
 MALFORMED = Counter("millrace_drift_malformed_total", "What could not be used and was left out.", ["what"])
 OUTCOMES = Counter("millrace_drift_outcomes_total", "Outcomes taken in.")

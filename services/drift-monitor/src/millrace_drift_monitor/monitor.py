@@ -15,6 +15,7 @@ from millrace_kit.errors import MillraceError, UnavailableError
 from millrace_drift_monitor import metrics
 from millrace_drift_monitor.closing import Closed, Closer
 from millrace_drift_monitor.convert import MalformedError, decode_outcomes, decode_predictions, now_micros
+from millrace_drift_monitor.ledger import Known
 from millrace_drift_monitor.records import MICROS, OutcomeBatch, OutcomeSpec, PredictionBatch
 from millrace_drift_monitor.store import Applied, Store
 
@@ -31,6 +32,7 @@ def count_applied(applied: Applied) -> None:
     """Add what a committed transaction did to the metrics."""
     taken = applied.taken
     metrics.PREDICTIONS.inc(len(taken.predictions))
+    metrics.NOT_EVIDENCE.inc(taken.not_evidence)
     metrics.OUTCOMES.inc(taken.outcomes)
     metrics.JOINED.inc(len(taken.joined))
     metrics.LATE.inc(applied.late)
@@ -81,7 +83,7 @@ class Monitor:
         self._clock = clock
         self._fetch_messages = fetch_messages
         self._max_ahead_us = int(max_ahead_s * MICROS)
-        self._specs: dict[str, OutcomeSpec] = {}
+        self._known = Known()
         self._positions: dict[TopicPartition, int] = {}
         self._mine: dict[TopicPartition, int] = {}
         self._next_lag = 0.0
@@ -103,7 +105,7 @@ class Monitor:
 
     async def _follow(self, stop: asyncio.Event) -> None:
         """Read with one set of topics until it has to change."""
-        self._specs = await asyncio.to_thread(self._store.specs)
+        self._known = await asyncio.to_thread(self._store.known)
         topics = self._topics()
         subscription = await self._bus.subscribe(topics, group=GROUP, starts=self._starts)
         try:
@@ -117,9 +119,10 @@ class Monitor:
                 if len(messages) < self._fetch_messages:
                     await self._close_due()
                 await self._measure_lag(subscription)
-                specs = await asyncio.to_thread(self._store.specs)
-                if specs.keys() != self._specs.keys():
+                known = await asyncio.to_thread(self._store.known)
+                if known.specs.keys() != self._known.specs.keys():
                     return
+                self._known = known
         finally:
             await subscription.close()
 
@@ -130,7 +133,7 @@ class Monitor:
         return self._positions
 
     def _topics(self) -> list[str]:
-        contracts = {spec.contract for spec in self._specs.values() if spec.contract}
+        contracts = {spec.contract for spec in self._known.specs.values() if spec.contract}
         return [PREDICTIONS, *(records_topic(contract) for contract in sorted(contracts))]
 
     def _apply(self, messages: Sequence[Message]) -> Applied | None:
@@ -146,25 +149,33 @@ class Monitor:
                     predictions.append(batch)
                     metrics.MALFORMED.labels("prediction").inc(bad)
                 else:
-                    specs = [
-                        s for s in self._specs.values() if s.contract and records_topic(s.contract) == message.topic
-                    ]
-                    batches, bad = decode_outcomes(message.topic, message.value, specs)
+                    specs, columns = self._outcome_specs(message.topic)
+                    batches, bad = decode_outcomes(message.topic, message.value, specs, columns)
                     outcomes += batches
                     metrics.MALFORMED.labels("outcomes").inc(bad)
             except MalformedError as error:
                 metrics.MALFORMED.labels("message").inc()
                 log.warning("message %s/%d/%d left out: %s", message.topic, message.partition, message.offset, error)
-        models = self._specs.keys()
-        applied = self._store.apply(predictions, outcomes, positions, models, now_us, starts=self._positions)
+        applied = self._store.apply(predictions, outcomes, positions, self._known, now_us, starts=self._positions)
         if applied is not None:
             self._positions.update(positions)
             self._mine.update(positions)
         return applied
 
+    def _outcome_specs(self, topic: str) -> tuple[list[OutcomeSpec], dict[str, set[str]]]:
+        """Whose outcomes a topic has, and by source the columns that are tracked."""
+        specs: list[OutcomeSpec] = []
+        columns: dict[str, set[str]] = {}
+        for model, spec in self._known.specs.items():
+            if spec.contract and records_topic(spec.contract) == topic:
+                specs.append(spec)
+                wanted = columns.setdefault(spec.source, set())
+                wanted.update(*(value.columns for value in self._known.tracked.get(model, ())))
+        return specs, columns
+
     async def _close_due(self) -> None:
         now_us = now_micros(self._clock.now())
-        closed = await asyncio.to_thread(self._closer.close_due, now_us, self._specs.__contains__)
+        closed = await asyncio.to_thread(self._closer.close_due, now_us, self._known.specs.__contains__)
         count_closed(closed)
 
     async def _measure_lag(self, subscription: Subscription) -> None:

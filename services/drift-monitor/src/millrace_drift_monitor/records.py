@@ -1,7 +1,7 @@
 """What arrives, as plain values: predictions, outcomes and how they are joined."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 MICROS = 1_000_000
 
@@ -22,6 +22,14 @@ class Prediction:
     score: float | None
     definitions_hash: str
     trace_id: str
+    client: str = ""
+    pinned: bool = False
+    cached: bool = False
+
+    @property
+    def is_evidence(self) -> bool:
+        """Whether it says anything about its version: not where the caller chose it, or the model was not asked."""
+        return not (self.pinned or self.cached)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +50,30 @@ class OutcomeSpec:
     subject_column: str
     label_column: str
     threshold: float
+    numeric: bool = False
+    """The label is a number (regression), true where it reaches the threshold."""
 
     @property
     def source(self) -> str:
         """What the outcomes come from: models that share it share the outcomes."""
-        return f"{self.contract}/{self.subject_column}/{self.label_column}" if self.contract else ""
+        if not self.contract:
+            return ""
+        source = f"{self.contract}/{self.subject_column}/{self.label_column}"
+        return f"{source}/{self.threshold!r}" if self.numeric else source
+
+
+Columns = Mapping[str, float | str]
+"""Tracked columns of an outcome's record that have a value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a prediction."""
+
+    label: bool
+    number: float
+    """The label as a number; 0 or 1 where it is no number."""
+    columns: Columns = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +85,7 @@ class OutcomeBatch:
     place: int
     source: str
     subjects: Sequence[str]
-    labels: Sequence[bool]
+    outcomes: Sequence[Outcome]
 
 
 @dataclass(slots=True)
@@ -71,9 +98,8 @@ class Figures:
     brier_sum: float = 0.0
     brier_square_sum: float = 0.0
 
-    def add_outcome(self, score: float, label: bool, is_correct: bool) -> None:
-        """Count one scored outcome."""
-        error = (score - label) ** 2
+    def add_outcome(self, error: float, is_correct: bool) -> None:
+        """Count one scored outcome with its squared error."""
         self.outcomes += 1
         self.correct += is_correct
         self.brier_sum += error

@@ -23,6 +23,8 @@ from millrace_drift_monitor.convert import (
     finding_message,
     now_micros,
     prediction_message,
+    tracked_in,
+    tracked_message,
     window_message,
 )
 from millrace_drift_monitor.monitor import count_closed
@@ -30,6 +32,7 @@ from millrace_drift_monitor.profiles import Profile
 from millrace_drift_monitor.references import ReferenceSpec, build_profile
 from millrace_drift_monitor.settings import DriftSettings
 from millrace_drift_monitor.store import Store
+from millrace_drift_monitor.tracking import MAX_TRACKED
 
 MAX_FEATURES = 10_000
 MAX_URL = 2048
@@ -138,6 +141,7 @@ class DriftServicer(drift_pb2_grpc.DriftServiceServicer):
             since_us = now_micros(check.timestamp(request.predicted_since, "predicted_since"))
         figures = await asyncio.to_thread(self._answers.figures, model, since_us)
         scores = await asyncio.to_thread(self._answers.scores, model) if since_us is None else {}
+        tracked = await asyncio.to_thread(self._answers.tracked, model) if since_us is None else []
         return drift_pb2.GetOutcomesResponse(
             versions=[
                 drift_pb2.OutcomeFigures(
@@ -154,15 +158,26 @@ class DriftServicer(drift_pb2_grpc.DriftServiceServicer):
                     ],
                 )
                 for version, f in sorted(figures.items())
-            ]
+            ],
+            tracked=[tracked_message(value, sums) for value, sums in tracked],
         )
+
+    async def SetTrackedValues(
+        self, request: drift_pb2.SetTrackedValuesRequest, _context: grpc.aio.ServicerContext
+    ) -> drift_pb2.SetTrackedValuesResponse:
+        model = check.name(request.model, "model")
+        if len(request.values) > MAX_TRACKED:
+            raise InvalidArgumentError("values", f"may be at most {MAX_TRACKED}")
+        values = [tracked_in(value, f"values[{index}]") for index, value in enumerate(request.values)]
+        await asyncio.to_thread(self._store.track, model, values)
+        return drift_pb2.SetTrackedValuesResponse()
 
     async def GetPrediction(
         self, request: drift_pb2.GetPredictionRequest, _context: grpc.aio.ServicerContext
     ) -> drift_pb2.GetPredictionResponse:
         prediction_id = check.text(request.prediction_id, "prediction_id", limit=MAX_ID)
-        row, names, digest = await asyncio.to_thread(self._answers.prediction, prediction_id)
-        return prediction_message(row, names, digest)
+        row, names, digest, numbers = await asyncio.to_thread(self._answers.prediction, prediction_id)
+        return prediction_message(row, names, digest, numbers)
 
 
 def _page(request: drift_pb2.ListFindingsRequest | drift_pb2.ListWindowsRequest) -> tuple[str, int]:

@@ -7,7 +7,6 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from millrace_kit.errors import AlreadyExistsError
 from millrace_kit.sql import migrate, open_engine, reading, take_turn, writing
 from sqlalchemy import Connection, Engine, and_, insert, select, update
 
-from millrace_drift_monitor.ledger import Taken, adopt, take_outcomes, take_predictions
+from millrace_drift_monitor import tracking
+from millrace_drift_monitor.ledger import Known, Taken, adopt, take_outcomes, take_predictions
 from millrace_drift_monitor.profiles import Profile, dump_profile, load_profile
 from millrace_drift_monitor.records import OutcomeBatch, OutcomeSpec, PredictionBatch
 from millrace_drift_monitor.tables import (
@@ -27,6 +27,7 @@ from millrace_drift_monitor.tables import (
     REFERENCE,
     VERSION_INFO,
 )
+from millrace_drift_monitor.tracking import Tracked
 from millrace_drift_monitor.windows import OpenWindow, WindowCounter, open_windows
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -83,25 +84,27 @@ class Store:
         predictions: Sequence[PredictionBatch],
         outcomes: Sequence[OutcomeBatch],
         positions: Mapping[TopicPartition, int],
-        known_models: AbstractSet[str],
+        known: Known,
         now_us: int,
         *,
         starts: Mapping[TopicPartition, int],
     ) -> Applied | None:
         """Take in what was fetched, and the positions after it, in one transaction.
 
-        Returns None and changes nothing when another model than `known_models` became known since the messages were decoded (its
-        outcomes may have to be read from the beginning), or when a position is no longer the one in `starts` that was read from
+        Returns None and changes nothing when another model than those of `known` became known since the messages were decoded (its
+        outcomes may have to be read from the beginning), when other values are tracked now, or when a position is no longer the one in `starts` that was read from
         (another replica reads that partition now): the caller starts over.
         """
         taken = Taken()
         with self.write() as connection:
-            specs = specs_of(connection)
-            if specs.keys() != known_models or not _stand_at(connection, {p: starts.get(p, 0) for p in positions}):
+            now_known = known_of(connection)
+            if now_known.specs.keys() != known.specs.keys() or now_known.tracked != known.tracked:
                 return None
-            take_predictions(connection, predictions, specs, now_us, taken)
+            if not _stand_at(connection, {p: starts.get(p, 0) for p in positions}):
+                return None
+            take_predictions(connection, predictions, now_known, now_us, taken)
             for batch in outcomes:
-                take_outcomes(connection, batch, specs, now_us, taken)
+                take_outcomes(connection, batch, now_known, now_us, taken)
             late = self._add_to_windows(connection, taken, now_us)
             for place, offset in positions.items():
                 _keep_position(connection, place, offset)
@@ -120,10 +123,15 @@ class Store:
 
     # What the registry said.
 
-    def specs(self) -> dict[str, OutcomeSpec]:
-        """Outcome specification of every model known so far."""
+    def known(self) -> Known:
+        """Outcome specification, and tracked values, of every model that has them."""
         with reading(self.engine) as connection:
-            return specs_of(connection)
+            return known_of(connection)
+
+    def track(self, model: str, values: Sequence[Tracked]) -> None:
+        """Keep sums of these values of the model's outcomes from now on, and of no others."""
+        with self.write() as connection:
+            tracking.replace(connection, model, values)
 
     def unknown_models(self) -> list[str]:
         """Models that were predicted with but that the registry was not asked about yet."""
@@ -153,20 +161,21 @@ class Store:
         """
         taken = Taken()
         with self.write() as connection:
-            known = specs_of(connection)
-            if model in known:
+            known = known_of(connection)
+            if model in known.specs:
                 return Applied(taken, 0)
             values = {
                 "contract": spec.contract,
                 "subject_column": spec.subject_column,
                 "label_column": spec.label_column,
                 "threshold": spec.threshold,
+                "numeric": spec.numeric,
             }
             connection.execute(insert(MODEL_INFO), {"model": model, **values})
-            if spec.source and spec.source not in {other.source for other in known.values()}:
+            if spec.source and spec.source not in {other.source for other in known.specs.values()}:
                 topic = records_topic(spec.contract)
                 connection.execute(update(POSITION).where(POSITION.c.topic == topic).values(next_offset=0))
-            adopt(connection, model, {**known, model: spec}, taken)
+            adopt(connection, model, Known({**known.specs, model: spec}, known.tracked), taken)
             late = self._add_to_windows(connection, taken, now_us)
         return Applied(taken, late)
 
@@ -234,10 +243,15 @@ class Store:
             connection.execute(insert(REFERENCE), row)
 
 
+def known_of(connection: Connection) -> Known:
+    """Everything known of models."""
+    return Known(specs_of(connection), tracking.tracked_of(connection))
+
+
 def specs_of(connection: Connection) -> dict[str, OutcomeSpec]:
     """Outcome specification of every model known so far."""
     return {
-        row.model: OutcomeSpec(row.contract, row.subject_column, row.label_column, row.threshold)
+        row.model: OutcomeSpec(row.contract, row.subject_column, row.label_column, row.threshold, row.numeric)
         for row in connection.execute(select(MODEL_INFO))
     }
 

@@ -15,6 +15,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 
 METADATA = MetaData()
@@ -47,6 +48,7 @@ MODEL_INFO = Table(
     Column("subject_column", Text, nullable=False),
     Column("label_column", Text, nullable=False),
     Column("threshold", Double, nullable=False),
+    Column("numeric", Boolean, nullable=False, server_default=false()),
 )
 VERSION_INFO = Table(
     "version_info",
@@ -88,6 +90,10 @@ PREDICTION = Table(
     Column("trace_id", Text, nullable=False),
     Column("outcome", Boolean),
     Column("stored_us", BigInteger, nullable=False),
+    Column("client", Text, nullable=False, server_default=""),
+    # Neither of these is evidence about the version.
+    Column("pinned", Boolean, nullable=False, server_default=false()),
+    Column("cached", Boolean, nullable=False, server_default=false()),
     Index("prediction_subject", "subject"),
     Index("prediction_window", "model", "version", "event_us"),
     Index("prediction_since", "model", "predicted_us"),
@@ -100,6 +106,10 @@ OUTCOME = Table(
     Column("subject", Text, nullable=False),
     Column("label", Boolean, nullable=False),
     Column("stored_us", BigInteger, nullable=False),
+    # Of a numeric label.
+    Column("number", Double),
+    # Tracked columns of its record as a JSON object; null for none.
+    Column("columns", Text),
     UniqueConstraint("contract", "subject"),
 )
 
@@ -131,6 +141,32 @@ SCORE_TOTAL = Table(
     Column("version", Text, primary_key=True),
     Column("bucket", Integer, primary_key=True),
     Column("predictions", BigInteger, nullable=False),
+)
+
+# Values of outcomes whose sums gates want, and the sums; "" is the segment of all.
+TRACKED = Table(
+    "tracked",
+    METADATA,
+    Column("seq", _SEQUENCE, primary_key=True, autoincrement=True),
+    Column("model", Text, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("metric", Text, nullable=False),
+    Column("lower", Double),
+    Column("upper", Double),
+    Column("segment", Text, nullable=False),
+    UniqueConstraint("model", "key"),
+)
+VALUE_TOTAL = Table(
+    "value_total",
+    METADATA,
+    Column("model", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("version", Text, primary_key=True),
+    Column("segment", Text, primary_key=True),
+    Column("n", BigInteger, nullable=False),
+    Column("total", Double, nullable=False),
+    Column("square", Double, nullable=False),
+    Column("clipped", BigInteger, nullable=False),
 )
 
 EVENT_WINDOW = Table(

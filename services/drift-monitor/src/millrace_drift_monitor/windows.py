@@ -160,6 +160,7 @@ def rebuild_sketch(connection: Connection, profile: Profile, key: Key, end_us: i
         select(PREDICTION.c.features, PREDICTION.c.score)
         .where(PREDICTION.c.model == model, PREDICTION.c.version == version)
         .where(PREDICTION.c.event_us >= start_us, PREDICTION.c.event_us < end_us)
+        .where(PREDICTION.c.pinned.is_(False), PREDICTION.c.cached.is_(False))
         .execution_options(yield_per=CHUNK)
     )
     for part in connection.execute(query).partitions():

@@ -94,6 +94,7 @@ def model_in(message: registry_pb2.Model) -> Model:
             check.text(message.outcome.subject_column, "model.outcome.subject_column", limit=MAX_ID),
             check.text(message.outcome.label_column, "model.outcome.label_column", limit=MAX_ID),
             check.finite(message.outcome.threshold, "model.outcome.threshold"),
+            message.outcome.numeric,
         )
     service = message.feature_service
     return Model(
@@ -112,6 +113,7 @@ def model_out(model: Model) -> registry_pb2.Model:
         message.outcome.subject_column = model.outcome.subject_column
         message.outcome.label_column = model.outcome.label_column
         message.outcome.threshold = model.outcome.threshold
+        message.outcome.numeric = model.outcome.numeric
     if model.created_at is not None:
         message.created_at.FromDatetime(model.created_at)
     return message

@@ -65,6 +65,7 @@ class OutcomeSpec:
     subject_column: str
     label_column: str
     threshold: float
+    numeric: bool = False
 
 
 @dataclass(frozen=True, slots=True)
