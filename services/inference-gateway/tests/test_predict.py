@@ -115,6 +115,81 @@ async def test_defaults_steps_and_what_the_caller_is_told() -> None:
         assert (list(mine.answered), list(mine.labels), mine.cached) == ([1.0], ["yes"], False)
 
 
+def rules(**fields: object) -> common_pb2.ValueRules:
+    return json_format.ParseDict(fields, common_pb2.ValueRules())
+
+
+async def test_values_are_checked_before_a_model_is_asked() -> None:
+    async with (
+        gateway() as (g, rollout),
+        models.serving(model := models.Model("1.0.0")) as address,
+        models.serving(models.Model("1.1.0")) as other,
+    ):
+        made, candidate = arm("1.0.0", address), arm("1.1.0", other, weight=0, role=CANDIDATE)
+        made.rules.CopyFrom(
+            rules(
+                features=[
+                    {"name": "a", "min": 0, "max": 10},
+                    {"name": "b", "max": 5, "policy": "VALUE_POLICY_CLIP"},
+                    {"name": "c", "allowed": [0, 1], "policy": "VALUE_POLICY_WARN"},
+                ]
+            )
+        )
+        candidate.rules.CopyFrom(rules(features=[{"name": "b", "required": True}]))
+        await rollout.in_force(rollout.set(route(made, candidate, testers=["*"])))
+        answer = await g.predict("flight", a=1.0, b=7.0, c=3.0)
+        assert list(answer.outputs) == [1.0 + 5.0 + 3.0]
+        assert [(f.field, f.problem, f.clipped) for f in answer.findings] == [
+            ("features['b']", common_pb2.VALUE_PROBLEM_ABOVE_MAX, True),
+            ("features['c']", common_pb2.VALUE_PROBLEM_NOT_ALLOWED, False),
+        ]
+        (logged,) = await on_the_bus(g, 1)
+        assert (list(logged.features), list(logged.findings)) == ([1.0, 5.0, 3.0], list(answer.findings))
+
+        calls = model.calls
+        for values, field, problem, index in (
+            ({"a": 11.0}, "features['a']", "ABOVE_MAX", "0"),
+            ({"a": 1.0, "b": float("nan")}, "inputs['b']", "NAN", None),
+            ({"a": 1.0, "b": float("inf")}, "inputs['b']", "INFINITE", None),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await g.predict(**values)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            info = error_info(caught.value)
+            assert (info.reason, info.metadata["field"], info.metadata["problem"]) == ("VALUE_REFUSED", field, problem)
+            assert info.metadata.get("index") == index
+        # The tester's version says what is right for the tester.
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await g.predictions.Predict(request(a=20.0), timeout=10, metadata=(("x-millrace-version", "1.1.0"),))
+        assert error_info(caught.value).metadata["field"] == "features['b']"
+
+        rows = [prediction_pb2.PredictRow(inputs=request(a=float(n)).inputs) for n in (1, 12, 2)]
+        batch = await g.predictions.PredictBatch(prediction_pb2.PredictBatchRequest(model=MODEL, rows=rows), timeout=10)
+        assert [r.WhichOneof("result") for r in batch.results] == ["response", "failure", "response"]
+        said = batch.results[1].failure
+        assert (said.reason, said.metadata["row"], said.metadata["field"]) == ("VALUE_REFUSED", "1", "features['a']")
+
+        async def asked():
+            yield prediction_pb2.PredictStreamRequest(call_id="x", request=request(a=-1.0))
+
+        (found,) = [answer async for answer in g.predictions.PredictStream(asked(), timeout=10)]
+        assert found.result.failure.metadata["problem"] == "BELOW_MIN"
+
+        async def counted():
+            figures = await g.figures()
+            return figures if figures and figures.versions and figures.versions[0].requests == 2 else None
+
+        # Nothing of what was refused is in the figures that gates judge.
+        assert [v.errors for v in (await eventually(counted, "two calls of the model")).versions] == [0]
+        assert model.calls == calls + 1
+
+
+def error_info(error: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo:
+    info = error_details_pb2.ErrorInfo()
+    assert rpc_status.from_call(error).details[0].Unpack(info)
+    return info
+
+
 async def on_the_bus(g: Gateway, count: int) -> list[events_pb2.Prediction]:
     bus = await open_bus(g.settings.bus)
     subscription = await bus.subscribe([PREDICTIONS], group="test")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf import json_format
 from millrace_api.common.v1 import common_pb2
 from millrace_api.events.v1 import events_pb2
 from millrace_kit.bus import MODELS, Message, open_bus
@@ -316,6 +317,21 @@ TENSOR = R.TensorSpec(name="x", datatype="FP32", shape=[-1])
 GOOD = R.Signature(inputs=[TENSOR], outputs=[TENSOR])
 
 
+def ruled(**rule: object) -> R.Signature:
+    rules = json_format.ParseDict({"features": [{"name": "a"} | rule]}, common_pb2.ValueRules())
+    return R.Signature(inputs=[TENSOR], outputs=[TENSOR], feature_names=["a"], rules=rules)
+
+
+async def test_rules_of_values_are_part_of_the_version(client: Client) -> None:
+    signature = ruled(min=0, max=1, policy="VALUE_POLICY_CLIP")
+    signature.rules.inputs.add(name="origin", allowed_texts=["JFK"], required=True)
+    await client.register("1.0.0", signature=signature)
+    assert (await client.version("1.0.0")).signature == signature
+    await client.register("1.0.0", signature=signature)
+    with pytest.raises(MillraceError, match="signature"):
+        await client.register("1.0.0", signature=ruled(min=0, max=2))
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
@@ -348,6 +364,12 @@ GOOD = R.Signature(inputs=[TENSOR], outputs=[TENSOR])
             {"signature": R.Signature(inputs=[TENSOR], outputs=[TENSOR], feature_names=["a", "a"])},
             "version.signature.feature_names",
         ),
+        ({"signature": ruled(name="b")}, "version.signature.rules.features[0].name"),
+        ({"signature": ruled(min=2, max=1)}, "version.signature.rules.features[0].min"),
+        ({"signature": ruled(max="NaN")}, "version.signature.rules.features[0].max"),
+        ({"signature": ruled(max=1, allowed=[1])}, "version.signature.rules.features[0].allowed"),
+        ({"signature": ruled(allowed_texts=["x"])}, "version.signature.rules.features[0].allowed_texts"),
+        ({"signature": ruled(policy="VALUE_POLICY_CLIP")}, "version.signature.rules.features[0].policy"),
         ({"lineage": R.Lineage(parent_version="x")}, "version.lineage.parent_version"),
         ({"lineage": R.Lineage(run_id="\0")}, "version.lineage.run_id"),
         (

@@ -42,6 +42,26 @@ def test_the_plan_of_a_version_is_in_its_arm() -> None:
     )
 
 
+def test_rules_of_values_are_in_the_arm_and_no_other_signature() -> None:
+    with_rules = version("")
+    with_rules.signature.feature_names.append("age")
+    with_rules.signature.inputs.add(name="x", datatype="FP64", shape=[1, -1])
+    plain = convert.version_ref(with_rules, registry_pb2.Model(name="churn"))
+    with_rules.signature.rules.features.add(name="age", min=0)
+    ref = convert.version_ref(with_rules, registry_pb2.Model(name="churn"))
+    assert ref.signature == plain.signature
+    status = Status(stable=Arm(ref=ref, endpoints=("127.0.0.1:8001",)))
+    route = wanted_route(Spec(model="churn", version="1.0.0", routing=Routing()), status, candidate_ready=False)
+    assert route is not None
+    (made,) = convert.routes(Table(1, (route,))).models
+    assert (made.input_datatype, list(made.input_shape)) == ("FP64", [1, -1])
+    assert made.arms[0].rules == with_rules.signature.rules
+
+    with_rules.signature.rules.features[0].name = "gae"
+    with pytest.raises(InvalidArgumentError, match=r"signature\.rules"):
+        convert.version_ref(with_rules, registry_pb2.Model(name="churn"))
+
+
 @pytest.mark.parametrize("wrong", ["no JSON", '{"defualts": {}}', '{"post": [{"labels": {"names": ["x"]}}]}'])
 def test_a_wrong_plan_refuses_its_version(wrong: str) -> None:
     with pytest.raises(InvalidArgumentError, match=r"millrace\.predict"):

@@ -50,10 +50,11 @@ def _shadow(segment: str, counts: ShadowCounts) -> prediction_pb2.ShadowFigures:
     return message
 
 
-def failure_of(error: MillraceError) -> prediction_pb2.PredictResult:
-    """Why one of several predictions has no answer."""
+def failure_of(error: MillraceError, *, row: int | None = None) -> prediction_pb2.PredictResult:
+    """Why one of several predictions has no answer; `row` is its place in a batch."""
+    metadata = error.metadata if row is None else error.metadata | {"row": str(row)}
     return prediction_pb2.PredictResult(
         failure=prediction_pb2.PredictFailure(
-            code=error.code.value[0], reason=error.reason, message=error.message, metadata=error.metadata
+            code=error.code.value[0], reason=error.reason, message=error.message, metadata=metadata
         )
     )

@@ -13,6 +13,7 @@ from millrace_kit.errors import FailedPreconditionError, InvalidArgumentError, M
 from tritonclient.grpc import service_pb2
 
 from millrace_inference_gateway.routes import Route
+from millrace_inference_gateway.value_checks import Checks, Problem
 
 MAX_NAME = 256
 _RAW_INPUT_TAG = b"\x3a"  # field 7, length-delimited
@@ -52,7 +53,7 @@ def ordered(route: Route, names: Sequence[str], values: Sequence[float]) -> tupl
     return tuple(found[name] for name in route.feature_names)
 
 
-def from_inputs(route: Route, inputs: Mapping[str, common_pb2.Value]) -> Vector:
+def from_inputs(route: Route, inputs: Mapping[str, common_pb2.Value], checks: Checks) -> Vector:
     """The vector of a model without a feature service: its features are the inputs.
 
     Raises:
@@ -70,14 +71,15 @@ def from_inputs(route: Route, inputs: Mapping[str, common_pb2.Value]) -> Vector:
         elif kind in {"int64_value", "double_value", "bool_value"}:
             values.append(float(getattr(value, kind)))
         else:
-            raise InvalidArgumentError(f"inputs[{name!r}]", "must be a number or a boolean")
+            raise checks.refused(f"inputs[{name!r}]", Problem.VALUE_PROBLEM_WRONG_TYPE, name)
     return Vector(tuple(values))
 
 
 def request_head(route: Route, rows: int) -> bytes:
     """Everything of the model's request except the values; the same for every call of a route with so many rows."""
+    assert route.tensor is not None  # else `route_of` refuses the call
     tensor = service_pb2.ModelInferRequest.InferInputTensor(
-        name=route.input_tensor, datatype="FP32", shape=[rows, len(route.feature_names)]
+        name=route.input_tensor, datatype=route.tensor.datatype, shape=[rows, *route.tensor.shape]
     )
     wanted = [service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=route.output_tensor)]
     return service_pb2.ModelInferRequest(  # type: ignore[no-any-return]
@@ -85,10 +87,11 @@ def request_head(route: Route, rows: int) -> bytes:
     ).SerializeToString()
 
 
-def request_bytes(head: bytes, rows: Sequence[Sequence[float]]) -> bytes:
-    """A `ModelInferRequest` with `rows` as little-endian float32."""
+def request_bytes(head: bytes, rows: Sequence[Sequence[float]], route: Route) -> bytes:
+    """A `ModelInferRequest` with `rows` as little-endian numbers of the route's type."""
+    assert route.tensor is not None
     with np.errstate(over="ignore"):
-        raw = np.asarray(rows, "<f4").tobytes()
+        raw = np.asarray(rows, route.tensor.kind).tobytes()
     return head + _RAW_INPUT_TAG + _varint(len(raw)) + raw
 
 

@@ -22,6 +22,7 @@ from millrace_inference_gateway.result_cache import Kept, ResultCache, only_arm
 from millrace_inference_gateway.routes import ANYBODY, Route, RouteTable
 from millrace_inference_gateway.settings import GatewaySettings
 from millrace_inference_gateway.upstream import ModelAnswer, ModelCaller
+from millrace_inference_gateway.value_checks import Findings
 
 _MIN_CALL_S = 0.001
 _CLIENT, _VERSION = CLIENT_HEADER.encode(), b"x-millrace-version"
@@ -46,6 +47,11 @@ class Caller:
         """Whether it chooses the version itself."""
         return _VERSION in self.headers
 
+    @property
+    def version(self) -> str:
+        """The version it chooses; empty for none."""
+        return self.headers.get(_VERSION, b"").decode("ascii", "replace")
+
     def may_share(self, route: Route) -> bool:
         """Whether it may get an answer that was made for somebody else."""
         allowed = not route.callers or ANYBODY in route.callers or self.client in route.callers
@@ -62,6 +68,7 @@ class _Row:
     vector: Vector
     values: tuple[float, ...]
     defaulted: Sequence[str]
+    findings: Findings
 
     @property
     def sticky(self) -> str:
@@ -103,11 +110,11 @@ class Predictor:
             MillraceError: what is wrong with the request, or which of the two calls failed.
         """
         route = route_of(request.model, self._table())
-        check_row(request, self._settings.max_inputs)
+        findings = check_row(request, self._settings.max_inputs, route.checks(caller.version))
         if (known := self._known(route, request, caller)) is not None:
             return known
         until = self._until(caller)
-        row = await self._looked_up(route, request, caller, until)
+        row = await self._looked_up(route, request, caller, until, findings)
         (response,) = await self._answered(route, [row], until)
         return response
 
@@ -128,13 +135,13 @@ class Predictor:
         async def look_up(index: int, message: prediction_pb2.PredictRow) -> _Row | None:
             one = _single(request.model, message)
             try:
-                check_row(one, self._settings.max_inputs)
+                findings = check_row(one, self._settings.max_inputs, route.checks(caller.version))
                 if (known := self._known(route, one, caller)) is not None:
                     results[index] = prediction_pb2.PredictResult(response=known)
                     return None
-                return await self._looked_up(route, one, caller, until)
+                return await self._looked_up(route, one, caller, until, findings)
             except MillraceError as error:
-                results[index] = failure_of(error)
+                results[index] = failure_of(error, row=index)
                 return None
 
         rows = await asyncio.gather(*(look_up(index, message) for index, message in enumerate(request.rows)))
@@ -171,23 +178,25 @@ class Predictor:
         return self._clock.monotonic() + budget_s
 
     async def _looked_up(
-        self, route: Route, request: prediction_pb2.PredictRequest, caller: Caller, until: float
+        self, route: Route, request: prediction_pb2.PredictRequest, caller: Caller, until: float, findings: Findings
     ) -> _Row:
         started = self._clock.monotonic()
+        checks = route.checks(caller.version)
         if route.feature_service:
             event_time: Timestamp | None = request.event_time if request.HasField("event_time") else None
             timeout_s = max(_MIN_CALL_S, (until - started) * self._settings.feature_time_share)
             vector = await self._features.vector(route, request.inputs, event_time, timeout_s)
             self._cache.saw_definitions(route.feature_service, vector.definitions_hash)
         else:
-            vector = from_inputs(route, request.inputs)
+            vector = from_inputs(route, request.inputs, checks)
         values, defaulted = route.plan.filled(route.feature_names, vector.values)
-        return _Row(request, caller, started, vector, values, defaulted)
+        values, more = checks.features(values)
+        return _Row(request, caller, started, vector, values, defaulted, [*findings, *more])
 
     async def _answered(self, route: Route, rows: Sequence[_Row], until: float) -> list[prediction_pb2.PredictResponse]:
         left_s = max(_MIN_CALL_S, min(until - self._clock.monotonic(), route.timeout_ms / 1000))
         prediction_id = self._new_id()
-        body = request_bytes(self._head(route, len(rows)), [row.values for row in rows])
+        body = request_bytes(self._head(route, len(rows)), [row.values for row in rows], route)
         answer = await self._models.infer(
             route, body, prediction_id, rows[0].sticky, headers=rows[0].caller.headers, timeout_s=left_s
         )
@@ -219,6 +228,7 @@ class Predictor:
             path="predict",
             client=row.caller.client,
             pinned=row.caller.pinned,
+            findings=row.findings,
         )
         self._written(prediction, row.request)
         missing = row.vector.missing(route.feature_names)
@@ -234,6 +244,7 @@ class Predictor:
             defaulted_features=row.defaulted,
             expired_features=[name for name in missing if name in row.vector.expired],
             max_feature_age_ms=row.vector.max_age_ms,
+            findings=row.findings,
         )
         if row.caller.may_share(route) and (key := self._cache.key(route, row.request)) is not None:
             self._cache.keep(key, Kept(prediction, response, self._clock.monotonic()))

@@ -13,8 +13,11 @@ from millrace_api.rollout.v1 import rollout_pb2
 from millrace_kit import check
 from millrace_kit.cel_rules import Node, check_rule
 from millrace_kit.errors import InvalidArgumentError
+from millrace_kit.value_rules import check_rules
 
+from millrace_inference_gateway.input_tensors import FP32, VectorTensor, vector_tensor
 from millrace_inference_gateway.predict_steps import NO_PLAN, Plan, checked_plan
+from millrace_inference_gateway.value_checks import NO_CHECKS, Checks
 
 MAX_MODELS = 1000
 MAX_ARMS = 8
@@ -93,6 +96,8 @@ class Arm:
     leaving: bool = False
     """On its way out or kept for a way back: known, without traffic, and no rule means it."""
     plan: Plan = NO_PLAN
+    checks: Checks = NO_CHECKS
+    """What its values may be."""
 
     @property
     def cluster(self) -> str:
@@ -135,11 +140,18 @@ class Route:
     """Who may call; empty is everybody."""
     testers: tuple[str, ...] = ()
     """Who may choose a version; `*` is everybody who may call."""
+    tensor: VectorTensor | None = None
+    """What Predict fills; None where it cannot hold the features."""
 
     @property
     def plan(self) -> Plan:
         """What the stable version declares for Predict."""
         return next((arm.plan for arm in self.arms if not arm.candidate), NO_PLAN)
+
+    def checks(self, chosen: str = "") -> Checks:
+        """What values may be: by the version the caller chose, else by the stable one, for nobody knows yet which will answer."""
+        found = [arm for arm in self.arms if arm.version == chosen] or [a for a in self.arms if not a.candidate]
+        return (found or self.arms)[0].checks
 
     def plan_of(self, version: str) -> Plan:
         """What the version declares that answered."""
@@ -202,9 +214,10 @@ def _check_route(message: rollout_pb2.ModelRoute, where: str) -> Route:
             rules.append(Rule(node, candidate))
     if not 0 <= message.timeout_ms <= MAX_TIMEOUT_MS:
         raise InvalidArgumentError(f"{where}.timeout_ms", f"must be 0 to {MAX_TIMEOUT_MS}")
+    tensor = vector_tensor(message.input_datatype, message.input_shape, len(message.feature_names))
     return Route(
         model=model,
-        arms=arms,
+        arms=_with_checks(arms, message, tensor, where),
         sticky_header=sticky,
         rules=tuple(rules),
         balancing=_check_balancing(message, where),
@@ -217,6 +230,21 @@ def _check_route(message: rollout_pb2.ModelRoute, where: str) -> Route:
         hedge_after_ms=message.hedge_after_ms,
         callers=_check_names(message.callers, f"{where}.callers"),
         testers=_check_names(message.testers, f"{where}.testers"),
+        tensor=tensor,
+    )
+
+
+def _with_checks(
+    arms: tuple[Arm, ...], message: rollout_pb2.ModelRoute, tensor: VectorTensor | None, where: str
+) -> tuple[Arm, ...]:
+    names = message.feature_names
+    for index, arm in enumerate(message.arms):
+        check_rules(arm.rules, f"{where}.arms[{index}].rules", frozenset(names))
+    rules, given = {arm.version: arm.rules for arm in message.arms}, not message.feature_service
+    kind = tensor.kind if tensor is not None else FP32
+    return tuple(
+        replace(arm, checks=Checks(arm.model, arm.version, rules[arm.version], names, kind, given=given))
+        for arm in arms
     )
 
 

@@ -7,6 +7,7 @@ from millrace_api.common.v1 import common_pb2
 from millrace_api.registry.v1 import registry_pb2
 from millrace_kit import check
 from millrace_kit.errors import InvalidArgumentError
+from millrace_kit.value_rules import check_rules, read_rules, rules_text
 
 from millrace_registry.models import (
     Artifact,
@@ -15,8 +16,8 @@ from millrace_registry.models import (
     Lineage,
     Model,
     OutcomeSpec,
-    Signature,
     Rollout,
+    Signature,
     Stage,
     TableVersion,
     TensorSpec,
@@ -169,10 +170,12 @@ def _signature_in(message: registry_pb2.Signature) -> Signature:
         check.text(name, f"version.signature.feature_names[{index}]", limit=MAX_ID)
     if len(set(names)) < len(names):
         raise InvalidArgumentError("version.signature.feature_names", "names a feature twice")
+    check_rules(message.rules, "version.signature.rules", frozenset(names))
     return Signature(
         _tensors_in(message.inputs, "version.signature.inputs"),
         _tensors_in(message.outputs, "version.signature.outputs"),
         names,
+        rules_text(message.rules),
     )
 
 
@@ -231,6 +234,7 @@ def version_out(version: Version) -> registry_pb2.ModelVersion:
             inputs=[_tensor_out(t) for t in content.signature.inputs],
             outputs=[_tensor_out(t) for t in content.signature.outputs],
             feature_names=content.signature.feature_names,
+            rules=read_rules(content.signature.rules) if content.signature.rules else None,
         ),
         lineage=registry_pb2.Lineage(
             run_id=lineage.run_id,
@@ -251,10 +255,6 @@ def version_out(version: Version) -> registry_pb2.ModelVersion:
             actor=approval.actor, to_stage=stage_out(approval.to_stage), comment=approval.comment
         )
         entry.approved_at.FromDatetime(approval.approved_at)
-    message.created_at.FromDatetime(version.created_at)
-    return message
-
-
     for rollout in version.rollouts:
         record = message.rollouts.add(
             deployment=rollout.deployment,
@@ -264,14 +264,14 @@ def version_out(version: Version) -> registry_pb2.ModelVersion:
             evidence_size_bytes=rollout.evidence.size_bytes,
         )
         record.ended_at.FromDatetime(rollout.ended_at)
+    message.created_at.FromDatetime(version.created_at)
+    return message
+
+
 def _tensor_out(tensor: TensorSpec) -> registry_pb2.TensorSpec:
     return registry_pb2.TensorSpec(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
 
 
-def audit_out(entry: AuditEntry) -> registry_pb2.AuditEntry:
-    """An audit entry as it is answered."""
-    message = registry_pb2.AuditEntry(
-        id=entry.id,
 def rollout_in(message: registry_pb2.RolloutRecord) -> Rollout:
     """A rollout that ended."""
     if not message.HasField("ended_at"):
@@ -288,6 +288,10 @@ def rollout_in(message: registry_pb2.RolloutRecord) -> Rollout:
     )
 
 
+def audit_out(entry: AuditEntry) -> registry_pb2.AuditEntry:
+    """An audit entry as it is answered."""
+    message = registry_pb2.AuditEntry(
+        id=entry.id,
         actor=entry.actor,
         action=entry.action,
         model=entry.model,

@@ -33,6 +33,8 @@ class Signature:
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
     feature_names: tuple[str, ...] = ()
+    rules: str = ""
+    """What values may be: `ValueRules` as JSON, checked; empty for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +101,6 @@ class Approval:
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
-@dataclass(frozen=True, slots=True)
 class Rollout:
     """How one rollout of a version ended."""
 
@@ -112,6 +112,8 @@ class Rollout:
     ended_at: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class Content:
     """What a version is: it never changes."""
 
     model: str
@@ -144,10 +146,10 @@ class Version:
     created_at: datetime
     revision: int
     approvals: tuple[Approval, ...] = ()
-    spent_approvals: int = 0
-    """How many of the oldest approvals an earlier promotion has used up."""
     rollouts: tuple[Rollout, ...] = ()
     """Oldest first; the newest of them."""
+    spent_approvals: int = 0
+    """How many of the oldest approvals an earlier promotion has used up."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,7 +164,7 @@ def _signature(fields: dict[str, Any]) -> Signature:
     def tensors(name: str) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(t["name"], t["datatype"], tuple(t["shape"])) for t in fields[name])
 
-    return Signature(tensors("inputs"), tensors("outputs"), tuple(fields["feature_names"]))
+    return Signature(tensors("inputs"), tensors("outputs"), tuple(fields["feature_names"]), fields.get("rules", ""))
 
 
 def _lineage(fields: dict[str, Any]) -> Lineage:

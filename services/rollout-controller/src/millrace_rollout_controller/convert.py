@@ -7,7 +7,7 @@ from millrace_api.drift.v1 import drift_pb2
 from millrace_api.prediction.v1 import prediction_pb2
 from millrace_api.registry.v1 import registry_pb2
 from millrace_api.rollout.v1 import rollout_pb2
-from millrace_kit import predict_plan
+from millrace_kit import predict_plan, value_rules
 
 from millrace_rollout_controller import manifest
 from millrace_rollout_controller.conditions import is_ready
@@ -51,6 +51,8 @@ def version_ref(version: registry_pb2.ModelVersion, model: registry_pb2.Model) -
     """
     declared = version.tags.get(predict_plan.TAG, "")
     predict_plan.read_plan(declared, f"tags[{predict_plan.TAG!r}]")
+    names = frozenset(version.signature.feature_names)
+    value_rules.check_rules(version.signature.rules, "signature.rules", names)
     return VersionRef(
         model=version.model,
         version=version.version,
@@ -62,6 +64,7 @@ def version_ref(version: registry_pb2.ModelVersion, model: registry_pb2.Model) -
         feature_names=tuple(version.signature.feature_names),
         feature_service=model.feature_service,
         predict=declared,
+        rules=value_rules.rules_text(version.signature.rules),
     )
 
 
@@ -69,9 +72,6 @@ def _tensor(tensor: registry_pb2.TensorSpec) -> Tensor:
     return Tensor(name=tensor.name, datatype=tensor.datatype, shape=tuple(tensor.shape))
 
 
-def gateway_counts(answer: prediction_pb2.GetFiguresResponse, model: str) -> dict[str, Counts]:
-    """One model's versions in a gateway's figures."""
-    return {
 def rollout_record(bundle: Bundle) -> registry_pb2.RecordRolloutRequest:
     """The link from a version to the evidence of its rollout."""
     said = json.loads(bundle.text)
@@ -86,6 +86,9 @@ def rollout_record(bundle: Bundle) -> registry_pb2.RecordRolloutRequest:
     return registry_pb2.RecordRolloutRequest(model=said["model"], version=said["version"], rollout=record, actor=ACTOR)
 
 
+def gateway_counts(answer: prediction_pb2.GetFiguresResponse, model: str) -> dict[str, Counts]:
+    """One model's versions in a gateway's figures."""
+    return {
         v.version: Counts(
             requests=v.requests,
             errors=v.errors,
@@ -142,6 +145,8 @@ def _route(route: Route) -> rollout_pb2.ModelRoute:
         feature_names=route.feature_names,
         input_tensor=route.input_tensor,
         output_tensor=route.output_tensor,
+        input_datatype=route.input_datatype,
+        input_shape=route.input_shape,
         segment_header=route.segment_header,
         hedge_after_ms=route.hedge_after_ms,
         callers=route.callers,
@@ -164,6 +169,7 @@ def _arm(arm: RouteArm) -> rollout_pb2.Arm:
         service=arm.service,
         mirror_percent=arm.mirror,
         predict=predict_plan.read_plan(arm.predict, "predict") if arm.predict else None,
+        rules=value_rules.read_rules(arm.rules) if arm.rules else None,
     )
 
 

@@ -35,6 +35,8 @@ def wanted_route(spec: Spec, status: Status, *, candidate_ready: bool) -> Route 
         feature_service=ref.feature_service,
         feature_names=ref.feature_names,
         input_tensor=ref.inputs[0].name if len(ref.inputs) == 1 else "",
+        input_datatype=ref.inputs[0].datatype if len(ref.inputs) == 1 else "",
+        input_shape=ref.inputs[0].shape if len(ref.inputs) == 1 else (),
         output_tensor=ref.outputs[0].name if ref.outputs else "",
         segment_header=shadow.segment.header if (shadow := spec.rollout.shadow) and shadow.segment else "",
         hedge_after_ms=spec.routing.hedge_after_ms or 0,
@@ -60,4 +62,5 @@ def _arm(
         mirror=mirror,
         leaving=leaving,
         predict=arm.ref.predict,
+        rules=arm.ref.rules,
     )

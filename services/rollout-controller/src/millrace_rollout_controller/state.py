@@ -54,6 +54,8 @@ class VersionRef(Frozen):
     feature_service: str = ""
     predict: str = ""
     """What it declares for Predict: JSON, checked."""
+    rules: str = ""
+    """What values may be: JSON, checked."""
 
     @property
     def signature(self) -> tuple[object, ...]:
@@ -95,6 +97,7 @@ class Failed(Frozen):
 
     version: str
     reason: str
+    """Its number in servers that hold several versions; empty where they hold one."""
     message: str
 
 
@@ -113,6 +116,8 @@ class RouteArm(Frozen):
     """On its way out or kept for undo; no rule means it."""
     predict: str = ""
     """What the version declares for Predict: JSON, checked."""
+    rules: str = ""
+    """What values may be: JSON, checked."""
 
 
 class RouteRule(Frozen):
@@ -135,6 +140,8 @@ class Route(Frozen):
     feature_names: tuple[str, ...]
     input_tensor: str
     output_tensor: str
+    input_datatype: str = ""
+    input_shape: tuple[int, ...] = ()
     segment_header: str = ""
     hedge_after_ms: int = 0
     callers: tuple[str, ...] = ()
@@ -253,6 +260,8 @@ class Status(Mutable):
     failed: Failed | None = None
     waiting: str = ""
     """Why nothing moves now, for people."""
+    held_by: str = ""
+    """Reason for which the candidate waits and may go on waiting, for the conditions; empty for none."""
     retiring: list[Retiring] = []
     route: Route | None = None
     warmup: GateView | None = None
