@@ -10,12 +10,12 @@ from pathlib import Path
 
 import grpc.aio
 import numpy as np
-from gateway import eventually, free_ports
+from gateway import eventually
 from millrace_kit.content import sha256_file
 from millrace_rollout_controller.manifest import Server
 from millrace_rollout_controller.repository import Flavour, write
 from millrace_rollout_controller.state import ArtifactRef, Tensor, VersionRef
-from millrace_rollout_controller.triton import Triton, started_at, sweep
+from millrace_rollout_controller.triton import Triton, free_port, started_at, sweep
 from onnx import TensorProto, helper, numpy_helper
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -73,7 +73,7 @@ async def triton(folder: Path, width: int, name: str = "t0") -> AsyncIterator[tu
     repository = folder / f"{name}-repository"
     await write(repository, ref, Server(), Flavour(), Folder(source), max_bytes=1 << 30)
     made = await asyncio.to_thread(Triton.prepare, folder / "triton")
-    port = free_ports(1)[0]
+    port = free_port("127.0.0.1", frozenset())
     server_id = f"gw-{os.getpid()}-{name}"
     process = made.start(server_id, repository, "127.0.0.1", port, folder / f"{name}.log")
     since = started_at(process.pid) or 0.0

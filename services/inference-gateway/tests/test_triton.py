@@ -40,10 +40,10 @@ async def test_real_triton() -> None:
         answer = await g.predict("flight", a=1.0, b=2.0, c=3.0)
         assert answer.outputs[0] == pytest.approx(expected)
         assert 0 < expected < 1
+        await counted_once_each(g, rollout, (at_first, at_second), client, row)
         assert await client.is_model_ready(MODEL)
 
         await a_wrong_call_is_its_callers_fault(g, client)
-        await counted_once_each(g, rollout, (at_first, at_second), client, row)
 
         first.kill()
         for _ in range(50):

@@ -149,6 +149,8 @@ CASES: list[tuple[str, Any]] = [
     ("spec/rollout/steps/0", {"weight": 5, "until": "Decided", "maxRequests": 500, "minRequests": 501}),
     ("spec/rollout/advance", "OnEvidence"),
     ("spec/rollout/advance", "Backwards"),
+    ("spec/rollout/countedBy", "Servers"),
+    ("spec/rollout/countedBy", "Nobody"),
     ("spec/rollout/guard", {"window": "24h", "holdBackPercent": 5}),
     ("spec/rollout/guard", {}),
     ("spec/rollout/guard", {"window": "721h"}),
@@ -274,6 +276,12 @@ CASES: list[tuple[str, Any]] = [
             ),
             ({"rules": [{"when": "true", "to": "candidate"}]}, {"strategy": "Shadow"}),
             ({"rules": [{"when": "true", "to": "stable"}]}, {"strategy": "Shadow"}),
+            ({}, {"countedBy": "Servers"}),
+            ({"hedgeAfterMs": 5}, {"countedBy": "Servers"}),
+            ({"testers": ["ann"]}, {"countedBy": "Gateways"}),
+            ({"testers": ["ann"]}, {"countedBy": "Servers"}),
+            ({"callers": ["ann"]}, {"countedBy": "Servers"}),
+            ({"rules": [{"when": "true", "to": "stable"}]}, {"countedBy": "Servers"}),
         ]
     ),
 ]

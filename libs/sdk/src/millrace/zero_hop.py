@@ -5,7 +5,7 @@ os.environ["GRPC_XDS_BOOTSTRAP"] = str(write_bootstrap(Path("xds.json"), "gatewa
 channel = grpc.insecure_channel("xds:///flight-delay")
 stub.ModelInfer(request, metadata=[sticky_metadata("user-17")])
 ```
-Such calls are in no figure, no prediction log and no gate: the gateway does not see them.
+Such calls are in no figure and no prediction log: the gateway does not see them. Gates count them with `rollout.countedBy: Servers`.
 """
 
 import json

@@ -21,6 +21,7 @@ from millrace_rollout_controller.local_executor import LocalExecutor
 from millrace_rollout_controller.peers import Figures, Registry
 from millrace_rollout_controller.plans import Limits
 from millrace_rollout_controller.prometheus import Prometheus
+from millrace_rollout_controller.server_figures import ServerFigures
 from millrace_rollout_controller.servicer import RolloutServicer
 from millrace_rollout_controller.settings import RolloutSettings
 from millrace_rollout_controller.sql_store import SqlStore
@@ -62,6 +63,7 @@ async def build(settings: RolloutSettings, *, clock: Clock | None = None) -> Ser
         drift_channel,
         timeout_s=settings.poll_timeout_s,
     )
+    server_figures = ServerFigures(timeout_s=settings.poll_timeout_s)
     controller = Controller(
         store=place.store,
         hub=place.hub,
@@ -76,6 +78,7 @@ async def build(settings: RolloutSettings, *, clock: Clock | None = None) -> Ser
         namespace=settings.kubernetes.namespace if settings.kubernetes is not None else "",
         trial_save_s=place.trial_save_s,
         warmer=Warmer(figures, clock),
+        server_figures=server_figures,
     )
     deployments = Deployments(place.store, place.executor, clock, max_deployments=settings.max_deployments)
     servicer = RolloutServicer(deployments, controller, place.hub, clock, max_gateways=settings.max_gateways)
@@ -84,7 +87,14 @@ async def build(settings: RolloutSettings, *, clock: Clock | None = None) -> Ser
         [lambda server: rollout_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server)],
         ["millrace_api.rollout.v1.RolloutService"],
         [*place.around(controller), Worker("poll", controller.poll)],
-        [*place.closers, registry_channel.close, drift_channel.close, figures.close, place.executor.close],
+        [
+            *place.closers,
+            registry_channel.close,
+            drift_channel.close,
+            figures.close,
+            server_figures.close,
+            place.executor.close,
+        ],
     )
 
 

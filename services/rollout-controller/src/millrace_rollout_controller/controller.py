@@ -8,6 +8,7 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 
 from millrace_kit.clock import Clock
 from millrace_kit.errors import ConflictError, UnavailableError
@@ -33,6 +34,7 @@ from millrace_rollout_controller.reconciler import (
     WarmServers,
     reconcile,
 )
+from millrace_rollout_controller.server_figures import ServerFigures, counted_by_servers, sources
 from millrace_rollout_controller.stages import compared, split_in_force
 from millrace_rollout_controller.state import Route, Status, VersionRef
 from millrace_rollout_controller.store import Row, Store
@@ -89,7 +91,11 @@ class Controller:
         prometheus: Prometheus | None = None,
         namespace: str = "",
         warmer: Warmer | None = None,
+        server_figures: ServerFigures | None = None,
     ) -> None:
+        self._server_figures = server_figures
+        self._servers: dict[str, dict[str, tuple[str, ...]]] = {}
+        """Of models that their servers count: endpoints by version."""
         self._warmer = warmer
         self._trial_save_s = trial_save_s
         self._archive = Archive(registry.put, clock)
@@ -176,10 +182,31 @@ class Controller:
             if self._asking is None or self._asking.done():
                 self._asking = asyncio.create_task(self._ask())
             if self._models:
-                self._polls = await self._figures.poll(list(self._models))
+                self._polls = await self._counted(list(self._models))
                 self._wake.set()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), self._poll_s)
+
+    async def _counted(self, models: list[str]) -> dict[str, Poll]:
+        if self._server_figures is None:
+            return await self._figures.poll(models)
+        polls, found = await asyncio.gather(self._figures.poll(models), self._server_figures.poll(dict(self._servers)))
+        return {
+            model: counted_by_servers(poll, found[model]) if model in found else poll for model, poll in polls.items()
+        }
+
+    def _note_servers(self, model: str, spec: manifest.Spec, status: Status) -> None:
+        if spec.rollout.counted_by != "Servers":
+            self._servers.pop(model, None)
+            return
+        arms = [arm for arm in (status.stable, status.candidate) if arm is not None]
+        self._servers[model] = {arm.ref.version: arm.endpoints for arm in arms}
+
+    def _warm_up_may_count(self, spec: manifest.Spec, status: Status, now: datetime) -> bool:
+        """Servers count the requests that warmed them too: the marks have to pass those before the first weight's own count."""
+        if spec.rollout.counted_by != "Servers" or status.step > 0:
+            return False
+        return status.step_since is None or now - status.step_since < timedelta(seconds=2 * self._poll_s)
 
     async def _ask(self) -> None:
         if self._prometheus is None:
@@ -193,6 +220,7 @@ class Controller:
         """Look at everything once; returns whether a status changed."""
         rows = await asyncio.to_thread(self._store.rows)
         self._models = [row.model for row in rows]
+        self._servers = {model: servers for model, servers in self._servers.items() if model in self._models}
         polls, self._polls = self._polls, {}
         answers, self._answers = self._answers, {}
         seen = _by_deployment(self._executor.seen())
@@ -243,7 +271,9 @@ class Controller:
 
     async def _look(self, row: Row, known: _Known, poll: Poll, observed: Observed) -> bool:
         now, status = self._clock.now(), row.status
+        self._note_servers(row.model, known.spec, status)
         on_trial = status.candidate is not None and status.entered
+        counts = on_trial and not self._warm_up_may_count(known.spec, status, now)
         asked = self._asked(row.model, known.spec, status) if on_trial else {}
         self._queries[row.name] = asked
         evidence = advance(
@@ -251,10 +281,10 @@ class Controller:
             poll,
             trial=status.trial,
             step=status.step,
-            candidate=status.candidate.ref.version if status.candidate is not None and on_trial else "",
+            candidate=status.candidate.ref.version if status.candidate is not None and counts else "",
             stable=status.stable.ref.version if status.stable is not None else "",
             wanted=known.spec.rollout.gates,
-            gateways=self._figures.addresses,
+            gateways=[*self._figures.addresses, *sources(self._servers.get(row.model, {}))],
             compared=compared(known.spec),
             answers={index: poll.answers[query] for index, query in asked.items() if query in poll.answers},
             now=now,

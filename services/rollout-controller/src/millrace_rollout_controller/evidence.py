@@ -98,7 +98,7 @@ def advance(
         candidate: version on trial; empty when there is none, then only the marks move.
         stable: version it is compared with.
         wanted: the manifest's gates.
-        gateways: addresses in use; marks of others are forgotten.
+        gateways: sources in use, model servers that count too; marks of others are forgotten.
         compared: metrics whose comparison is wanted.
         answers: to gates' queries, by the gate's index.
         now: time of the poll; None tells no rates.

@@ -4,6 +4,7 @@ from datetime import timedelta
 
 from millrace_rollout_controller import experiments, gates
 from millrace_rollout_controller.manifest import Gate
+from millrace_rollout_controller.measures import QUANTILES
 from millrace_rollout_controller.plans import Draft
 from millrace_rollout_controller.ratio import mismatch
 from millrace_rollout_controller.shadow_pairs import WHOLE, Pairs
@@ -16,6 +17,8 @@ def judge_gates(d: Draft) -> GateView | None:
     s, wanted = d.status, d.spec.rollout.gates
     states = d.evidence.gates if _mine(d) else [gates.GateState() for _ in wanted]
     s.gates = [gates.judge(gate, state, len(d.stages)) for gate, state in zip(wanted, states, strict=True)]
+    if d.spec.rollout.counted_by == "Servers":
+        s.gates = [_without_latencies(gate, view) for gate, view in zip(wanted, s.gates, strict=True)]
     metrics = compared(d.spec)
     if metrics and d.evidence.trial == s.trial and d.stages[s.step].weight < 100:
         s.comparisons = experiments.results(
@@ -29,6 +32,14 @@ def judge_gates(d: Draft) -> GateView | None:
         if view.verdict == "fail" and not (s.undo and gate.compare):
             return view
     return None
+
+
+def _without_latencies(gate: Gate, view: GateView) -> GateView:
+    """Model servers tell sums of latencies, and gateways do not see every call: nobody knows a percentile."""
+    if gate.metric not in QUANTILES:
+        return view
+    evidence = "not known: the servers count (countedBy: Servers), and they tell sums of latencies, no percentiles"
+    return view.model_copy(update={"verdict": "undecided", "evidence": evidence})
 
 
 def missing(d: Draft) -> str:

@@ -250,6 +250,9 @@ class Rollout(Block):
     advance: Literal["BySteps", "OnEvidence"] = "BySteps"
     """OnEvidence (Canary only): `minRequests` counts the whole rollout instead of the step alone, and while a gate is half the way to failing the
     weight goes back to the first step's."""
+    counted_by: Literal["Gateways", "Servers"] = "Gateways"
+    """Who counts requests and errors. Servers: also of callers who go around the gateways (`xds:///`). Model servers know no percentiles, so gates
+    on latency stay undecided then."""
     warmup: Warmup | None = None
     """Replay requests to new servers before the first weight; None leaves it at the warm-up every server does by itself."""
     on_failure: Literal["Rollback"] = "Rollback"

@@ -60,12 +60,25 @@ def check_spec(spec: "Spec") -> None:
         raise InvalidArgumentError(
             "spec.routing.sticky", "is needed by ConsistentHash: its header's value chooses the server"
         )
+    if spec.rollout.counted_by == "Servers" and (field := _gateways_alone(spec)):
+        raise InvalidArgumentError(
+            "spec.rollout.countedBy", f"cannot be Servers with routing.{field}: servers know nothing of it"
+        )
     _check_strategy(spec)
     for index, gate in enumerate(spec.rollout.gates):
         _check_gate(gate, f"spec.rollout.gates[{index}]")
         if (gate.metric or "").startswith("shadow/") and not _has_copies(spec.rollout):
             where = f"spec.rollout.gates[{index}].metric"
             raise InvalidArgumentError(where, "needs copies: rollout.shadow, or rollout.blueGreen.mirrorPercent")
+
+
+def _gateways_alone(spec: "Spec") -> str:
+    """What makes a server's count another one than the callers'; empty for nothing."""
+    routing = spec.routing
+    given = {
+        "rules": routing.rules, "callers": routing.callers, "testers": routing.testers, "hedgeAfterMs": routing.hedge_after_ms,
+    }  # fmt: skip
+    return next((name for name, value in given.items() if value), "")
 
 
 def _has_copies(rollout: "Rollout") -> bool:

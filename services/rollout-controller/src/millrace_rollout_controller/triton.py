@@ -67,8 +67,8 @@ class Triton:
         return cls(binary, target.parent, package.parent / "nvidia_pytriton.libs")
 
     def command(self, server_id: str, repository: Path, host: str, port: int) -> list[str]:
-        """The command of one server: gRPC at `port`, HTTP at the one before it (as Triton's own 8001 and 8000); nothing is guessed about
-        the model.
+        """The command of one server: gRPC at `port`, HTTP at the one before it and metrics at the one after it (as Triton's own 8001, 8000 and
+        8002); nothing is guessed about the model.
         """
         return [
             str(self.binary),
@@ -80,7 +80,10 @@ class Triton:
             f"--http-address={host}",
             f"--http-port={port - 1}",
             f"--http-thread-count={HTTP_THREADS}",
-            "--allow-metrics=false",
+            f"--metrics-address={host}",
+            f"--metrics-port={port + 1}",
+            "--allow-cpu-metrics=false",
+            "--allow-gpu-metrics=false",
             f"--grpc-address={host}",
             f"--grpc-port={port}",
             "--exit-timeout-secs=5",
@@ -182,12 +185,14 @@ def sweep(pid: int, since: float, server_id: str) -> None:
 
 
 def free_port(host: str, taken: frozenset[int], wanted: int = 0) -> int:
-    """`wanted` when it and the port before it (HTTP) are free, else another such port; neither is one of `taken` or before one."""
-    closed = taken | {port - 1 for port in taken}
+    """`wanted` when it and the ports beside it (HTTP before, metrics after) are free, else another such port; none of them is beside one of
+    `taken`.
+    """
+    closed = {beside for port in taken for beside in (port - 1, port, port + 1)}
     for port in (wanted, *[0] * 50):
-        if (found := _bound(host, port)) is None or found in closed or found - 1 in closed:
+        if (found := _bound(host, port)) is None or closed & {found - 1, found, found + 1}:
             continue
-        if _bound(host, found - 1) is not None:
+        if _bound(host, found - 1) is not None and _bound(host, found + 1) is not None:
             return found
     raise OSError(f"no free port on {host}")
 

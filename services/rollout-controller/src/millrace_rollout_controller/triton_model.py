@@ -15,6 +15,8 @@ import onnxruntime
 import triton_python_backend_utils as pb_utils
 
 CHUNK_BYTES = 1 << 20
+FAILED_ANSWERS = "millrace_failed_answers"
+"""Counter beside Triton's own, by model."""
 _capsule_name = ctypes.pythonapi.PyCapsule_GetName
 _capsule_name.argtypes, _capsule_name.restype = [ctypes.py_object], ctypes.c_char_p
 _set_capsule_name = ctypes.pythonapi.PyCapsule_SetName
@@ -76,6 +78,10 @@ class TritonPythonModel:
         self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self._inputs = [spec["name"] for spec in config["input"]]
         self._outputs = [spec["name"] for spec in config["output"]]
+        # The backend counts an answer that is an error as a success; who reads the statistics needs to know.
+        # The family has to outlive its metric.
+        self._family = pb_utils.MetricFamily(FAILED_ANSWERS, "Answers that are errors", pb_utils.MetricFamily.COUNTER)
+        self._failed = self._family.Metric({"model": config["name"], "version": args["model_version"]})
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer a batch in one run; when that fails, each request alone, so that one bad request fails alone."""
@@ -101,6 +107,7 @@ class TritonPythonModel:
         try:
             return self._response(request, self._session.run(self._outputs, inputs))
         except Exception as error:
+            self._failed.increment(1)
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)[:1000]))
 
     def _response(self, request: Any, results: list[Any]) -> Any:

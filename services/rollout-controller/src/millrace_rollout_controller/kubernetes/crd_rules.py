@@ -107,6 +107,13 @@ CEL: dict[str, list[Rule]] = {
             "cannot send to candidate: a shadow answers nobody",
             ".routing.rules",
         ),
+        _rule(
+            "!has(self.rollout) || !has(self.rollout.countedBy) || self.rollout.countedBy != 'Servers' || !has(self.routing)"
+            " || (!(has(self.routing.rules) && size(self.routing.rules) > 0) && !has(self.routing.callers)"
+            " && !has(self.routing.testers) && !has(self.routing.hedgeAfterMs))",
+            "cannot be Servers with rules, callers, testers or hedgeAfterMs: servers know nothing of them",
+            ".rollout.countedBy",
+        ),
     ],
     "spec.rollout": [
         _rule(
