@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import math
 import struct
 
 import grpc
@@ -105,6 +106,7 @@ async def test_defaults_steps_and_what_the_caller_is_told() -> None:
         answer = await g.predict("flight", a=1.0, c=4.0)
         assert (list(answer.outputs), list(answer.model_outputs), list(answer.labels)) == ([1.0], [15.0], ["yes"])
         assert (list(answer.missing_features), list(answer.defaulted_features)) == (["b"], ["b"])
+        assert not answer.output_places
         other = await g.predict("flight", a=1.0)
         assert (list(other.outputs), list(other.labels)) == ([0.0], ["no"])
         assert list(other.missing_features) == ["b", "c"]
@@ -113,6 +115,16 @@ async def test_defaults_steps_and_what_the_caller_is_told() -> None:
         mine = logged[answer.prediction_id]
         assert (list(mine.features), list(mine.outputs)) == ([1.0, 10.0, 4.0], [15.0])
         assert (list(mine.answered), list(mine.labels), mine.cached) == ([1.0], ["yes"], False)
+
+        made.predict.CopyFrom(
+            plan(post=[{"top": {"count": 1}}, {"labels": {"names": ["late"]}}], hideModelOutputs=True)
+        )
+        await rollout.in_force(rollout.set(route(made)))
+        hidden = await g.predict("flight", a=2.0, b=1.0, c=0.0)
+        assert (list(hidden.outputs), list(hidden.labels), list(hidden.output_places)) == ([3.0], ["late"], [0])
+        assert not hidden.model_outputs
+        seen = {p.prediction_id: p for p in await on_the_bus(g, 3)}[hidden.prediction_id]
+        assert (list(seen.outputs), list(seen.answered_places)) == ([3.0], [0])
 
 
 def rules(**fields: object) -> common_pb2.ValueRules:
@@ -333,18 +345,43 @@ def test_who_may_get_an_answer_made_for_somebody_else() -> None:
     assert not Caller(None, {b"x-millrace-version": b"1.0.0"}).may_share(wide)
 
 
+def finished(outputs: list[float], *steps: dict[str, object]) -> tuple[list[float], list[str], list[int]]:
+    return tuple(checked_plan(plan(post=list(steps)), "predict").finished(outputs))
+
+
 def test_steps() -> None:
-    made = checked_plan(plan(post=[{"softmax": {}}, {"argmax": {}}, {"labels": {"names": ["x", "y"]}}]), "predict")
-    assert made.finished([1.0, 1000.0]) == ([1.0], ["y"])
-    assert checked_plan(plan(post=[{"sigmoid": {}}]), "p").finished([-1000.0, 0.0, 1000.0]) == ([0.0, 0.5, 1.0], [])
-    assert checked_plan(plan(post=[{"clip": {"min": 0, "max": 2}}]), "p").finished([-1.0, 5.0]) == ([0.0, 2.0], [])
-    assert sum(checked_plan(plan(post=[{"softmax": {}}]), "p").finished([1.0, 2.0, 3.0])[0]) == pytest.approx(1.0)
+    names = {"labels": {"names": ["x", "y", "z"]}}
+    assert finished([1.0, 1000.0], {"softmax": {}}, {"argmax": {}}, names) == ([1.0], ["y"], [])
+    assert finished([-1000.0, 0.0, 1000.0], {"sigmoid": {}}) == ([0.0, 0.5, 1.0], [], [])
+    assert finished([-1.0, 5.0], {"clip": {"min": 0, "max": 2}}) == ([0.0, 2.0], [], [])
+    assert sum(finished([1.0, 2.0, 3.0], {"softmax": {}})[0]) == pytest.approx(1.0)
+    # What is chosen keeps its place, and is named by it.
+    few = [0.2, 0.5, 0.3]
+    assert finished(few, {"top": {"count": 2}}, names) == ([0.5, 0.3], ["y", "z"], [1, 2])
+    assert finished([1.0, 1.0, 0.0], {"top": {"count": 9}}) == ([1.0, 1.0, 0.0], [], [0, 1, 2])
+    assert finished(few, {"at_least": {"value": 0.3}}, {"round": {"decimals": 0}}, names) == (
+        [0, 0],
+        ["y", "z"],
+        [1, 2],
+    )
+    assert finished(few, {"at_least": {"value": 0.9}}, names) == ([], [], [])
+    assert finished(few, {"keep": {"places": [2, 0, 7]}}) == ([0.3, 0.2], [], [2, 0])
+    assert finished(few, {"drop": {"places": [1]}}, {"top": {"count": 1}}, names) == ([0.3], ["z"], [2])
+    assert finished(few, {"drop": {"places": [1]}}, {"argmax": {}}, names) == ([2.0], ["z"], [])
+    assert finished([0.123456, 2.5], {"round": {"decimals": 2}}) == ([0.12, 2.5], [], [])
+    assert finished([math.nan, 1.0], {"at_least": {"value": 0}}) == ([1.0], [], [1])
+    assert finished([math.nan, 1.0, 2.0], {"top": {"count": 2}}) == ([2.0, 1.0], [], [2, 1])
     for where, wrong in {
         "p.post[0]": {"post": [{}]},
         "p.post[0].clip": {"post": [{"clip": {"min": 3, "max": 2}}]},
         "p.post[0].threshold.value": {"post": [{"threshold": {"value": "NaN"}}]},
         "p.post[1]": {"post": [{"sigmoid": {}}, {"labels": {"names": ["x"]}}]},
         "p.post[2]": {"post": [{"argmax": {}}, {"labels": {"names": ["x"]}}, {"sigmoid": {}}]},
+        "p.post[0].keep.places": {"post": [{"keep": {}}]},
+        "p.post[0].drop.places": {"post": [{"drop": {"places": [1, 1]}}]},
+        "p.post[0].round.decimals": {"post": [{"round": {"decimals": 16}}]},
+        "p.post[0].top.count": {"post": [{"top": {}}]},
+        "p.post[0].at_least.value": {"post": [{"at_least": {"value": "NaN"}}]},
         "p.defaults['x']": {"defaults": {"x": "Infinity"}},
         "p.cache.max_age_ms": {"cache": {}},
         "p.post": {"post": [{"sigmoid": {}}] * 9},

@@ -211,7 +211,7 @@ class Predictor:
         self, route: Route, row: _Row, answer: ModelAnswer, outputs: list[float], prediction_id: str
     ) -> prediction_pb2.PredictResponse:
         plan = route.plan_of(answer.version)
-        answered, labels = plan.finished(outputs)
+        answered, labels, places = plan.finished(outputs)
         prediction = events_pb2.Prediction(
             prediction_id=prediction_id,
             model=route.model,
@@ -222,6 +222,7 @@ class Predictor:
             outputs=outputs,
             answered=answered if plan.steps else (),
             labels=labels,
+            answered_places=places,
             definitions_hash=row.vector.definitions_hash,
             latency_ms=(self._clock.monotonic() - row.started) * 1000,
             trace_id=current_trace_id(),
@@ -238,8 +239,9 @@ class Predictor:
             version=answer.version,
             digest=answer.digest,
             outputs=answered,
-            model_outputs=outputs if plan.steps else (),
+            model_outputs=outputs if plan.steps and not plan.hidden else (),
             labels=labels,
+            output_places=places,
             missing_features=missing,
             defaulted_features=row.defaulted,
             expired_features=[name for name in missing if name in row.vector.expired],
