@@ -69,6 +69,29 @@ def test_a_canary_goes_step_by_step_and_drains_the_old_version() -> None:
     assert [arm.version for arm in world.in_force.arms] == ["1.1.0"]
 
 
+def test_a_candidate_in_stables_own_servers_has_a_number_and_waits_for_memory() -> None:
+    world = World(spec("1.0.0", server={"replicas": 2, "placement": "Shared"})).served()
+    assert world.in_force is not None
+    assert [arm.server_version for arm in world.in_force.arms] == ["1000000000000"]
+    world.broken = {"1.1.0"}
+    world.refusals["1.1.0"] = Refusal(
+        "InsufficientMemory", "1.1.0 needs 900 MiB, and 200 MiB are free", permanent=False
+    )
+    world.apply(spec("1.1.0", server={"replicas": 2, "placement": "Shared"}))
+    for _ in range(500):
+        status = world.tick()
+    assert status.candidate is not None, "a wait for memory has no deadline"
+    assert condition(status, "Progressing") == ("False", "InsufficientMemory")
+    assert condition(status, "Ready") == ("True", "Serving")
+    assert "200 MiB are free" in status.waiting
+    world.broken, world.refusals = set(), {}
+    world.until("Progressing")
+    assert world.in_force is not None
+    numbers = {arm.version: arm.server_version for arm in world.in_force.arms}
+    assert numbers == {"1.0.0": "1000000000000", "1.1.0": "1000001000000"}
+    assert condition(world.tick(), "Progressing") == ("True", "Progressing")
+
+
 def test_too_few_requests_hold() -> None:
     world = canary(verdict="pass")
     world.requests = 99

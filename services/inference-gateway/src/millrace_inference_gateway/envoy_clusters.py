@@ -1,6 +1,7 @@
 """Clusters and endpoints for Envoy, as typed messages: one cluster an arm, plus those every gateway has."""
 
 from collections.abc import Iterable
+from importlib import resources
 
 from envoy.config.cluster.v3 import circuit_breaker_pb2, cluster_pb2, outlier_detection_pb2
 from envoy.config.core.v3 import (
@@ -13,6 +14,9 @@ from envoy.config.core.v3 import (
 )
 from envoy.config.endpoint.v3 import endpoint_components_pb2, endpoint_pb2
 from envoy.extensions.clusters.aggregate.v3 import cluster_pb2 as aggregate_pb2
+from envoy.extensions.filters.http.lua.v3 import lua_pb2
+from envoy.extensions.filters.http.upstream_codec.v3 import upstream_codec_pb2
+from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2 as hcm_pb2
 from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2
 from envoy.type.v3 import percent_pb2
 from google.protobuf.any_pb2 import Any
@@ -159,6 +163,7 @@ def http_arm_cluster(arm: Arm, route: Route, settings: EnvoySettings, endpoints_
     check.http_health_check.path = HTTP_READY
     if cluster.HasField("load_assignment"):
         cluster.load_assignment.CopyFrom(load_assignment(arm.http_cluster, http_endpoints(arm)))
+    _say_version(cluster, arm)
     return cluster
 
 
@@ -191,7 +196,25 @@ def arm_cluster(arm: Arm, route: Route, settings: EnvoySettings, endpoints_file:
     else:
         cluster.type = cluster_pb2.Cluster.STRICT_DNS
         cluster.load_assignment.CopyFrom(load_assignment(arm.cluster, arm.endpoints))
+    _say_version(cluster, arm)
     return cluster
+
+
+def _say_version(cluster: cluster_pb2.Cluster, arm: Arm) -> None:
+    """Have calls name the version where its servers hold others too; only behind the split it is known which one is meant."""
+    if not arm.server_version:
+        return
+    script = resources.files(__package__).joinpath("server_version.lua").read_text(encoding="utf-8")
+    source = base_pb2.DataSource(inline_string=script.format(number=arm.server_version))
+    options = http_protocol_options_pb2.HttpProtocolOptions()
+    cluster.typed_extension_protocol_options[HTTP_OPTIONS].Unpack(options)
+    options.http_filters.extend(
+        [
+            hcm_pb2.HttpFilter(name="millrace.version", typed_config=packed(lua_pb2.Lua(default_source_code=source))),
+            hcm_pb2.HttpFilter(name="codec", typed_config=packed(upstream_codec_pb2.UpstreamCodec())),
+        ]
+    )
+    cluster.typed_extension_protocol_options[HTTP_OPTIONS].CopyFrom(packed(options))
 
 
 def _balance(cluster: cluster_pb2.Cluster, route: Route, settings: EnvoySettings) -> None:

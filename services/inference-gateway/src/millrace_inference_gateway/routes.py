@@ -44,6 +44,7 @@ _HEADER = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
 _SERVICE = re.compile(
     r"(?P<namespace>[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)/(?P<name>[a-z]([a-z0-9-]{0,61}[a-z0-9])?):(?P<port>[0-9]{1,5})"
 )
+_SERVER_VERSION = re.compile(r"[1-9][0-9]{0,18}")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
 
@@ -98,6 +99,8 @@ class Arm:
     plan: Plan = NO_PLAN
     checks: Checks = NO_CHECKS
     """What its values may be."""
+    server_version: str = ""
+    """Number of the version in servers that hold others of the model too; empty where they hold one."""
 
     @property
     def cluster(self) -> str:
@@ -298,7 +301,10 @@ def _check_arms(message: rollout_pb2.ModelRoute, model: str, where: str) -> tupl
         service = _check_service(arm.service, f"{place}.service") if arm.service else None
         weight = round(arm.weight * 100)
         plan = checked_plan(arm.predict, f"{place}.predict") if arm.HasField("predict") else NO_PLAN
-        arms.append(Arm(model, version, digest, candidate, weight, endpoints, service, mirror, leaving, plan))
+        if arm.server_version and not _SERVER_VERSION.fullmatch(arm.server_version):
+            raise InvalidArgumentError(f"{place}.server_version", "is no version of a model server")
+        made = Arm(model, version, digest, candidate, weight, endpoints, service, mirror, leaving, plan)
+        arms.append(replace(made, server_version=arm.server_version))
     if sum(arm.mirror > 0 for arm in arms) > 1:
         raise InvalidArgumentError(f"{where}.arms", "name two versions that get copies")
     if len({arm.version for arm in arms}) < len(arms):

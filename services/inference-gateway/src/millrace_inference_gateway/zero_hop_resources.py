@@ -36,7 +36,9 @@ LISTENER, ROUTES, CLUSTER, ENDPOINTS = (
 def offered(route: Route) -> bool:
     """Whether clients may go around the proxy: nothing about the model is decided there except by weight."""
     by_address = all(endpoint.is_ip for arm in route.arms for endpoint in arm.endpoints)
-    return by_address and not route.rules and not route.callers
+    # In servers of several versions a call has to name its own, which the proxy does.
+    alone = all(not arm.server_version for arm in route.arms)
+    return by_address and alone and not route.rules and not route.callers
 
 
 def resources(table: RouteTable, kind: str, names: Iterable[str]) -> dict[str, Message]:

@@ -60,6 +60,8 @@ def _ready(status: Status, ready: int, settled: bool) -> tuple[bool, str, str]:
 
 
 def _progressing(status: Status) -> tuple[bool, str, str]:
+    if status.held_by and status.candidate is not None:
+        return False, status.held_by, status.waiting
     if status.phase in _MOVING:
         return True, status.phase, status.waiting or f"phase {status.phase}"
     if status.phase == "Paused":

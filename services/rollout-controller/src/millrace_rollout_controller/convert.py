@@ -167,6 +167,7 @@ def _arm(arm: RouteArm) -> rollout_pb2.Arm:
         weight=arm.weight,
         endpoints=arm.endpoints,
         service=arm.service,
+        server_version=arm.server_version,
         mirror_percent=arm.mirror,
         predict=predict_plan.read_plan(arm.predict, "predict") if arm.predict else None,
         rules=value_rules.read_rules(arm.rules) if arm.rules else None,

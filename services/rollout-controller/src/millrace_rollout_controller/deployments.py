@@ -61,7 +61,11 @@ class Deployments:
             raise FailedPreconditionError("DEPLOYMENT_DELETING", f"{name!r} is being deleted", {"name": name})
         if row.model != model:
             raise InvalidArgumentError("spec.model", f"cannot change from {row.model!r}; delete the deployment first")
-        if manifest.parse(row.manifest) == wanted:
+        before = manifest.parse(row.manifest)
+        if before.spec.server.placement != wanted.spec.server.placement:
+            message = f"cannot change from {before.spec.server.placement}; delete the deployment first"
+            raise InvalidArgumentError("spec.server.placement", message)
+        if before == wanted:
             return row, "unchanged"
         return self._store.update(_changed(row, manifest=text, generation=row.generation + 1)), "configured"
 

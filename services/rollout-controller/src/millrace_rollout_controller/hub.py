@@ -35,8 +35,10 @@ class Table:
 
     @property
     def endpoints(self) -> frozenset[str]:
-        """Every endpoint named."""
-        return frozenset(e for route in self.routes for arm in route.arms for e in arm.endpoints)
+        """Every endpoint named; one that holds several versions also as `host:port/version`."""
+        arms = [arm for route in self.routes for arm in route.arms]
+        inside = (f"{e}/{arm.version}" for arm in arms if arm.server_version for e in arm.endpoints)
+        return frozenset((*inside, *(e for arm in arms for e in arm.endpoints)))
 
 
 class Hub:

@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from uuid import uuid4
@@ -14,12 +15,13 @@ from millrace_kit.clock import Clock
 from millrace_kit.errors import DataLossError, FailedPreconditionError, InvalidArgumentError, MillraceError
 from pydantic.alias_generators import to_camel
 
-from millrace_rollout_controller import repository, triton
+from millrace_rollout_controller import repository, shared_server, triton
 from millrace_rollout_controller.executor import ArtifactSource, Wanted
 from millrace_rollout_controller.manifest import Spec
 from millrace_rollout_controller.reconciler import ArmSeen, Refusal
 from millrace_rollout_controller.replica import Record, Replica
 from millrace_rollout_controller.settings import TritonSettings
+from millrace_rollout_controller.shared_server import SHARED, SharedServer
 
 log = logging.getLogger(__name__)
 _ONLY_IN_A_CLUSTER = (
@@ -65,6 +67,8 @@ class LocalExecutor:
         self._locks: dict[str, asyncio.Lock] = {}
         self._refusals: dict[tuple[str, str], Refusal] = {}
         self._left: list[Record] = []
+        self._shared: dict[str, SharedServer] = {}
+        self._wanted: Sequence[Wanted] = ()
 
     def check(self, spec: Spec) -> None:
         """Refuse GPUs, autoscaling, nodes, and more servers than the limit."""
@@ -77,7 +81,7 @@ class LocalExecutor:
                     raise InvalidArgumentError(
                         f"spec.server.resources.{kind}[{name}]", "GPUs are not available on this machine"
                     )
-        # A rollout needs the candidate's servers beside stable's.
+        # A rollout needs the candidate's servers beside stable's, or a change of their kind new ones.
         if 2 * spec.server.replicas > self._settings.max_servers:
             raise InvalidArgumentError(
                 "spec.server.replicas",
@@ -93,16 +97,22 @@ class LocalExecutor:
     async def converge(self, wanted: Sequence[Wanted], in_use: frozenset[str] | None) -> None:
         """See `Executor.converge`."""
         self._reap()
-        names = {(want.deployment, want.ref.version) for want in wanted}
+        self._wanted = [want for want in wanted if want.replicas]
+        names = {(want.deployment, _place(want)) for want in wanted}
         keys = await asyncio.to_thread(self._keys, wanted)
         self._adopt_left(wanted, keys)
-        for want, key in zip(wanted, keys, strict=True):
+        for want, key in _groups(wanted, keys):
             self._converge_one(want, key)
         for replica in self._replicas.values():
             if (replica.record.deployment, replica.record.version) not in names:
                 replica.retiring = True
         for name in self._refusals.keys() - names:
             del self._refusals[name]
+        for server in self._shared.values():
+            server.in_use = in_use
+            if not server.replica.retiring:
+                mine = [want for want in self._wanted if want.deployment == server.replica.record.deployment]
+                server.wanted = {want.ref.version: want for want in mine}
         self._stop_idle(in_use)
 
     def seen(self) -> Mapping[tuple[str, str], ArmSeen]:
@@ -111,6 +121,10 @@ class LocalExecutor:
         for replica in self._replicas.values():
             groups.setdefault((replica.record.deployment, replica.record.version), []).append(replica)
         found: dict[tuple[str, str], ArmSeen] = {}
+        for name in {n for n in groups if n[1] == SHARED}:
+            mine = [self._shared[replica.record.id] for replica in groups.pop(name)]
+            wanted = [want.ref.version for want in self._wanted if want.deployment == name[0]]
+            found |= {(name[0], version): arm for version, arm in shared_server.arms(mine, wanted).items()}
         for name in groups.keys() | self._refusals.keys():
             replicas = groups.get(name, [])
             ready = tuple(sorted(r.endpoint for r in replicas if r.ready and not r.retiring))
@@ -139,14 +153,14 @@ class LocalExecutor:
 
     def _adopt_left(self, wanted: Sequence[Wanted], keys: Sequence[str]) -> None:
         """Make replicas of the records an earlier process left; what nobody wants any more is stopped like any other."""
-        by_key = {(want.deployment, want.ref.version, key): want for want, key in zip(wanted, keys, strict=True)}
+        by_key = {(want.deployment, _place(want), key): want for want, key in zip(wanted, keys, strict=True)}
         for record in self._left:
             want = by_key.get((record.deployment, record.version, record.key))
             self._add(record, want)
         self._left = []
 
     def _converge_one(self, want: Wanted, key: str) -> None:
-        name = want.deployment, want.ref.version
+        name = want.deployment, _place(want)
         mine = [r for r in self._replicas.values() if (r.record.deployment, r.record.version) == name]
         current = sorted((r for r in mine if r.record.key == key), key=lambda r: r.record.id)
         # A version that was on its way out and is wanted again keeps its servers.
@@ -161,9 +175,9 @@ class LocalExecutor:
                 message = f"{self._settings.max_servers} model servers run, which is the limit (triton.max_servers)"
                 self._refusals[name] = Refusal("ServerLimit", message, permanent=False)
                 break
-            record = Record(f"mr{uuid4().hex[:12]}", want.deployment, want.ref.model, want.ref.version, key, 0)
+            record = Record(f"mr{uuid4().hex[:12]}", want.deployment, want.ref.model, _place(want), key, 0)
             self._add(record, want)
-        if sum(r.ready for r in current) >= want.replicas:
+        if sum(self._serves(r) for r in current) >= want.replicas:
             self._refusals.pop(name, None)
             for replica in mine:
                 if replica.record.key != key:
@@ -172,7 +186,10 @@ class LocalExecutor:
     def _add(self, record: Record, want: Wanted | None) -> None:
         if self._parts is None:
             raise RuntimeError("start() comes first")
+        shared = record.version == SHARED
         prepare = partial(self._prepare, want, record.key)
+        if shared:
+            prepare = partial(self._prepare_shared, want, record.id)
         choose = partial(self._choose_port, record.id)
         replica = Replica(
             record,
@@ -182,15 +199,52 @@ class LocalExecutor:
             settings=self._settings,
             prepare=prepare,
             choose_port=choose,
-            arguments=self._parts.arguments(want.server) if want else (),
+            arguments=(*shared_server.ARGUMENTS * shared, *(self._parts.arguments(want.server) if want else ())),
+            shared=shared,
         )
         replica.retiring = want is None
         self._replicas[record.id] = replica
-        self._tasks[record.id] = asyncio.create_task(replica.run(), name=f"server {record.id}")
+        self._tasks[record.id] = asyncio.create_task(self._live(replica), name=f"server {record.id}")
+        if shared:
+            self._shared[record.id] = SharedServer(
+                replica,
+                self._folder / "repositories" / record.id,
+                self._source,
+                self._flavour,
+                self._settings,
+                self._clock,
+                self._drain_s,
+            )
+
+    async def _live(self, replica: Replica) -> None:
+        """The process's life, and beside it that of the versions in it."""
+        server = self._shared.get(replica.record.id)
+        if server is None:
+            await replica.run()
+            return
+        inside = asyncio.create_task(server.run(), name=f"versions in {replica.record.id}")
+        try:
+            await replica.run()
+        finally:
+            inside.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await inside
+
+    def _serves(self, replica: Replica) -> bool:
+        server = self._shared.get(replica.record.id)
+        return replica.ready if server is None else server.complete
 
     def _choose_port(self, server_id: str, wanted: int) -> int:
         taken = frozenset(r.record.port for r in list(self._replicas.values()) if r.record.id != server_id)
         return triton.free_port(self._settings.host, taken, wanted)
+
+    async def _prepare_shared(self, want: Wanted | None, server_id: str) -> Path:
+        """An empty repository; versions are added while the server runs."""
+        if want is None:
+            raise FailedPreconditionError("NOT_WANTED", "nobody wants this server")
+        root = self._folder / "repositories" / server_id
+        await asyncio.to_thread(repository.write_shared, root, want.ref, want.server, self._flavour)
+        return root
 
     async def _prepare(self, want: Wanted | None, key: str) -> Path:
         """The model repository, with every digest proved just now."""
@@ -239,7 +293,27 @@ class LocalExecutor:
             with contextlib.suppress(asyncio.CancelledError):
                 if (error := task.exception()) is not None:
                     log.error("server %s", server_id, exc_info=error)
+            if self._shared.pop(server_id, None) is not None:
+                shutil.rmtree(self._folder / "repositories" / server_id, ignore_errors=True)
             key = replica.record.key
             if all(other.record.key != key for other in self._replicas.values()):
                 shutil.rmtree(self._folder / "repositories" / key, ignore_errors=True)
                 self._locks.pop(key, None)
+
+
+def _place(want: Wanted) -> str:
+    """What servers are told apart by: the version, unless they hold all of the deployment's."""
+    return SHARED if repository.is_shared(want.server) else want.ref.version
+
+
+def _groups(wanted: Sequence[Wanted], keys: Sequence[str]) -> list[tuple[Wanted, str]]:
+    """What needs servers: each version, or the first one of those that share theirs."""
+    found: dict[tuple[str, str], tuple[Wanted, str]] = {}
+    for want, key in zip(wanted, keys, strict=True):
+        name = want.deployment, _place(want)
+        if name in found:
+            most = max(want.replicas, found[name][0].replicas)
+            found[name] = replace(found[name][0], replicas=most), found[name][1]
+        else:
+            found[name] = want, key
+    return list(found.values())

@@ -64,6 +64,9 @@ def check_spec(spec: "Spec") -> None:
         raise InvalidArgumentError(
             "spec.rollout.countedBy", f"cannot be Servers with routing.{field}: servers know nothing of it"
         )
+    if spec.rollout.counted_by == "Servers" and spec.server.placement == "Shared":
+        message = "cannot be Servers with server.placement Shared: nobody reaches such servers but by the gateways"
+        raise InvalidArgumentError("spec.rollout.countedBy", message)
     _check_strategy(spec)
     for index, gate in enumerate(spec.rollout.gates):
         _check_gate(gate, f"spec.rollout.gates[{index}]")

@@ -20,6 +20,10 @@ class Item:
     deleting: bool = False
 
 
+INSUFFICIENT_MEMORY = "InsufficientMemory"
+"""Reason of a refusal: a server that is shared has no room for the version now. A rollout waits, for stable serves on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """Why something cannot be had."""
@@ -108,6 +112,9 @@ class WarmServers:
     stable_endpoints: tuple[str, ...]
     """Whom to compare with."""
     block: Warmup
+    naming: bytes = b""
+    """What names the version at the end of a request, where its servers hold others too."""
+    stable_naming: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

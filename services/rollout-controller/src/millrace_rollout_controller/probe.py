@@ -7,6 +7,7 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from millrace_rollout_controller.server_versions import number
 from millrace_rollout_controller.state import Tensor, VersionRef
 
 _BYTES = {
@@ -19,10 +20,17 @@ STEADY = 1.5
 
 
 class Probe:
-    """One channel to one server."""
+    """One channel to one server.
 
-    def __init__(self, endpoint: str, ref: VersionRef) -> None:
+    Args:
+        endpoint: `host:port` of its gRPC.
+        ref: the version it is asked about.
+        shared: whether it may hold other versions of the model too.
+    """
+
+    def __init__(self, endpoint: str, ref: VersionRef, *, shared: bool = False) -> None:
         self._ref = ref
+        self._number = number(ref.version) if shared else ""
         options = [("grpc.min_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 250)]
         self._channel = grpc.aio.insecure_channel(
             endpoint, options=[*options, ("grpc.initial_reconnect_backoff_ms", 50)]
@@ -31,7 +39,7 @@ class Probe:
 
     async def ready(self, timeout_s: float) -> bool:
         """Whether the server has the model loaded."""
-        request = service_pb2.ModelReadyRequest(name=self._ref.model)
+        request = service_pb2.ModelReadyRequest(name=self._ref.model, version=self._number)
         try:
             return bool((await self._stub.ModelReady(request, timeout=timeout_s)).ready)
         except grpc.aio.AioRpcError:
@@ -44,6 +52,7 @@ class Probe:
             grpc.aio.AioRpcError: the model does not answer its own signature.
         """
         request = sample_request(self._ref)
+        request.model_version = self._number
         end = time.monotonic() + seconds
         windows: list[float] = []
         for _ in range(max(1, requests // WINDOW)):
@@ -57,6 +66,43 @@ class Probe:
             windows.append(fmean(times))
             if len(windows) >= 3 and max(windows[-3:]) <= STEADY * min(windows[-3:]):
                 return
+
+    async def live(self, timeout_s: float) -> bool:
+        """Whether the server answers, whatever it holds."""
+        try:
+            return bool((await self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=timeout_s)).live)
+        except grpc.aio.AioRpcError:
+            return False
+
+    async def load(self, timeout_s: float) -> None:
+        """Have the server bring the model's versions to those that are in its repository; those that are there already stay untouched.
+
+        Raises:
+            grpc.aio.AioRpcError: a version cannot be loaded.
+        """
+        await self._stub.RepositoryModelLoad(
+            service_pb2.RepositoryModelLoadRequest(model_name=self._ref.model), timeout=timeout_s
+        )
+
+    async def unload(self, timeout_s: float) -> None:
+        """Have the server let go of all of the model's versions.
+
+        Raises:
+            grpc.aio.AioRpcError: it does not.
+        """
+        await self._stub.RepositoryModelUnload(
+            service_pb2.RepositoryModelUnloadRequest(model_name=self._ref.model), timeout=timeout_s
+        )
+
+    async def held(self, timeout_s: float) -> bool:
+        """Whether anything of the version is in the server's memory.
+
+        Raises:
+            grpc.aio.AioRpcError: the server does not answer.
+        """
+        index = await self._stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(), timeout=timeout_s)
+        mine = [m for m in index.models if m.name == self._ref.model and m.version == self._number]
+        return any(model.state not in {"UNAVAILABLE", ""} for model in mine)
 
     async def close(self) -> None:
         """Close the channel."""

@@ -60,6 +60,7 @@ class Replica:
         prepare: makes the model repository ready and names its folder; raises when it cannot.
         choose_port: a free port, given the one wanted.
         arguments: of the server's command line, beside those every server has.
+        shared: whether versions come and go in it; then it is ready when it answers at all.
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class Replica:
         prepare: Callable[[], Awaitable[Path]],
         choose_port: Callable[[int], int],
         arguments: Sequence[str] = (),
+        shared: bool = False,
     ) -> None:
+        self._shared = shared
         self._arguments = arguments
         self.record = record
         self.ref = ref
@@ -178,7 +181,7 @@ class Replica:
         deadline = clock() + self._settings.start_timeout_s
         probe = Probe(self.endpoint, self.ref)
         try:
-            while not await probe.ready(self._settings.probe_s):
+            while not await self._answers(probe):
                 if self._stop.is_set():
                     return False
                 if not await asyncio.to_thread(self.alive):
@@ -188,6 +191,8 @@ class Replica:
                     self.trouble = f"not ready after {self._settings.start_timeout_s:g} s"
                     return False
                 await self._wait(WATCH_S / 4)
+            if self._shared:
+                return True
             try:
                 await probe.warm_up(
                     requests=self._settings.warmup_requests,
@@ -200,6 +205,10 @@ class Replica:
             return True
         finally:
             await probe.close()
+
+    async def _answers(self, probe: Probe) -> bool:
+        timeout_s = self._settings.probe_s
+        return await (probe.live(timeout_s) if self._shared else probe.ready(timeout_s))
 
     async def _watch(self) -> None:
         """Until the process ends, stops answering or is told to stop."""
@@ -219,7 +228,7 @@ class Replica:
                 if clock() < next_probe:
                     continue
                 next_probe = clock() + self._settings.probe_s
-                failures = 0 if await probe.ready(self._settings.probe_s) else failures + 1
+                failures = 0 if await self._answers(probe) else failures + 1
                 self.ready = failures < 2
                 if failures >= self._settings.probe_failures:
                     self.trouble = f"it left {failures} readiness questions unanswered"

@@ -16,12 +16,13 @@ from uuid import uuid4
 from millrace_kit.content import sha256_file
 from millrace_kit.errors import FailedPreconditionError
 
-from millrace_rollout_controller import triton_options
+from millrace_rollout_controller import server_versions, triton_options
 from millrace_rollout_controller.executor import ArtifactSource
 from millrace_rollout_controller.server_block import Server
 from millrace_rollout_controller.state import ArtifactRef, Tensor, VersionRef
 
 MODEL_FILE = "model.onnx"
+DIGESTS_FILE = "artifacts.json"
 PLATFORM = "onnxruntime_onnx"
 # V2 datatypes to those of the configuration; BYTES needs another way into the backend and is refused.
 _TYPES = {name: f"TYPE_{name}" for name in ("BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "FP16", "FP32", "FP64")}
@@ -44,7 +45,9 @@ class Flavour:
 
 def key(ref: VersionRef, server: Server, flavour: Flavour) -> str:
     """Short name of everything that decides how a server behaves; equal keys can share a repository."""
-    parts = (ref.digest, config(ref, server, flavour), sha256_file(_RUNTIME), *triton_options.arguments(server))
+    # Servers of several versions are the same whatever they hold.
+    own = "" if is_shared(server) else ref.digest
+    parts = (own, config(ref, server, flavour), sha256_file(_RUNTIME), *triton_options.arguments(server))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -75,7 +78,6 @@ def needed(ref: VersionRef, max_bytes: int) -> list[ArtifactRef]:
 
 def config(ref: VersionRef, server: Server, flavour: Flavour) -> str:
     """The text of `config.pbtxt`."""
-    digests = {a.path: a.sha256 for a in ref.artifacts if a.path == MODEL_FILE or a.path.endswith((".data", ".bin"))}
     lines = [
         f"name: {json.dumps(ref.model)}",
         f"backend: {json.dumps('python' if flavour.backend == 'pythonOnnx' else 'onnxruntime')}",
@@ -85,12 +87,12 @@ def config(ref: VersionRef, server: Server, flavour: Flavour) -> str:
         triton_options.instances(server, gpu=flavour.gpu),
         triton_options.batching(server),
         *triton_options.caching(server),
+        *(["version_policy: { all { } }"] if is_shared(server) else []),
     ]
     if flavour.backend == "pythonOnnx":
-        lines += [
-            _parameter("artifacts", json.dumps(digests, sort_keys=True)),
-            _parameter("threads", str(flavour.threads)),
-        ]
+        # Of several versions each has its own beside its files: a changed configuration would load all of them anew.
+        lines += [] if is_shared(server) else [_parameter("artifacts", _digests(ref))]
+        lines += [_parameter("threads", str(flavour.threads))]
     else:
         lines += [
             f"default_model_filename: {json.dumps(MODEL_FILE)}",
@@ -103,6 +105,16 @@ def config(ref: VersionRef, server: Server, flavour: Flavour) -> str:
     elif flavour.warmup:
         lines.append(_warm_up(ref, flavour.warmup, (1,)))
     return "\n".join(lines) + "\n"
+
+
+def is_shared(server: Server) -> bool:
+    """Whether its servers hold several versions."""
+    return server.placement == "Shared"
+
+
+def _digests(ref: VersionRef) -> str:
+    digests = {a.path: a.sha256 for a in ref.artifacts if a.path == MODEL_FILE or a.path.endswith((".data", ".bin"))}
+    return json.dumps(digests, sort_keys=True)
 
 
 def _tensor(kind: str, tensor: Tensor) -> str:
@@ -155,10 +167,7 @@ async def write(
     folder = scratch / ref.model / "1"
     folder.mkdir(parents=True)
     try:
-        for artifact in files:
-            target = folder / artifact.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            await source.fetch(artifact, target)
+        await _bring(folder, files, source)
         if flavour.backend == "pythonOnnx":
             shutil.copyfile(_RUNTIME, folder / "model.py")
         (scratch / ref.model / "config.pbtxt").write_text(config(ref, server, flavour), encoding="utf-8")
@@ -167,3 +176,46 @@ async def write(
         scratch.rename(root)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_shared(root: Path, ref: VersionRef, server: Server, flavour: Flavour) -> None:
+    """Begin a repository of several versions, without any; what was there goes."""
+    shutil.rmtree(root, ignore_errors=True)
+    (root / ref.model).mkdir(parents=True)
+    (root / ref.model / "config.pbtxt").write_text(config(ref, server, flavour), encoding="utf-8")
+
+
+async def add_version(root: Path, ref: VersionRef, flavour: Flavour, source: ArtifactSource, *, max_bytes: int) -> None:
+    """Add a version to a repository of several, whole or not at all; nothing of the others is touched.
+
+    Raises:
+        DataLossError: an artifact has another digest than the version names; nothing is left behind.
+        FailedPreconditionError: the version cannot be served.
+        MillraceError: the registry does not answer now.
+    """
+    scratch = root / f".{uuid4().hex}"
+    scratch.mkdir()
+    try:
+        await _bring(scratch, needed(ref, max_bytes), source)
+        if flavour.backend == "pythonOnnx":
+            shutil.copyfile(_RUNTIME, scratch / "model.py")
+            (scratch / DIGESTS_FILE).write_text(_digests(ref), encoding="utf-8")
+            # Byte code written later would look like a change, and a changed version is loaded anew.
+            (scratch / "__pycache__").touch()
+        target = root / ref.model / server_versions.number(ref.version)
+        shutil.rmtree(target, ignore_errors=True)
+        scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove_version(root: Path, ref: VersionRef) -> None:
+    """Take a version out of a repository of several."""
+    shutil.rmtree(root / ref.model / server_versions.number(ref.version), ignore_errors=True)
+
+
+async def _bring(folder: Path, files: Sequence[ArtifactRef], source: ArtifactSource) -> None:
+    for artifact in files:
+        target = folder / artifact.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        await source.fetch(artifact, target)

@@ -1,5 +1,6 @@
 """The wanted route of a model, from a deployment's spec and status. Pure."""
 
+from millrace_rollout_controller import server_versions
 from millrace_rollout_controller.manifest import Spec
 from millrace_rollout_controller.state import Arm, Retiring, Route, RouteArm, RouteRule, Status
 
@@ -15,6 +16,7 @@ def wanted_route(spec: Spec, status: Status, *, candidate_ready: bool) -> Route 
         return None
     on_trial = candidate is not None and status.entered and candidate_ready
     weight = status.weight if on_trial else 0.0
+    shared = spec.server.placement == "Shared"
     arms = [_arm(stable, 100.0 - weight)]
     if candidate is not None and candidate.endpoints:
         arms.append(_arm(candidate, weight, candidate=True, mirror=status.mirror if on_trial else 0.0))
@@ -23,7 +25,7 @@ def wanted_route(spec: Spec, status: Status, *, candidate_ready: bool) -> Route 
     sticky = spec.routing.sticky
     return Route(
         model=spec.model,
-        arms=tuple(arms),
+        arms=tuple(_numbered(arm) for arm in arms) if shared else tuple(arms),
         sticky_header=sticky.header if sticky else "",
         rules=tuple(
             RouteRule(when=rule.when, candidate=rule.to == "candidate")
@@ -43,6 +45,10 @@ def wanted_route(spec: Spec, status: Status, *, candidate_ready: bool) -> Route 
         callers=spec.routing.callers or (),
         testers=spec.routing.testers or (),
     )
+
+
+def _numbered(arm: RouteArm) -> RouteArm:
+    return arm.model_copy(update={"server_version": server_versions.number(arm.version)})
 
 
 def _stays(gone: Retiring) -> bool:

@@ -34,6 +34,10 @@ class TritonSettings(Settings):
     """Largest artifact that is fetched."""
     onnx_threads: int = Field(default=1, ge=1, le=256)
     """Threads of one onnxruntime session."""
+    memory_factor: float = Field(default=2.0, ge=1, le=100)
+    """Memory of a version inside a shared server, as a multiple of its files; for versions that do not declare it."""
+    memory_base_mib: int = Field(default=64, ge=0, le=1_000_000)
+    """Memory that it needs besides: a process of the Python backend with its libraries."""
 
 
 class RolloutSettings(ServiceSettings):

@@ -118,6 +118,8 @@ class RouteArm(Frozen):
     """What the version declares for Predict: JSON, checked."""
     rules: str = ""
     """What values may be: JSON, checked."""
+    server_version: str = ""
+    """Its number in servers that hold several versions; empty where they hold one."""
 
 
 class RouteRule(Frozen):

@@ -6,7 +6,7 @@ from millrace_rollout_controller.candidates import fail
 from millrace_rollout_controller.capacity import short
 from millrace_rollout_controller.history import record
 from millrace_rollout_controller.judging import first_weight, going_back, judge_gates, missing, undecided_at_last
-from millrace_rollout_controller.plans import Draft
+from millrace_rollout_controller.plans import INSUFFICIENT_MEMORY, Draft
 from millrace_rollout_controller.state import Retiring
 from millrace_rollout_controller.warm_gate import warm
 
@@ -24,7 +24,11 @@ def look_at_candidate(d: Draft) -> None:
     # Before it has traffic it needs all of its servers; afterwards one keeps it on trial.
     needed = 1 if s.entered and s.weight > 0 else d.spec.server.replicas
     enough = len(seen.ready) >= needed
-    if not enough:
+    s.held_by = ""
+    if not enough and seen.refusal is not None and seen.refusal.reason == INSUFFICIENT_MEMORY and s.stable is not None:
+        # Stable serves on, and room may come: it holds, and no deadline runs.
+        s.unready_since, s.held_by, s.waiting = None, INSUFFICIENT_MEMORY, seen.refusal.message
+    elif not enough:
         s.unready_since = s.unready_since or d.now
         count = f"{len(seen.ready)} of {d.spec.server.replicas} servers of {version} are ready"
         why = f": {seen.refusal.message}" if seen.refusal else ""

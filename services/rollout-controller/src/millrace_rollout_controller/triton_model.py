@@ -58,7 +58,9 @@ class TritonPythonModel:
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         folder = Path(args["model_repository"]) / args["model_version"]
         content = b""
-        for path, digest in json.loads(parameters["artifacts"]).items():
+        # A model of several versions has them beside each one's files.
+        digests = parameters.get("artifacts") or (folder / "artifacts.json").read_text(encoding="utf-8")
+        for path, digest in json.loads(digests).items():
             found = hashlib.sha256()
             kept = []
             with (folder / path).open("rb") as file:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from millrace_rollout_controller import server_versions
 from millrace_rollout_controller.candidates import fail
 from millrace_rollout_controller.manifest import Warmup
 from millrace_rollout_controller.plans import Draft, WarmServers
@@ -128,4 +129,7 @@ def warming(d: Draft) -> WarmServers | None:
     if s.warmup.verdict != "undecided":
         return None
     ready = d.servers(s.candidate.ref.version).ready
-    return WarmServers(s.candidate.ref, s.trial, ready, d.servers(s.stable.ref.version).ready, block)
+    beside = d.servers(s.stable.ref.version).ready
+    shared = d.spec.server.placement == "Shared"
+    mine, theirs = (server_versions.naming(arm.ref.version) if shared else b"" for arm in (s.candidate, s.stable))
+    return WarmServers(s.candidate.ref, s.trial, ready, beside, block, mine, theirs)

@@ -118,13 +118,13 @@ class Warmer:
             other = await stack.enter_async_context(grpc.aio.insecure_channel(beside)) if beside else None
             verdict: Verdict = "undecided"
             while verdict == "undecided":
-                mine.append(await self._window(channel, bodies, wanted.block))
+                mine.append(await self._window(channel, bodies, wanted.block, wanted.naming))
                 if other is not None:
-                    theirs.append(await self._window(other, bodies, wanted.block))
+                    theirs.append(await self._window(other, bodies, wanted.block, wanted.stable_naming))
                 verdict, evidence = judge(mine, theirs, wanted.block)
                 yield verdict, evidence
 
-    async def _window(self, channel: grpc.aio.Channel, bodies: Iterator[bytes], block: Warmup) -> Window:
+    async def _window(self, channel: grpc.aio.Channel, bodies: Iterator[bytes], block: Warmup, naming: bytes) -> Window:
         """`requests` requests by `concurrency` callers, each of whom sends its next when the last was answered."""
         call = channel.unary_unary(METHOD)
         left, failures, problem = block.requests, 0, ""
@@ -136,7 +136,7 @@ class Warmer:
                 left -= 1
                 began = self._clock.monotonic()
                 try:
-                    await call(next(bodies), timeout=REQUEST_TIMEOUT_S)
+                    await call(next(bodies) + naming, timeout=REQUEST_TIMEOUT_S)
                     latencies.append((self._clock.monotonic() - began) * 1000)
                 except grpc.aio.AioRpcError as error:
                     failures, problem = failures + 1, f"{error.code().name} {error.details()}"[:200]

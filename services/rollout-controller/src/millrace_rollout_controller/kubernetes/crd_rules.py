@@ -87,9 +87,18 @@ def _only(block: str, strategy: str) -> Rule:
     return _rule(f"!has(self.{block}) || {_STRATEGY} == '{strategy}'", f"belongs to {strategy}", f".{block}")
 
 
+def _placement(spec: str) -> str:
+    return f"(has({spec}.server) && has({spec}.server.placement) ? {spec}.server.placement : 'Separate')"
+
+
 CEL: dict[str, list[Rule]] = {
     "spec.model": [_rule("self == oldSelf", "cannot change; delete the deployment first")],
     "spec": [
+        _rule(
+            f"{_placement('self')} == {_placement('oldSelf')}",
+            "cannot change; delete the deployment first",
+            ".server.placement",
+        ),
         _rule(
             "!has(self.rollout) || !has(self.rollout.strategy) || self.rollout.strategy != 'ABTest'"
             " || (has(self.routing) && has(self.routing.sticky))",
@@ -112,6 +121,12 @@ CEL: dict[str, list[Rule]] = {
             " || (!(has(self.routing.rules) && size(self.routing.rules) > 0) && !has(self.routing.callers)"
             " && !has(self.routing.testers) && !has(self.routing.hedgeAfterMs))",
             "cannot be Servers with rules, callers, testers or hedgeAfterMs: servers know nothing of them",
+            ".rollout.countedBy",
+        ),
+        _rule(
+            "!has(self.rollout) || !has(self.rollout.countedBy) || self.rollout.countedBy != 'Servers'"
+            f" || {_placement('self')} == 'Separate'",
+            "cannot be Servers with server.placement Shared: nobody reaches such servers but by the gateways",
             ".rollout.countedBy",
         ),
     ],
@@ -241,6 +256,11 @@ CEL: dict[str, list[Rule]] = {
         ),
     ],
     "spec.server": [
+        _rule(
+            "!has(self.memoryMib) || (has(self.placement) && self.placement == 'Shared')",
+            "belongs to placement Shared",
+            ".memoryMib",
+        ),
         _rule(
             "!has(self.batching) || !has(self.batching.preferredSizes)"
             " || self.batching.preferredSizes.all(n, n <= (has(self.maxBatchSize) ? self.maxBatchSize : 64))",

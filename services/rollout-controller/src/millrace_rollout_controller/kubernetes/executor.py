@@ -4,6 +4,8 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
+from millrace_kit.errors import InvalidArgumentError
+
 from millrace_rollout_controller.executor import Wanted
 from millrace_rollout_controller.kubernetes import names, objects, observing
 from millrace_rollout_controller.kubernetes.api import Cluster, Object
@@ -56,7 +58,9 @@ class KubernetesExecutor:
         self._seen: Mapping[tuple[str, str], ArmSeen] | None = None
 
     def check(self, spec: Spec) -> None:
-        """Nothing is refused: what no node can give stays Pending, with the scheduler's own words in the conditions."""
+        """Refuse servers of several versions; what no node can give stays Pending, with the scheduler's own words in the conditions."""
+        if spec.server.placement == "Shared":
+            raise InvalidArgumentError("spec.server.placement", "Shared is available on one machine only")
 
     async def start(self) -> None:
         """List and watch everything that belongs to model versions."""
