@@ -28,6 +28,8 @@ class Model(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.metadata: dict[str, str] = {}
         self.max_rows = 1 << 20
         self.now = self.most_at_once = 0
+        # Requests that are worked on at once; others wait.
+        self.slots = asyncio.Semaphore(1 << 20)
 
     async def ModelInfer(self, request, context):
         self.calls += 1
@@ -35,7 +37,8 @@ class Model(service_pb2_grpc.GRPCInferenceServiceServicer):
         if self.delay_s:
             self.now += 1
             self.most_at_once = max(self.most_at_once, self.now)
-            await asyncio.sleep(self.delay_s)
+            async with self.slots:
+                await asyncio.sleep(self.delay_s)
             self.now -= 1
         if self.fail is not None:
             await context.abort(self.fail, "told to fail")

@@ -14,7 +14,7 @@ from millrace_inference_gateway.payload import HttpForm, HttpForms
 from millrace_inference_gateway.routes import cluster_arm
 
 UNKNOWN, UNAVAILABLE, OK = 2, 14, 0
-CANCELLED = 1
+CANCELLED, DEADLINE_EXCEEDED = 1, 4
 NAMESPACE = "millrace"
 MODEL_HEADER = "x-millrace-model"
 VERSION_HEADER = "x-millrace-version"
@@ -63,6 +63,8 @@ class InferenceCall:
     """Of a copy: value of the route's segment header."""
     sampled: bool = False
     """Of a copy: its answer was to be kept."""
+    unary: bool = True
+    """Whether it had one answer, so that its latency says how fast the version is."""
     http: HttpForms | None = None
     """Of a call by HTTP, how to read its bodies; None for gRPC."""
 
@@ -95,6 +97,7 @@ def read_entry(entry: accesslog_pb2.HTTPAccessLogEntry) -> InferenceCall | None:
         server=_server(common, arm),
         client=headers.get("x-millrace-client", "")[:MAX_CLIENT],
         pinned=common.route_name.partition("/")[2].startswith("pinned/"),
+        unary=not common.route_name.endswith("stream"),
         http=HttpForms(_form(headers), _form(entry.response.response_headers)) if is_http(entry) else None,
     )
 

@@ -2,20 +2,22 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Container
 
 import grpc
 import grpc.aio
 from envoy.service.accesslog.v3 import als_pb2
 
-from millrace_inference_gateway.access_log import OK, InferenceCall, read_entry
+from millrace_inference_gateway.access_log import DEADLINE_EXCEEDED, OK, InferenceCall, read_entry
 from millrace_inference_gateway.answers import Answers
+from millrace_inference_gateway.concurrency_limits import ConcurrencyLimits
 from millrace_inference_gateway.envoy_bootstrap import PUBLIC
 from millrace_inference_gateway.envoy_mirrors import MIRROR_LISTENER
 from millrace_inference_gateway.figures import Figures
 from millrace_inference_gateway.latency_weights import LatencyWeights
 from millrace_inference_gateway.ledger import instance_key
 from millrace_inference_gateway.prediction_log import PredictionLog
+from millrace_inference_gateway.refusals import count_refusal, is_low, read_refusal
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +27,22 @@ SERVICE = "envoy.service.accesslog.v3.AccessLogService"
 class AccessLogReceiver:
     """The `AccessLogService` Envoy calls."""
 
-    def __init__(self, figures: Figures, log_: PredictionLog, answers: Answers, weights: LatencyWeights) -> None:
+    def __init__(
+        self,
+        figures: Figures,
+        log_: PredictionLog,
+        answers: Answers,
+        weights: LatencyWeights,
+        *,
+        limits: ConcurrencyLimits,
+        models: Callable[[], Container[str]],
+    ) -> None:
         self._figures = figures
         self._log = log_
         self._answers = answers
         self._weights = weights
+        self._limits = limits
+        self._models = models
         self._closing = asyncio.Event()
 
     async def watch_stop(self, stop: asyncio.Event) -> None:
@@ -76,6 +89,10 @@ class AccessLogReceiver:
         """Count and log the calls of one message."""
         answered: list[InferenceCall] = []
         for entry in message.http_logs.log_entry:
+            if (refusal := read_refusal(entry)) is not None:
+                if path != MIRROR_LISTENER:
+                    count_refusal(refusal, self._models)
+                continue
             try:
                 call = read_entry(entry)
             except (ValueError, OverflowError) as error:
@@ -88,6 +105,9 @@ class AccessLogReceiver:
                 self._figures.record(call.model, call.version, call.status, call.latency_ms)
             if call.server is not None and call.status == OK:
                 self._weights.record(call.server, call.latency_ms)
+            # What was given up or failed at once says nothing of how fast a version is.
+            if call.server and call.unary and call.status in {OK, DEADLINE_EXCEEDED} and path != MIRROR_LISTENER:
+                self._limits.record(call.model, call.version, call.latency_ms, low=is_low(entry))
             if path == MIRROR_LISTENER:
                 self._answers.copied(call)
             elif call.status == OK and path == PUBLIC:

@@ -18,18 +18,20 @@ from millrace_inference_gateway.access_log_receiver import AccessLogReceiver
 from millrace_inference_gateway.answers import Answers
 from millrace_inference_gateway.applier import Applier
 from millrace_inference_gateway.call_door import CallDoor
+from millrace_inference_gateway.concurrency_limits import ConcurrencyLimits
 from millrace_inference_gateway.endpoints import EndpointSource, ListedEndpoints, SliceEndpoints
 from millrace_inference_gateway.envoy_admin import EnvoyAdmin
 from millrace_inference_gateway.envoy_auth import watch_auth
 from millrace_inference_gateway.envoy_control import EnvoyControl
 from millrace_inference_gateway.envoy_end import until_envoy_ends
 from millrace_inference_gateway.envoy_files import envoy_files
+from millrace_inference_gateway.envoy_shedding import write_limits
 from millrace_inference_gateway.feature_reads import FeatureReads
 from millrace_inference_gateway.figures import Figures
 from millrace_inference_gateway.journal import Journal
 from millrace_inference_gateway.latency_weights import LatencyWeights
 from millrace_inference_gateway.ledger import Ledger
-from millrace_inference_gateway.metrics import FiguresCollector, RoutesCollector
+from millrace_inference_gateway.metrics import FiguresCollector, LimitsCollector, RoutesCollector
 from millrace_inference_gateway.model_lines import ModelLines
 from millrace_inference_gateway.prediction_log import PredictionLog
 from millrace_inference_gateway.predictor import Predictor
@@ -37,6 +39,7 @@ from millrace_inference_gateway.publisher import Publisher
 from millrace_inference_gateway.request_samples import RequestSamples
 from millrace_inference_gateway.result_cache import ResultCache
 from millrace_inference_gateway.route_watch import RouteWatch
+from millrace_inference_gateway.routes import RouteTable
 from millrace_inference_gateway.servicer import GatewayServicer, PredictionServicer, ServerServicer, door_methods
 from millrace_inference_gateway.settings import GatewaySettings
 from millrace_inference_gateway.shadow_figures import ShadowFigures
@@ -86,13 +89,23 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
         interval_s=kept.publish_interval_s,
     )
     figures = Figures()
-    collectors = (FiguresCollector(figures), RoutesCollector(lambda: applier.in_force, lambda: log.counts))
-    for collector in collectors:
-        REGISTRY.register(collector)
     shadows, samples = ShadowFigures(), RequestSamples()
     answers = Answers(samples, ShadowPairs(lambda: applier.table, shadows, clock.monotonic), clock.monotonic)
-    receiver = AccessLogReceiver(figures, log, answers, weights)
+    limits = ConcurrencyLimits(
+        settings.envoy,
+        clock,
+        lambda: (applier.in_force or RouteTable()).arms,
+        lambda values: write_limits(files, dict(values)),
+    )
+    receiver = AccessLogReceiver(figures, log, answers, weights, limits=limits, models=lambda: applier.table.routes)
     ledger = Ledger(settings.ledger, log)
+    collectors = (
+        FiguresCollector(figures),
+        RoutesCollector(lambda: applier.in_force, lambda: log.counts),
+        LimitsCollector(limits),
+    )
+    for collector in collectors:
+        REGISTRY.register(collector)
 
     features = Channels(settings.feature_address, FEATURE_CHANNELS, settings.max_message_mib, settings.tls)
     max_message_bytes = settings.max_message_mib << 20
@@ -147,6 +160,7 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
             Worker("route-watch", watch.run),
             Worker("access-log", receiver.watch_stop),
             Worker("latency-weights", weights.run),
+            Worker("concurrency-limits", limits.run),
             Worker("publisher", lambda stop: publisher.run(folder, stop)),
             Worker("ledger", ledger.run),
             Worker("door", lambda stop: door.run(settings.door_socket, stop, settings.drain_s)),

@@ -5,6 +5,7 @@ reach, takes Predict's model calls and keeps the id that Predict chose. Both use
 for it, shows health and statistics.
 """
 
+from http import HTTPStatus
 from importlib import resources
 
 from envoy.config.accesslog.v3 import accesslog_pb2
@@ -29,7 +30,7 @@ from google.protobuf.wrappers_pb2 import BoolValue, UInt32Value
 
 from millrace_inference_gateway.access_log import JSON_BYTES_HEADER
 from millrace_inference_gateway.envoy_access import CLIENT_HEADER, access_filter
-from millrace_inference_gateway.envoy_actions import LUA_FILTER, header
+from millrace_inference_gateway.envoy_actions import LUA_FILTER, PRIORITY_HEADER, header
 from millrace_inference_gateway.envoy_auth import auth_filters
 from millrace_inference_gateway.envoy_clusters import (
     access_log_service,
@@ -51,6 +52,7 @@ from millrace_inference_gateway.envoy_mirrors import (
     mirror_cluster,
 )
 from millrace_inference_gateway.envoy_routes import ROUTES_NAME
+from millrace_inference_gateway.envoy_shedding import add_limits, shedding_answers
 from millrace_inference_gateway.envoy_stats import stats_manager
 from millrace_inference_gateway.envoy_tls import transport_socket
 from millrace_inference_gateway.openapi import PREDICTION_SERVICE, transcoding_descriptors
@@ -77,6 +79,7 @@ def bootstrap(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> bo
     message.admin.address.CopyFrom(address(admin_host, admin_port))
     layer = message.layered_runtime.layers.add(name="limits")
     layer.static_layer.update({"re2.max_program_size.error_level": MAX_REGEX_SIZE})
+    add_limits(message, settings.envoy, files)
     message.dynamic_resources.cds_config.CopyFrom(file_source(str(files.clusters)))
     message.static_resources.clusters.extend(own_clusters(str(settings.python_socket), settings.envoy))
     message.static_resources.clusters.append(door_cluster(str(settings.door_socket), settings.envoy))
@@ -86,7 +89,11 @@ def bootstrap(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> bo
     if settings.stats_listen:
         message.static_resources.clusters.append(admin_cluster(admin_host, admin_port))
         place = address(*split_address(settings.stats_listen, "stats_listen"))
-        message.static_resources.listeners.append(_listener("stats", place, stats_manager()))
+        stats = _listener("stats", place, stats_manager())
+        # Whoever looks after the gateway has to see it when it is full.
+        stats.bypass_overload_manager = True
+        stats.ignore_global_conn_limit = True
+        message.static_resources.listeners.append(stats)
     return message
 
 
@@ -158,7 +165,7 @@ def _inner(settings: GatewaySettings, files: EnvoyFiles) -> listener_pb2.Listene
     take_http1(manager)
     manager.preserve_external_request_id = True
     place = address_pb2.Address(pipe=address_pb2.Pipe(path=str(settings.socket), mode=0o600))
-    return _listener("inner", place, manager)
+    return _inside(_listener("inner", place, manager))
 
 
 def _mirror(settings: GatewaySettings, files: EnvoyFiles) -> listener_pb2.Listener:
@@ -175,7 +182,13 @@ def _mirror(settings: GatewaySettings, files: EnvoyFiles) -> listener_pb2.Listen
         lua = lua_pb2.Lua(default_source_code=base_pb2.DataSource(inline_string=source))
         manager.http_filters.insert(0, hcm_pb2.HttpFilter(name=ANSWERS_FILTER, typed_config=packed(lua)))
     place = address_pb2.Address(pipe=address_pb2.Pipe(path=str(settings.mirror_socket), mode=0o600))
-    return _listener("mirror", place, manager)
+    return _inside(_listener("mirror", place, manager))
+
+
+def _inside(listener: listener_pb2.Listener) -> listener_pb2.Listener:
+    """A listener of this pod's own: what comes there was let in already, and is no client's connection."""
+    listener.ignore_global_conn_limit = True
+    return listener
 
 
 def _listener(name: str, place: address_pb2.Address, manager: hcm_pb2.HttpConnectionManager) -> listener_pb2.Listener:
@@ -219,11 +232,12 @@ def _manager(name: str, settings: GatewaySettings, files: EnvoyFiles) -> hcm_pb2
             )
         ],
         access_log=_access_logs(name, settings),
+        local_reply_config=shedding_answers(settings.envoy),
     )
 
 
 def _access_logs(name: str, settings: GatewaySettings) -> list[accesslog_pb2.AccessLog]:
-    """Every finished inference call to the receiver."""
+    """Every finished inference call to the receiver, and every call that was turned away."""
     service = als_pb2.HttpGrpcAccessLogConfig(
         common_config=als_pb2.CommonGrpcAccessLogConfig(
             log_name=name,
@@ -237,6 +251,7 @@ def _access_logs(name: str, settings: GatewaySettings) -> list[accesslog_pb2.Acc
             EVENT_TIME_HEADER,
             MODEL_HEADER,
             CLIENT_HEADER,
+            PRIORITY_HEADER,
             "traceparent",
             JSON_BYTES_HEADER,
             "content-encoding",
@@ -253,10 +268,33 @@ def _access_logs(name: str, settings: GatewaySettings) -> list[accesslog_pb2.Acc
     return [
         accesslog_pb2.AccessLog(
             name="envoy.access_loggers.http_grpc",
-            filter=_paths(f"{GRPC_INFERENCE}|{HTTP_INFERENCE}"),
+            filter=_any(_paths(f"{GRPC_INFERENCE}|{HTTP_INFERENCE}"), *_turned_away()),
             typed_config=packed(service),
         )
     ]
+
+
+def _turned_away() -> list[accesslog_pb2.AccessLogFilter]:
+    """Calls of any kind that were too many, or of somebody who may not make them. Calls refused for memory have no flag; only inference is told."""
+    flags = accesslog_pb2.ResponseFlagFilter(flags=["UO", "RL"])
+    grpc = accesslog_pb2.GrpcStatusFilter
+    statuses = grpc(statuses=[grpc.UNAUTHENTICATED, grpc.PERMISSION_DENIED])
+    return [
+        accesslog_pb2.AccessLogFilter(response_flag_filter=flags),
+        accesslog_pb2.AccessLogFilter(grpc_status_filter=statuses),
+        *(_code_is(code) for code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)),
+    ]
+
+
+def _code_is(code: int) -> accesslog_pb2.AccessLogFilter:
+    return accesslog_pb2.AccessLogFilter(
+        status_code_filter=accesslog_pb2.StatusCodeFilter(
+            comparison=accesslog_pb2.ComparisonFilter(
+                op=accesslog_pb2.ComparisonFilter.EQ,
+                value=base_pb2.RuntimeUInt32(default_value=code, runtime_key="millrace.none"),
+            )
+        )
+    )
 
 
 def _ledger(settings: GatewaySettings, instance: str) -> accesslog_pb2.AccessLog:
@@ -264,15 +302,7 @@ def _ledger(settings: GatewaySettings, instance: str) -> accesslog_pb2.AccessLog
     answered = accesslog_pb2.AccessLogFilter(
         grpc_status_filter=accesslog_pb2.GrpcStatusFilter(statuses=[accesslog_pb2.GrpcStatusFilter.OK])
     )
-    by_http = accesslog_pb2.AccessLogFilter(
-        status_code_filter=accesslog_pb2.StatusCodeFilter(
-            comparison=accesslog_pb2.ComparisonFilter(
-                op=accesslog_pb2.ComparisonFilter.EQ,
-                value=base_pb2.RuntimeUInt32(default_value=200, runtime_key="millrace.none"),
-            )
-        )
-    )
-    both = _any(_all(_paths(GRPC_INFERENCE), answered), _all(_paths(HTTP_INFERENCE), by_http))
+    both = _any(_all(_paths(GRPC_INFERENCE), answered), _all(_paths(HTTP_INFERENCE), _code_is(HTTPStatus.OK)))
     file = file_pb2.FileAccessLog(path=str(settings.ledger / instance))
     file.log_format.text_format_source.inline_string = LEDGER_MARK
     return accesslog_pb2.AccessLog(name="envoy.access_loggers.file", filter=both, typed_config=packed(file))

@@ -50,6 +50,11 @@ class EnvoyFiles:
         """RDS of the copies."""
         return self.folder / "mirrors.json"
 
+    @property
+    def limits(self) -> Path:
+        """RTDS: limits of requests at once that were found while running."""
+        return self.folder / "limits.json"
+
     def secret(self, name: str) -> Path:
         """SDS of one secret."""
         return self.folder / "secrets" / f"{name}.json"

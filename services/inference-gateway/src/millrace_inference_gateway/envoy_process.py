@@ -25,6 +25,7 @@ from millrace_inference_gateway.envoy_files import (
     write_endpoints,
     write_routes,
 )
+from millrace_inference_gateway.envoy_shedding import write_limits
 from millrace_inference_gateway.envoy_tls import write_secrets
 from millrace_inference_gateway.settings import GatewaySettings
 from millrace_inference_gateway.store import RouteStore
@@ -52,6 +53,8 @@ def prepare(settings: GatewaySettings) -> EnvoyFiles:
         write_endpoints(files, table.arms)
         write_clusters(files, table, settings)
         write_routes(files, table, settings)
+    if not files.limits.exists():
+        write_limits(files, {})
     write_secrets(files, settings.public_tls)
     write_auth(files, settings.auth)
     settings.ledger.mkdir(parents=True, exist_ok=True)

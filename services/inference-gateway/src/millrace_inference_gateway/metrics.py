@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from millrace_inference_gateway.concurrency_limits import ConcurrencyLimits
 from millrace_inference_gateway.figures import BOUNDS_MS, Figures, VersionCounts
 from millrace_inference_gateway.prediction_log import LogCounts
 from millrace_inference_gateway.routes import WEIGHT_UNITS, RouteTable
@@ -34,6 +35,32 @@ class FiguresCollector(Collector):
             errors.add_metric([model, version], counts.errors)
             seconds.add_metric([model, version], _buckets(counts), None)
         yield from (requests, errors, seconds)
+
+
+class LimitsCollector(Collector):
+    """The limits of requests at once that were found."""
+
+    def __init__(self, limits: ConcurrencyLimits) -> None:
+        self._limits = limits
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics now."""
+        limit = GaugeMetricFamily(
+            "millrace_gateway_concurrency_limit",
+            "Requests of a version that may be under way, found from its latency.",
+            labels=["model", "version", "priority"],
+        )
+        baseline = GaugeMetricFamily(
+            "millrace_gateway_baseline_seconds",
+            "A version's latency without waiting, as measured.",
+            labels=["model", "version"],
+        )
+        for (model, version), limits in self._limits.limits.items():
+            limit.add_metric([model, version, "normal"], limits.normal)
+            limit.add_metric([model, version, "low"], limits.low)
+        for (model, version), milliseconds in self._limits.baselines_ms.items():
+            baseline.add_metric([model, version], milliseconds / 1e3)
+        yield from (limit, baseline)
 
 
 class RoutesCollector(Collector):

@@ -13,6 +13,29 @@ MAX_CLIENT_LIMITS = 1000
 _LABEL_OR_REFERENCE = r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?|\$\{env:[A-Z0-9_]+\})$"
 
 
+class AdaptiveSettings(Settings):
+    """Limits of requests at once that are found for each version from what its answers take."""
+
+    models: tuple[str, ...] = ()
+    """Models that have such limits; empty is every model."""
+    step_s: float = Field(default=0.5, ge=0.05, le=60)
+    """How often limits move."""
+    percentile: float = Field(default=50.0, ge=1, le=99)
+    """Of the latencies of one step, the one that is compared with the version's latency without waiting."""
+    tolerance_percent: float = Field(default=100.0, ge=0, le=10_000)
+    """How much later than without waiting answers may come before the limit shrinks; 100 is twice the time."""
+    min_requests: int = Field(default=4, ge=1, le=1_000_000)
+    """Least limit. The largest, and the one before anything is known, is `max_requests`."""
+    min_samples: int = Field(default=20, ge=1, le=4096)
+    """Answers of a version needed for one step; with fewer the limit stays, and they count for the next one."""
+    baseline_ms: float = Field(default=0.0, ge=0, le=600_000)
+    """A version's latency without waiting, where it is known; 0 measures it."""
+    measure_s: float = Field(default=300.0, ge=1, le=86_400)
+    """How often it is measured anew. For two steps the limit is a little below what the servers work on then, so that nothing waits there."""
+    jitter_percent: float = Field(default=20.0, ge=0, le=100)
+    """How far the times of measuring spread, so that replicas do not measure together."""
+
+
 class EnvoySettings(Settings):
     """How Envoy carries traffic."""
 
@@ -27,6 +50,14 @@ class EnvoySettings(Settings):
     low_priority_percent: float = Field(default=25.0, gt=0, le=100)
     """Share of `max_requests` and `max_pending_requests` that calls with `x-millrace-priority: low` may fill; those above get UNAVAILABLE,
     so that they are the first to go when servers are busy."""
+    adaptive: AdaptiveSettings | None = None
+    """Find the limit of requests at once for each version, below `max_requests`. Calls of low priority then have what normal ones leave of it."""
+    retry_after_s: float = Field(default=1.0, gt=0, le=600)
+    """When callers that were turned away because of too much should come again; they are told so in the answer."""
+    max_memory_mib: int = Field(default=0, ge=0, le=1 << 20)
+    """Memory of Envoy near which (95 %) it turns new calls away, and (98 %) ends those that hold most of it; 0 knows no limit."""
+    max_client_connections: int = Field(default=0, ge=0, le=10_000_000)
+    """Connections of clients at once; further ones are closed at once. 0 knows no limit."""
     max_retries: int = Field(default=2, ge=0, le=5)
     """Further tries of one request on another server."""
     retry_budget_percent: float = Field(default=20.0, ge=0, le=100)

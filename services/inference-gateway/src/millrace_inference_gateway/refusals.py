@@ -1,0 +1,74 @@
+"""Calls that the gateway turned away by itself, counted by model and reason.
+
+They are no evidence: a version is not worse because more is asked of it than it takes, or by somebody who may not call it.
+"""
+
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+
+from envoy.data.accesslog.v3 import accesslog_pb2
+from prometheus_client import Counter
+
+from millrace_inference_gateway.access_log import MODEL_HEADER
+from millrace_inference_gateway.envoy_actions import LOW, PRIORITY_HEADER
+
+REFUSED = Counter(
+    "millrace_gateway_refused_total",
+    "Calls turned away by the gateway: version_full, gateway_full, rate_limit, token, api_key, not_permitted.",
+    ["model", "reason", "priority"],
+)
+_HTTP_UNAUTHORIZED, _UNAUTHENTICATED = 401, "16"
+_HTTP_MODELS = "/v2/models/"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One call that no model server saw."""
+
+    model: str
+    """As the caller named it."""
+    reason: str
+    low: bool
+    """Whether the call was of low priority."""
+
+
+def is_low(entry: accesslog_pb2.HTTPAccessLogEntry) -> bool:
+    """Whether the call was of low priority."""
+    return str(entry.request.request_headers.get(PRIORITY_HEADER, "")).lower() == LOW
+
+
+def read_refusal(entry: accesslog_pb2.HTTPAccessLogEntry) -> Refusal | None:
+    """Why the gateway turned the call away; None when it did not."""
+    reason = _reason(entry)
+    if not reason:
+        return None
+    model = entry.request.request_headers.get(MODEL_HEADER, "")
+    if not model and entry.request.path.startswith(_HTTP_MODELS):
+        model = entry.request.path.removeprefix(_HTTP_MODELS).partition("/")[0].partition("?")[0]
+    return Refusal(model, reason, is_low(entry))
+
+
+def count_refusal(refusal: Refusal, known: Callable[[], Container[str]]) -> None:
+    """Count it; a model that the routes do not have is counted without its name, which anybody may make up."""
+    model = refusal.model if refusal.model in known() else ""
+    REFUSED.labels(model, refusal.reason, "low" if refusal.low else "normal").inc()
+
+
+def _reason(entry: accesslog_pb2.HTTPAccessLogEntry) -> str:
+    flags, details = entry.common_properties.response_flags, entry.response.response_code_details
+    if flags.upstream_overflow:
+        return "version_full"
+    if flags.rate_limited:
+        return "rate_limit"
+    if details == "overload":
+        return "gateway_full"
+    if details.startswith("jwt_authn_access_denied"):
+        return "token"
+    if details.startswith("rbac_access_denied"):
+        return "not_permitted"
+    status = entry.response.response_headers.get("grpc-status", "")
+    if details == "lua_response" and (
+        status == _UNAUTHENTICATED or entry.response.response_code.value == _HTTP_UNAUTHORIZED
+    ):
+        return "api_key"
+    return ""
