@@ -112,8 +112,21 @@ class BlueGreen(Block):
     """How long the old version's servers stay up after the switch, so that `undo` is one change of the route."""
 
 
+class Bandit(Block):
+    """Bounds of a split that follows the result."""
+
+    min_weight: float = Field(default=10.0, gt=0, le=50)
+    """Percent that each version keeps, however bad it looks."""
+    max_change: float = Field(default=10.0, gt=0, le=100)
+    """Percent that one move shifts at most."""
+    min_samples: int = Field(default=200, ge=10, le=1_000_000_000)
+    """Values of the goal that each version needs before the first move."""
+    interval: Duration = "60s"
+    """Shortest time between two moves."""
+
+
 class ABTest(Block):
-    """A fixed split between stable and candidate until there is an answer."""
+    """A split between stable and candidate until there is an answer."""
 
     split: Annotated[float, Field(gt=0, lt=100)] = 50.0
     """Percent of the candidate."""
@@ -127,6 +140,11 @@ class ABTest(Block):
     """Of every comparison in the status."""
     on_success: Literal["Hold", "Promote"] = "Hold"
     """When the test has ended and the goal says that the candidate is better: wait for a person, or promote."""
+    allocation: Literal["Fixed", "Thompson"] = "Fixed"
+    """Thompson: the split starts at `split` and follows the chance, by what the goal says so far, that the candidate is better. Callers then
+    change sides as the split moves."""
+    bandit: Bandit | None = None
+    """Bounds of a split by Thompson; None takes the defaults."""
 
 
 class Segment(Block):

@@ -9,7 +9,7 @@ from millrace_kit.errors import InvalidArgumentError
 from millrace_rollout_controller.server_block import check_server
 
 if TYPE_CHECKING:
-    from millrace_rollout_controller.manifest import Gate, Rollout, Spec, Step
+    from millrace_rollout_controller.manifest import ABTest, Gate, Rollout, Spec, Step
 
 MAX_DURATION_S = 30 * 86_400
 PLACEHOLDERS = ("model", "candidate", "stable", "namespace")
@@ -159,6 +159,24 @@ def _check_split(spec: "Spec") -> None:
         seconds(block.duration, "spec.rollout.abTest.duration")
     if block.on_success == "Promote" and not block.min_requests and block.duration is None:
         raise InvalidArgumentError("spec.rollout.abTest.onSuccess", "Promote needs minRequests or duration")
+    _check_allocation(block)
+
+
+def _check_allocation(block: "ABTest") -> None:
+    where = "spec.rollout.abTest"
+    if block.allocation != "Thompson":
+        if block.bandit is not None:
+            raise InvalidArgumentError(f"{where}.bandit", "belongs to allocation Thompson")
+        return
+    if block.goal == "latencyP99Ms":
+        raise InvalidArgumentError(f"{where}.goal", "cannot be a percentile with allocation Thompson")
+    if (bandit := block.bandit) is None:
+        return
+    _check_decimals(bandit.min_weight, f"{where}.bandit.minWeight")
+    _check_decimals(bandit.max_change, f"{where}.bandit.maxChange")
+    seconds(bandit.interval, f"{where}.bandit.interval")
+    if not bandit.min_weight <= block.split <= 100 - bandit.min_weight:
+        raise InvalidArgumentError(f"{where}.bandit.minWeight", "leaves no room for the split it starts at")
 
 
 def _check_shadow(rollout: "Rollout") -> None:

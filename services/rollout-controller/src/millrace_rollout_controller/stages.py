@@ -88,8 +88,11 @@ def guarded_until(spec: Spec, status: Status) -> datetime | None:
 
 
 def split_in_force(spec: Spec, status: Status) -> float | None:
-    """The candidate's share while an A/B test's requests have to arrive in that ratio; rules send callers where they like."""
+    """The candidate's share while an A/B test's requests have to arrive in that ratio: not where rules send callers, nor where the ratio moves."""
     held = status.held_weight is not None
+    block = spec.rollout.ab_test
+    if block is not None and block.allocation != "Fixed":
+        return None
     if spec.rollout.strategy != "ABTest" or spec.routing.rules or held or status.step_since is None or status.step != 0:
         return None
     return status.weight / 100.0

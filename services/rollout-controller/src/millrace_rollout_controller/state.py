@@ -251,6 +251,8 @@ class Status(Mutable):
     """Wanted percent of copies to the candidate."""
     held_weight: float | None = None
     """Weight a person holds the candidate at until resume."""
+    allocated_at: datetime | None = None
+    """When an A/B test's result last moved its weight."""
     step_since: datetime | None = None
     """When the step's weight was in force everywhere."""
     paused: bool = False

@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 
+from millrace_rollout_controller.allocation import allocated
 from millrace_rollout_controller.candidates import fail
 from millrace_rollout_controller.capacity import short
 from millrace_rollout_controller.history import record
@@ -76,6 +77,7 @@ def _begin(d: Draft) -> None:
 def _enter(d: Draft, step: int) -> None:
     s, stage = d.status, d.stages[step]
     s.step, s.weight, s.mirror, s.step_since, s.entered = step, stage.weight, stage.mirror, None, True
+    s.allocated_at = None
     s.guarding = (stage.guard or s.guarding) and not s.undo
     if s.candidate is not None:
         s.candidate.served = s.candidate.served or stage.weight > 0 or stage.mirror > 0
@@ -154,6 +156,8 @@ def _reweigh(d: Draft) -> bool:
     wanted = stage.weight if s.held_weight is None else s.held_weight
     if s.held_weight is None and going_back(d) is not None:
         wanted = first_weight(d)
+    if s.held_weight is None and (moved := allocated(d)) is not None:
+        return _allocate(d, moved)
     if s.weight == wanted or s.candidate is None:
         return False
     if short(d, wanted):
@@ -162,6 +166,24 @@ def _reweigh(d: Draft) -> bool:
     s.candidate.served = True
     s.phase = "Progressing" if s.held_weight is None else "Paused"
     s.event(d.now, "Normal", "WeightSet", f"{s.candidate.ref.version} gets {wanted:g} % of the traffic")
+    return True
+
+
+def _allocate(d: Draft, weight: float) -> bool:
+    """Move the weight to where the result wants it; True while the gateways take it. The stage's time goes on."""
+    s = d.status
+    if s.candidate is None:
+        return False
+    version = s.candidate.ref.version
+    if not d.in_force(version, s.weight):
+        s.waiting = "waiting for the gateways to take the weight"
+        return True
+    if weight == s.weight:
+        return False
+    if short(d, weight):
+        return True
+    s.weight, s.allocated_at = weight, d.now
+    s.event(d.now, "Normal", "WeightAllocated", f"{version} gets {weight:g} % of the traffic, by the result so far")
     return True
 
 

@@ -188,7 +188,29 @@ CEL: dict[str, list[Rule]] = {
     "spec.rollout.steps.items.pause.duration": [_DURATION],
     "spec.rollout.blueGreen.mirrorPercent": [_DECIMALS],
     "spec.rollout.blueGreen.pause.duration": [_DURATION],
-    "spec.rollout.abTest": [_PROMOTE],
+    "spec.rollout.abTest.bandit.minWeight": [_DECIMALS],
+    "spec.rollout.abTest.bandit.maxChange": [_DECIMALS],
+    "spec.rollout.abTest.bandit.interval": [_DURATION],
+    "spec.rollout.abTest": [
+        _rule(
+            "!has(self.bandit) || (has(self.allocation) && self.allocation == 'Thompson')",
+            "belongs to allocation Thompson",
+            ".bandit",
+        ),
+        _rule(
+            "!has(self.allocation) || self.allocation != 'Thompson' || !has(self.goal) || self.goal != 'latencyP99Ms'",
+            "cannot be a percentile with allocation Thompson",
+            ".goal",
+        ),
+        _rule(
+            "!has(self.bandit) || ((has(self.bandit.minWeight) ? double(self.bandit.minWeight) : 10.0)"
+            " <= (has(self.split) ? double(self.split) : 50.0) && (has(self.split) ? double(self.split) : 50.0)"
+            " <= 100.0 - (has(self.bandit.minWeight) ? double(self.bandit.minWeight) : 10.0))",
+            "leaves no room for the split it starts at",
+            ".bandit.minWeight",
+        ),
+        _PROMOTE,
+    ],
     "spec.rollout.abTest.split": [_DECIMALS],
     "spec.rollout.abTest.duration": [_DURATION],
     "spec.rollout.shadow": [
