@@ -12,7 +12,14 @@ import pytest
 import tritonclient.grpc as triton
 import yaml
 from millrace import MillraceError
-from millrace_api.rollout.v1.rollout_pb2 import VERB_PROMOTE, VERB_RESUME, VERB_SET_WEIGHT, VERB_UNDO, Deployment
+from millrace_api.rollout.v1.rollout_pb2 import (
+    VERB_ABORT,
+    VERB_PROMOTE,
+    VERB_RESUME,
+    VERB_SET_WEIGHT,
+    VERB_UNDO,
+    Deployment,
+)
 from tritonclient.grpc import service_pb2
 
 from tests.stack import FLIGHTS, MODEL, Stack, eventually, feature_names, running_stack
@@ -32,10 +39,10 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield running
 
 
-def apply(stack: Stack, version: str, rollout: dict[str, Any]) -> None:
+def apply(stack: Stack, version: str, rollout: dict[str, Any], server: dict[str, Any] | None = None) -> None:
     manifest = yaml.safe_load((FLIGHTS / "manifests" / "1.0.0.yaml").read_text())
     manifest["spec"] |= {"version": version, "rollout": rollout}
-    manifest["spec"]["server"]["replicas"] = 1
+    manifest["spec"]["server"] |= server or {"replicas": 1}
     manifest["spec"]["routing"].pop("rules")
     stack.client.rollout.apply(yaml.safe_dump(manifest))
 
@@ -199,3 +206,51 @@ def test_an_unmodified_triton_client_is_copied_too(stack: Stack) -> None:
         return True if any(c.candidate_samples >= 20 for c in compared) else None
 
     eventually("20 copies are counted", copied)
+
+
+def test_two_versions_in_one_server_without_a_second_one(stack: Stack) -> None:
+    stack.client.rollout.delete(MODEL)
+    eventually("the servers of their own are gone", lambda: _gone(stack))
+    shared = {"placement": "Shared", "replicas": 1}
+    apply(stack, "1.0.0", {"strategy": "Canary"}, server=shared)
+    stack.wait_stable("1.0.0")
+    (before,) = stack.client.rollout.get(MODEL).arms
+    paused = {"steps": [{"weight": 40, "minRequests": 100}, {"weight": 50, "pause": {}}], "gates": [ERRORS]}
+    with load(stack) as callers:
+        # Back, in the middle of it.
+        apply(stack, "1.1.0", {"strategy": "Canary", **paused}, server=shared)
+        reach(stack, "half of the traffic", candidate_weight=50.0, phase="Paused")
+        arms = {arm.version: arm for arm in stack.client.rollout.get(MODEL).arms}
+        assert arms["1.1.0"].endpoints == arms["1.0.0"].endpoints == before.endpoints
+        assert (arms["1.0.0"].server_version, arms["1.1.0"].server_version) == ("1000000000000", "1000001000000")
+        callers.reset()
+        callers.more(300)
+        assert callers.answered.keys() == {"1.0.0", "1.1.0"}
+        stack.client.rollout.act(MODEL, VERB_ABORT)
+        reach(stack, "stable alone again", candidate_version="", phase="RolledBack")
+        eventually(
+            "the candidate is out of the server", lambda: _held(before.endpoints[0]) == {"1000000000000"} or None
+        )
+        # Forward.
+        apply(stack, "1.2.0", {"strategy": "Canary", "steps": [{"weight": 50, "minRequests": 60}]}, server=shared)
+        reach(stack, "1.2.0 is stable", stable_version="1.2.0", candidate_version="", phase="Promoted")
+        eventually("the old version is out of it", lambda: _held(before.endpoints[0]) == {"1000002000000"} or None)
+        callers.reset()
+        callers.more(100)
+        assert set(callers.answered) == {"1.2.0"}
+    with pytest.raises(MillraceError, match=r"spec\.server\.placement"):
+        apply(stack, "1.2.0", {"strategy": "Canary"})
+
+
+def _gone(stack: Stack) -> bool | None:
+    try:
+        stack.client.rollout.get(MODEL)
+    except MillraceError:
+        return True
+    return None
+
+
+def _held(endpoint: str) -> set[str]:
+    """Numbers of the versions inside a server."""
+    index = triton.InferenceServerClient(endpoint).get_model_repository_index()
+    return {model.version for model in index.models if model.state not in {"", "UNAVAILABLE"}}
