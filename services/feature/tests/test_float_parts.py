@@ -10,7 +10,7 @@ from feast.protos.feast.serving.ServingService_pb2 import GetOnlineFeaturesRespo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from millrace_api.feature.v1 import feature_pb2
-from millrace_feature.convert import to_answer
+from millrace_feature.convert import Aged, to_answer
 from millrace_feature.feast_wire.json_answers import to_json
 from millrace_feature.feast_wire.message_answers import to_message
 from millrace_feature.feast_wire.requests import Given
@@ -69,9 +69,22 @@ def test_native_answers_are_the_same(rows: list[Any], ttl_us: int, features: tup
     found = []
     for arrays in (True, False):
         asks = service.asks(entities, NOW_US)
-        vectors = service.vectors(asks, Known(rows, arrays=arrays), entities, NOW_US)
+        known_rows = Known(rows, arrays=arrays)
+        vectors = service.vectors(asks, known_rows, entities, NOW_US)
         assert isinstance(vectors, list) is not arrays
         found.append(feature_pb2.GetOnlineFeaturesResponse.FromString(to_answer(features, vectors, "d", 0)))
+        vectors, ages_ms = service.aged_vectors(asks, known_rows, entities, NOW_US, by_view=True)
+        aged = feature_pb2.GetOnlineFeaturesResponse.FromString(
+            to_answer(features, vectors, "d", 0, Aged(service.view_names, ages_ms))
+        )
+        assert list(aged.view_names) == ["v"]
+        for vector, row in zip(aged.vectors, rows, strict=True):
+            age_us = -1 if row is None else NOW_US - row[0]
+            late = ttl_us and age_us > ttl_us
+            assert list(vector.view_ages_ms) == [-1 if row is None or late else age_us // 1000]
+            vector.ClearField("view_ages_ms")
+        aged.ClearField("view_names")
+        assert aged.SerializeToString(deterministic=True) == found[-1].SerializeToString(deterministic=True)
     for one, other in zip(found[0].vectors, found[1].vectors, strict=True):
         assert np.array_equal(one.values, other.values, equal_nan=True)
         assert (one.statuses, one.max_age_ms) == (other.statuses, other.max_age_ms)

@@ -122,6 +122,20 @@ async def test_statuses_ttl_and_age(world, small_objects, make_registry, wait_fo
             vector = answer.vectors[0]
             return vector.statuses[place], vector.values[place], vector.max_age_ms
 
+        async def ages(at: float, user: str) -> dict[str, int]:
+            request = feature_pb2.GetOnlineFeaturesRequest(
+                feature_service="main", rows=[row(user), row("ann")], event_time=stamp(minutes(at)), with_view_ages=True
+            )
+            answer = await stub.GetOnlineFeatures(request)
+            return dict(zip(answer.view_names, answer.vectors[0].view_ages_ms, strict=True))
+
+        assert (await ages(34, "bob"))["newest"] == 30 * 60_000
+        assert (await ages(35, "bob"))["newest"] == -1
+        assert (await ages(34, "nobody"))["newest"] == -1
+        # Each row's own, not the oldest of all.
+        assert (await ages(34, "ann"))["newest"] != 30 * 60_000
+        assert (await ages(34, "bob"))["by_user"] >= 0
+
         assert await status(34, "newest__amount") == (feature_pb2.FEATURE_STATUS_PRESENT, 7, 30 * 60_000)
         found, value, _age = await status(35, "newest__amount")
         assert found == feature_pb2.FEATURE_STATUS_EXPIRED

@@ -109,6 +109,8 @@ class Features(feature_pb2_grpc.FeatureServiceServicer):
         # How many rows each call asked for.
         self.rows: list[int] = []
         self.delay_s = 0.0
+        # Of views; without them it answers as it did before it knew them.
+        self.ages_ms: list[int] = []
 
     async def GetOnlineFeatures(self, request, context):
         await asyncio.sleep(self.delay_s)
@@ -120,8 +122,14 @@ class Features(feature_pb2_grpc.FeatureServiceServicer):
             if "a" not in values:
                 raise InvalidArgumentError(f"rows[{index}].values.a", "join key is missing")
             vector = [values[n].double_value if n in values else float("nan") for n in names]
-            vectors.append(feature_pb2.FeatureVector(values=vector, max_age_ms=7))
-        return feature_pb2.GetOnlineFeaturesResponse(feature_names=names, vectors=vectors, definitions_hash="d" * 64)
+            ages = self.ages_ms if request.with_view_ages else ()
+            vectors.append(feature_pb2.FeatureVector(values=vector, max_age_ms=7, view_ages_ms=ages))
+        return feature_pb2.GetOnlineFeaturesResponse(
+            feature_names=names,
+            vectors=vectors,
+            definitions_hash="d" * 64,
+            view_names=[f"view{n}" for n in range(len(self.ages_ms))],
+        )
 
 
 @contextlib.asynccontextmanager

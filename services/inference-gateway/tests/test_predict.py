@@ -97,7 +97,8 @@ def plan(**fields: object) -> rollout_pb2.PredictPlan:
 
 
 async def test_defaults_steps_and_what_the_caller_is_told() -> None:
-    async with gateway() as (g, rollout), models.serving(models.Model("1.0.0")) as address:
+    features = Features()
+    async with gateway(features=features) as (g, rollout), models.serving(models.Model("1.0.0")) as address:
         made = arm("1.0.0", address)
         made.predict.CopyFrom(
             plan(defaults={"b": 10.0}, post=[{"threshold": {"value": 12}}, {"labels": {"names": ["no", "yes"]}}])
@@ -125,6 +126,17 @@ async def test_defaults_steps_and_what_the_caller_is_told() -> None:
         assert not hidden.model_outputs
         seen = {p.prediction_id: p for p in await on_the_bus(g, 3)}[hidden.prediction_id]
         assert (list(seen.outputs), list(seen.answered_places)) == ([3.0], [0])
+        assert (hidden.max_feature_age_ms, list(seen.feature_ages)) == (7, [])
+
+        features.ages_ms = [5, -1, 0]
+        asked = request(a=1.0)
+        quiet = await g.predictions.Predict(asked, timeout=10)
+        asked.with_feature_ages = True
+        told = await g.predictions.Predict(asked, timeout=10)
+        assert (quiet.max_feature_age_ms, list(quiet.feature_ages)) == (5, [])
+        assert [(one.view, one.age_ms) for one in told.feature_ages] == [("view0", 5), ("view2", 0)]
+        logged = {p.prediction_id: p for p in await on_the_bus(g, 5)}
+        assert all(list(logged[a.prediction_id].feature_ages) == list(told.feature_ages) for a in (quiet, told))
 
 
 def rules(**fields: object) -> common_pb2.ValueRules:

@@ -4,6 +4,7 @@ import functools
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,7 +18,7 @@ from millrace_kit.errors import InvalidArgumentError
 from millrace_feature.float_parts import VectorTable
 from millrace_feature.plan import Definitions, ServicePlan, ValueType
 from millrace_feature.rows import Scalar
-from millrace_feature.serving import Entity, Vector, Vectors
+from millrace_feature.serving import Entity, Vector, Vectors, ViewAges
 from millrace_feature.store import Followed
 from millrace_feature.training import Labels
 from millrace_feature.wire_format import sized, varint
@@ -96,18 +97,30 @@ def to_value(scalar: Scalar) -> common_pb2.Value:
     return common_pb2.Value()
 
 
+@dataclass(frozen=True, slots=True)
+class Aged:
+    """How old the values of each view are."""
+
+    views: tuple[str, ...]
+    ages_ms: ViewAges
+
+
 def rows_in_bounds(rows: Sequence[feature_pb2.EntityRow]) -> None:
     """Raises InvalidArgumentError unless there are 1 to 1000 rows."""
     if not 1 <= len(rows) <= MAX_ROWS:
         raise InvalidArgumentError("rows", f"needs 1 to {MAX_ROWS} rows, not {len(rows)}")
 
 
-def to_answer(features: tuple[str, ...], vectors: Vectors, digest: str, cache_age_ms: int) -> bytes:
+def to_answer(
+    features: tuple[str, ...], vectors: Vectors, digest: str, cache_age_ms: int, aged: Aged | None = None
+) -> bytes:
     """The bytes of a `GetOnlineFeaturesResponse`, written without making one: that costs as much as the read."""
-    out = [
-        _names(features),
-        *([_table(vectors)] if isinstance(vectors, VectorTable) else _rows(vectors, len(features))),
-    ]
+    out = [_names(features)]
+    if aged is not None:
+        out += _aged_rows(vectors, len(features), aged.ages_ms)
+        out.append(_view_names(aged.views))
+    else:
+        out += [_table(vectors)] if isinstance(vectors, VectorTable) else _rows(vectors, len(features))
     out.append(sized(b"\x1a", digest.encode()))
     if cache_age_ms:
         out.append(b"\x20" + varint(cache_age_ms))
@@ -125,6 +138,30 @@ def _rows(vectors: Sequence[Vector], count: int) -> list[bytes]:
             content += b"\x18" + varint(vector.max_age_ms)
         out.append(sized(b"\x12", content))
     return out
+
+
+def _aged_rows(vectors: Vectors, count: int, ages_ms: ViewAges) -> list[bytes]:
+    out = []
+    head, marks = b"\x0a" + varint(8 * count), b"\x12" + varint(count)
+    if isinstance(vectors, VectorTable):
+        rows = zip(vectors.values.astype("<f8", copy=False), vectors.marks, strict=True)
+        contents = [head + values.tobytes() + marks + statuses.tobytes() for values, statuses in rows]
+        oldest = [vectors.max_age_ms] * len(contents)
+    else:
+        pack = struct.Struct(f"<{count}d").pack
+        contents = [head + pack(*vector.values) + marks + bytes(vector.statuses) for vector in vectors]
+        oldest = [vector.max_age_ms for vector in vectors]
+    for content, age_ms, ages in zip(contents, oldest, ages_ms, strict=True):
+        tail = b"\x18" + varint(age_ms) if age_ms else b""
+        # As sint64: an age that may be -1 takes one byte then, not ten.
+        by_view = b"".join([varint(2 * age if age >= 0 else -2 * age - 1) for age in ages])
+        out.append(sized(b"\x12", content + tail + sized(b"\x22", by_view)))
+    return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _view_names(views: tuple[str, ...]) -> bytes:
+    return feature_pb2.GetOnlineFeaturesResponse(view_names=views).SerializeToString()
 
 
 def _table(table: VectorTable) -> bytes:

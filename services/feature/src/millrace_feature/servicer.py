@@ -16,6 +16,7 @@ from millrace_feature.catalog import Catalog
 from millrace_feature.consistency.log import ConsistencyLog
 from millrace_feature.consistency.messages import to_response
 from millrace_feature.convert import (
+    Aged,
     RowReader,
     optional_us,
     rows_in_bounds,
@@ -107,9 +108,12 @@ class FeatureServicer(feature_pb2_grpc.FeatureServiceServicer):
         wanted = check.sha256(request.definitions_hash, "definitions_hash") if request.definitions_hash else ""
         ready = self._serving.service(name, wanted)
         service, entities = ready.service, ready.reader.read(request.rows)
-        vectors, age_ms = await self._serving.read_aged(service, entities, at_us, may_be_kept=given_us is None)
+        vectors, age_ms, ages_ms = await self._serving.read_aged(
+            service, entities, at_us, may_be_kept=given_us is None, by_view=request.with_view_ages
+        )
         _count(name, vectors)
-        return to_answer(service.plan.features, vectors, ready.digest, age_ms)
+        aged = Aged(service.view_names, ages_ms) if ages_ms is not None else None
+        return to_answer(service.plan.features, vectors, ready.digest, age_ms, aged)
 
     async def BuildTrainingSet(
         self, request: feature_pb2.BuildTrainingSetRequest, context: grpc.aio.ServicerContext

@@ -7,6 +7,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 from millrace_kit.errors import FailedPreconditionError, NotFoundError, UnavailableError
 
 from millrace_feature.cache import OnlineCache
@@ -48,6 +49,8 @@ class Part:
 
 Vectors = list[Vector] | VectorTable
 """One vector per row."""
+ViewAges = Sequence[Sequence[int]]
+"""Age of each row's values [rows, views] in milliseconds; -1 where a view gave none."""
 
 
 class _Source:
@@ -212,7 +215,17 @@ class CompiledService:
 
     def vectors(self, asks: Sequence[Ask], known: Answers, rows: Sequence[Entity], at_us: int) -> Vectors:
         """One vector per row, as known at `at_us` (microseconds since the epoch)."""
+        return self.vectors_of(self.parts(asks, known, rows, at_us), len(rows))
+
+    def aged_vectors(
+        self, asks: Sequence[Ask], known: Answers, rows: Sequence[Entity], at_us: int, *, by_view: bool
+    ) -> tuple[Vectors, ViewAges | None]:
+        """One vector per row, and with `by_view` how old each row's values are."""
         parts = self.parts(asks, known, rows, at_us)
+        return self.vectors_of(parts, len(rows)), self._ages_ms(parts, at_us) if by_view else None
+
+    def vectors_of(self, parts: Sequence[Part | FloatPart], rows: int) -> Vectors:
+        """One vector per row of what the sources and transforms gave."""
         stored = len(self._sources)
         age_ms = max((max(part.ages_us) for part in parts if part.ages_us), default=0) // 1000
         pieces = [parts[number] for number, _picker, _size in self._pieces]
@@ -221,7 +234,27 @@ class CompiledService:
         ]
         if len(arrays) == len(pieces):
             return VectorTable.of(arrays, age_ms, present=PRESENT, missing=MISSING, expired=EXPIRED)
-        return [self._vector(parts, stored, i, age_ms) for i in range(len(rows))]
+        return [self._vector(parts, stored, i, age_ms) for i in range(rows)]
+
+    @property
+    def view_names(self) -> tuple[str, ...]:
+        """Views that are read, by the names the service knows them by."""
+        return tuple(use.alias for use in self.plan.uses)
+
+    def _ages_ms(self, parts: Sequence[Part | FloatPart], at_us: int) -> ViewAges:
+        columns: list[list[int]] = []
+        for part in parts[: len(self._sources)]:
+            if isinstance(part, FloatPart):
+                columns.append(np.where(part.gone, -1, (at_us - part.instants) // 1000).tolist())
+            else:
+                gone = part.expired
+                columns.append(
+                    [
+                        -1 if time_us is None or row in gone else (at_us - time_us) // 1000
+                        for row, time_us in enumerate(part.times_us)
+                    ]
+                )
+        return list(zip(*columns, strict=True))
 
     def row_values(self, parts: Sequence[Part | FloatPart], row: int) -> Sequence[float]:
         """The vector of one row."""
@@ -357,21 +390,26 @@ class Serving(Generic[R]):
         return (await self.read_aged(service, rows, at_us, may_be_kept=False))[0]
 
     async def read_aged(
-        self, service: CompiledService, rows: Sequence[Entity], at_us: int, *, may_be_kept: bool
-    ) -> tuple[Vectors, int]:
-        """(one vector per row, age in milliseconds of the oldest kept answer used; 0 where all came from the store).
+        self, service: CompiledService, rows: Sequence[Entity], at_us: int, *, may_be_kept: bool, by_view: bool = False
+    ) -> tuple[Vectors, int, ViewAges | None]:
+        """What was read, and how old it is.
+
+        Returns:
+            One vector per row; age in milliseconds of the oldest kept answer used, 0 where all came from the store; with `by_view` how
+            old each row's values are.
 
         Raises:
             FailedPreconditionError, UnavailableError: see `fetched`.
         """
         asks, known, age_ms = await self.fetched(service, rows, at_us, may_be_kept=may_be_kept)
+        make = partial(service.aged_vectors, by_view=by_view)
         if len(rows) <= service.rows_on_loop:
-            vectors = service.vectors(asks, known, rows, at_us)
+            vectors, by_view_ms = make(asks, known, rows, at_us)
         else:
-            vectors = await asyncio.to_thread(service.vectors, asks, known, rows, at_us)
+            vectors, by_view_ms = await asyncio.to_thread(make, asks, known, rows, at_us)
         if not age_ms:  # what was kept may lawfully differ from the lake
             self.note(service, rows, at_us, partial(_values, vectors))
-        return vectors, age_ms
+        return vectors, age_ms, by_view_ms
 
     def note(
         self, service: CompiledService, rows: Sequence[Entity], at_us: int, values_of: Callable[[int], Sequence[float]]

@@ -42,6 +42,7 @@ class _Found:
     names: Sequence[str]
     vector: feature_pb2.FeatureVector
     definitions_hash: str
+    views: Sequence[str]
 
 
 class FeatureReads:
@@ -89,7 +90,14 @@ class FeatureReads:
             for name, status in zip(found.names, vector.statuses, strict=False)
             if status == feature_pb2.FEATURE_STATUS_EXPIRED
         )
-        return Vector(values, vector.max_age_ms, found.definitions_hash, expired)
+        ages = [
+            common_pb2.FeatureAge(view=view, age_ms=age_ms)
+            for view, age_ms in zip(found.views, vector.view_ages_ms, strict=False)
+            if age_ms >= 0
+        ]
+        # The call's own figure is of all its rows, among them those of other callers.
+        oldest_ms = max((one.age_ms for one in ages), default=0) if found.views else vector.max_age_ms
+        return Vector(values, oldest_ms, found.definitions_hash, expired, tuple(ages))
 
     def _send(self) -> None:
         """Ask for the oldest group, or leave the place to whoever comes next."""
@@ -132,13 +140,13 @@ class FeatureReads:
                 _settle(one, error=error)
             return
         for one, vector in zip(taken, response.vectors, strict=True):
-            _settle(one, _Found(response.feature_names, vector, response.definitions_hash))
+            _settle(one, _Found(response.feature_names, vector, response.definitions_hash, response.view_names))
 
 
 def _request(group: _Group, rows: Sequence[Inputs]) -> feature_pb2.GetOnlineFeaturesRequest:
     service, event_time = group
     request = feature_pb2.GetOnlineFeaturesRequest(
-        feature_service=service, rows=[feature_pb2.EntityRow(values=row) for row in rows]
+        feature_service=service, rows=[feature_pb2.EntityRow(values=row) for row in rows], with_view_ages=True
     )
     if event_time:
         request.event_time.ParseFromString(event_time)

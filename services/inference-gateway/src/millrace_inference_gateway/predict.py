@@ -28,6 +28,8 @@ class Vector:
     definitions_hash: str = ""
     expired: frozenset[str] = frozenset()
     """Features whose value is too old to be used."""
+    ages: tuple[common_pb2.FeatureAge, ...] = ()
+    """By view, those that gave a value; empty where the feature service does not say."""
 
     def missing(self, names: Sequence[str]) -> list[str]:
         """Names of the features without a value."""

@@ -230,6 +230,7 @@ class Predictor:
             client=row.caller.client,
             pinned=row.caller.pinned,
             findings=row.findings,
+            feature_ages=row.vector.ages,
         )
         self._written(prediction, row.request)
         missing = row.vector.missing(route.feature_names)
@@ -246,6 +247,7 @@ class Predictor:
             defaulted_features=row.defaulted,
             expired_features=[name for name in missing if name in row.vector.expired],
             max_feature_age_ms=row.vector.max_age_ms,
+            feature_ages=row.vector.ages if row.request.with_feature_ages else (),
             findings=row.findings,
         )
         if row.caller.may_share(route) and (key := self._cache.key(route, row.request)) is not None:
@@ -270,6 +272,10 @@ class Predictor:
         prediction.client = caller.client
         prediction.subject, prediction.trace_id = request.subject, current_trace_id()
         prediction.cached = response.cached = True
+        # Whoever asked first may have wanted them, or not.
+        del response.feature_ages[:]
+        if request.with_feature_ages:
+            response.feature_ages.extend(prediction.feature_ages)
         response.cache_age_ms = round((started - kept.at_s) * 1000)
         prediction.latency_ms = (self._clock.monotonic() - started) * 1000
         self._written(prediction, request)
@@ -297,7 +303,11 @@ class Predictor:
 
 def _single(model: str, row: prediction_pb2.PredictRow) -> prediction_pb2.PredictRequest:
     request = prediction_pb2.PredictRequest(
-        model=model, inputs=row.inputs, subject=row.subject, sticky_key=row.sticky_key
+        model=model,
+        inputs=row.inputs,
+        subject=row.subject,
+        sticky_key=row.sticky_key,
+        with_feature_ages=row.with_feature_ages,
     )
     if row.HasField("event_time"):
         request.event_time.CopyFrom(row.event_time)
