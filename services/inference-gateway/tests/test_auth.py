@@ -36,18 +36,21 @@ async def code(g, **metadata: str) -> grpc.StatusCode:
 class Issuer:
     """Signs tokens (ES256)."""
 
-    def __init__(self, name: str = "https://issuer.example") -> None:
+    def __init__(self, name: str = "https://issuer.example", kid: str = "1") -> None:
         self.name = name
+        self.kid = kid
         self.key = ec.generate_private_key(ec.SECP256R1())
 
     def jwks(self) -> str:
         numbers = self.key.public_key().public_numbers()
         point = {axis: _b64(getattr(numbers, axis).to_bytes(32, "big")) for axis in ("x", "y")}
-        return json.dumps({"keys": [{"kty": "EC", "crv": "P-256", "alg": "ES256", "use": "sig", "kid": "1", **point}]})
+        return json.dumps(
+            {"keys": [{"kty": "EC", "crv": "P-256", "alg": "ES256", "use": "sig", "kid": self.kid, **point}]}
+        )
 
     def token(self, **claims: object) -> str:
         given = {"iss": self.name, "aud": "millrace", "sub": "an-app", "exp": int(time.time()) + 600} | claims
-        text = ".".join(_b64(json.dumps(part).encode()) for part in ({"alg": "ES256", "kid": "1"}, given))
+        text = ".".join(_b64(json.dumps(part).encode()) for part in ({"alg": "ES256", "kid": self.kid}, given))
         r, s = decode_dss_signature(self.key.sign(text.encode(), ec.ECDSA(hashes.SHA256())))
         return f"Bearer {text}.{_b64(r.to_bytes(32, 'big') + s.to_bytes(32, 'big'))}"
 

@@ -17,7 +17,7 @@ from millrace_inference_gateway.figures import Figures
 from millrace_inference_gateway.latency_weights import LatencyWeights
 from millrace_inference_gateway.ledger import instance_key
 from millrace_inference_gateway.prediction_log import PredictionLog
-from millrace_inference_gateway.refusals import count_refusal, is_low, read_refusal
+from millrace_inference_gateway.refusals import count_refusal, has_unknown_key, is_low, read_refusal
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class AccessLogReceiver:
         *,
         limits: ConcurrencyLimits,
         models: Callable[[], Container[str]],
+        unknown_key: Callable[[], None] = lambda: None,
     ) -> None:
         self._figures = figures
         self._log = log_
@@ -43,6 +44,7 @@ class AccessLogReceiver:
         self._weights = weights
         self._limits = limits
         self._models = models
+        self._unknown_key = unknown_key
         self._closing = asyncio.Event()
 
     async def watch_stop(self, stop: asyncio.Event) -> None:
@@ -92,6 +94,8 @@ class AccessLogReceiver:
             if (refusal := read_refusal(entry)) is not None:
                 if path != MIRROR_LISTENER:
                     count_refusal(refusal, self._models)
+                if has_unknown_key(entry):
+                    self._unknown_key()
                 continue
             try:
                 call = read_entry(entry)

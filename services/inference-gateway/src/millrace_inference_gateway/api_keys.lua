@@ -3,6 +3,7 @@
 local HASHES = {{{hashes}}}
 local HEADER = "{header}"
 local JWT = {jwt}
+local CLAIM = "{claim}"
 local OPEN = "/grpc.health.v1.Health/"
 local HTTP_OPEN = "/v2/health/"
 -- Keys proven lately, so that a caller's key is hashed once a worker.
@@ -76,6 +77,19 @@ local function client_of(key)
   return name
 end
 
+-- The client's name in a token's payload; nil for none, who is nobody then.
+local function claim_of(payload)
+  local value = payload[CLAIM]
+  if value == nil then
+    value = payload
+    for name in string.gmatch(CLAIM, "[^.]+") do
+      if type(value) ~= "table" then return "" end
+      value = value[name]
+    end
+  end
+  return (type(value) == "string" or type(value) == "number") and tostring(value) or ""
+end
+
 function envoy_on_request(handle)
   local headers = handle:headers()
   local path = headers:get(":path") or ""
@@ -87,16 +101,17 @@ function envoy_on_request(handle)
   if name == nil and JWT and key == nil then
     local found = handle:streamInfo():dynamicMetadata():get("envoy.filters.http.jwt_authn")
     local payload = found ~= nil and found["jwt"] or nil
-    if payload ~= nil then name = tostring(payload["sub"] or "") end
+    if payload ~= nil then name = claim_of(payload) end
   end
   if name == nil then
     local text = key == nil and HEADER .. ": an API key is needed" or HEADER .. ": the API key is not known"
     local kind = headers:get("content-type") or ""
     if string.sub(kind, 1, 16) ~= "application/grpc" then
-      return handle:respond({{[":status"] = "401", ["content-type"] = "application/json"}}, '{{"error":"' .. text .. '"}}')
+      return handle:respond({{[":status"] = "401", ["content-type"] = "application/json", ["x-millrace-refused"] = "api_key"}}, '{{"error":"' .. text .. '"}}')
     end
     return handle:respond({{
-      [":status"] = "200", ["content-type"] = "application/grpc", ["grpc-status"] = "16", ["grpc-message"] = text
+      [":status"] = "200", ["content-type"] = "application/grpc", ["grpc-status"] = "16", ["grpc-message"] = text,
+      ["x-millrace-refused"] = "api_key"
     }}, nil)
   end
   headers:replace("x-millrace-client", name)

@@ -33,6 +33,7 @@ from millrace_inference_gateway.latency_weights import LatencyWeights
 from millrace_inference_gateway.ledger import Ledger
 from millrace_inference_gateway.metrics import FiguresCollector, LimitsCollector, RoutesCollector
 from millrace_inference_gateway.model_lines import ModelLines
+from millrace_inference_gateway.oidc import IssuerKeys
 from millrace_inference_gateway.prediction_log import PredictionLog
 from millrace_inference_gateway.predictor import Predictor
 from millrace_inference_gateway.publisher import Publisher
@@ -97,7 +98,16 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
         lambda: (applier.in_force or RouteTable()).arms,
         lambda values: write_limits(files, dict(values)),
     )
-    receiver = AccessLogReceiver(figures, log, answers, weights, limits=limits, models=lambda: applier.table.routes)
+    issuer = IssuerKeys(settings.auth.jwt, files, clock) if settings.auth.jwt and settings.auth.jwt.oidc else None
+    receiver = AccessLogReceiver(
+        figures,
+        log,
+        answers,
+        weights,
+        limits=limits,
+        models=lambda: applier.table.routes,
+        unknown_key=issuer.unknown_key if issuer else lambda: None,
+    )
     ledger = Ledger(settings.ledger, log)
     collectors = (
         FiguresCollector(figures),
@@ -155,6 +165,7 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
         grpc_services=GRPC_SERVICES,
         workers=[
             *following,
+            *([Worker("issuer", issuer.run)] if issuer else ()),
             Worker("auth", lambda stop: watch_auth(files, settings.auth, stop)),
             Worker("routes", applier.run),
             Worker("route-watch", watch.run),

@@ -18,6 +18,8 @@ from millrace_inference_gateway.routes import ANYBODY, Route
 
 ACCESS_FILTER = "millrace.access"
 CLIENT_HEADER = "x-millrace-client"
+# What a token says of its client's groups, each between commas; and how a caller's name means one.
+GROUPS_HEADER, GROUP = "x-millrace-groups", "group:"
 
 
 def access_filter() -> hcm_pb2.HttpFilter:
@@ -41,12 +43,12 @@ def access_options(route: Route, *, pinned: bool) -> dict[str, Any]:
 
 
 def _one_of(names: Sequence[str]) -> rbac_pb2.Principal:
-    found = [
-        rbac_pb2.Principal(
-            header=route_components_pb2.HeaderMatcher(
-                name=CLIENT_HEADER, string_match=string_pb2.StringMatcher(exact=name)
-            )
-        )
-        for name in names
-    ]
-    return rbac_pb2.Principal(or_ids=rbac_pb2.Principal.Set(ids=found))
+    return rbac_pb2.Principal(or_ids=rbac_pb2.Principal.Set(ids=[_caller(name) for name in names]))
+
+
+def _caller(name: str) -> rbac_pb2.Principal:
+    if name.startswith(GROUP):
+        header, match = GROUPS_HEADER, string_pb2.StringMatcher(contains=f",{name.removeprefix(GROUP)},")
+    else:
+        header, match = CLIENT_HEADER, string_pb2.StringMatcher(exact=name)
+    return rbac_pb2.Principal(header=route_components_pb2.HeaderMatcher(name=header, string_match=match))

@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import re
+import time
 from importlib import resources
 from pathlib import Path
 
@@ -23,11 +24,12 @@ from millrace_inference_gateway.envoy_access import CLIENT_HEADER
 from millrace_inference_gateway.envoy_clusters import file_source, packed
 from millrace_inference_gateway.envoy_files import EnvoyFiles, write_resources
 from millrace_inference_gateway.envoy_limits import all_clients_limit, each_client_limit
+from millrace_inference_gateway.oidc import kept_keys
 from millrace_inference_gateway.settings import AuthSettings, JwtSettings
 
 log = logging.getLogger(__name__)
 
-API_KEYS, JWT = "millrace.api_keys", "millrace.jwt"
+API_KEYS, JWT, GROUPS = "millrace.api_keys", "millrace.jwt", "millrace.groups"
 LUA = "type.googleapis.com/envoy.extensions.filters.http.lua.v3.Lua"
 JWT_AUTHENTICATION = "type.googleapis.com/envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication"
 # Health checks, which are for everybody.
@@ -70,7 +72,9 @@ def write_auth(files: EnvoyFiles, auth: AuthSettings) -> None:
     if auth.api_keys_file:
         _write(files, API_KEYS, _key_filter(read_keys(Path(auth.api_keys_file)), auth))
     if auth.jwt is not None:
-        _write(files, JWT, _jwt_filter(auth.jwt, optional=bool(auth.api_keys_file)))
+        optional = bool(auth.api_keys_file)
+        keys = _issuer_keys(files, auth.jwt)
+        _write(files, JWT, _no_keys(optional) if keys is None else _jwt_filter(auth.jwt, keys, optional=optional))
 
 
 def auth_filters(files: EnvoyFiles, auth: AuthSettings) -> list[hcm_pb2.HttpFilter]:
@@ -79,7 +83,11 @@ def auth_filters(files: EnvoyFiles, auth: AuthSettings) -> list[hcm_pb2.HttpFilt
     if auth.calls_per_s:
         filters.append(all_clients_limit(auth))
     if auth.jwt is not None:
-        filters.append(_discovered(files, JWT, JWT_AUTHENTICATION))
+        # A script stands there while the issuer's keys are not known.
+        filters.append(_discovered(files, JWT, JWT_AUTHENTICATION, LUA))
+        if auth.jwt.groups_claim:
+            groups = _script("groups.lua", claim=auth.jwt.groups_claim)
+            filters.append(hcm_pb2.HttpFilter(name=GROUPS, typed_config=packed(groups)))
     if auth.api_keys_file:
         filters.append(_discovered(files, API_KEYS, LUA))
     if auth.each_client is not None or auth.clients:
@@ -116,34 +124,53 @@ def _write(files: EnvoyFiles, name: str, message: Message) -> None:
     write_resources(files.secret(name), [extension])
 
 
-def _discovered(files: EnvoyFiles, name: str, kind: str) -> hcm_pb2.HttpFilter:
+def _discovered(files: EnvoyFiles, name: str, *kinds: str) -> hcm_pb2.HttpFilter:
     source = config_source_pb2.ExtensionConfigSource(
-        config_source=file_source(str(files.secret(name))), type_urls=[kind]
+        config_source=file_source(str(files.secret(name))), type_urls=kinds
     )
     return hcm_pb2.HttpFilter(name=name, config_discovery=source)
 
 
 def _key_filter(keys: dict[str, str], auth: AuthSettings) -> lua_pb2.Lua:
-    source = resources.files(__package__).joinpath("api_keys.lua").read_text(encoding="utf-8")
     hashes = ", ".join(f'["{digest}"] = "{name}"' for digest, name in sorted(keys.items()))
-    code = source.format(hashes=hashes, header=auth.api_key_header, jwt="true" if auth.jwt is not None else "false")
-    return lua_pb2.Lua(default_source_code=base_pb2.DataSource(inline_string=code))
+    claim = auth.jwt.client_claim if auth.jwt is not None else ""
+    return _script("api_keys.lua", hashes=hashes, header=auth.api_key_header, jwt=_lua(bool(claim)), claim=claim)
 
 
-def _jwt_filter(jwt: JwtSettings, *, optional: bool) -> jwt_pb2.JwtAuthentication:
+def _no_keys(optional: bool) -> lua_pb2.Lua:
+    return _script("no_keys.lua", api_keys=_lua(optional))
+
+
+def _script(name: str, **values: str) -> lua_pb2.Lua:
+    source = resources.files(__package__).joinpath(name).read_text(encoding="utf-8").format(**values)
+    return lua_pb2.Lua(default_source_code=base_pb2.DataSource(inline_string=source))
+
+
+def _lua(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _issuer_keys(files: EnvoyFiles, jwt: JwtSettings) -> str | None:
+    """The issuer's key set; None when it is to be asked and was not, or not lately."""
+    if jwt.oidc is not None:
+        return kept_keys(files, jwt, time.time())
     path = Path(jwt.jwks_file)
     keys = _text(path)
     try:
         json.loads(keys)["keys"]
     except (ValueError, KeyError, TypeError) as error:
         raise AuthFileError(f"{path}: is no JSON Web Key Set") from error
+    return keys
+
+
+def _jwt_filter(jwt: JwtSettings, keys: str, *, optional: bool) -> jwt_pb2.JwtAuthentication:
     provider = jwt_pb2.JwtProvider(
         issuer=jwt.issuer,
         audiences=jwt.audiences,
         require_expiration=True,
         local_jwks=base_pb2.DataSource(inline_string=keys),
         payload_in_metadata="jwt",
-        claim_to_headers=[jwt_pb2.JwtClaimToHeader(header_name=CLIENT_HEADER, claim_name="sub")],
+        claim_to_headers=[jwt_pb2.JwtClaimToHeader(header_name=CLIENT_HEADER, claim_name=jwt.client_claim)],
         clear_route_cache=True,
     )
     needed = jwt_pb2.JwtRequirement(provider_name="clients")

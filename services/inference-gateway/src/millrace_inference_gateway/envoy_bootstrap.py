@@ -29,7 +29,7 @@ from google.protobuf.message import Message
 from google.protobuf.wrappers_pb2 import BoolValue, UInt32Value
 
 from millrace_inference_gateway.access_log import JSON_BYTES_HEADER
-from millrace_inference_gateway.envoy_access import CLIENT_HEADER, access_filter
+from millrace_inference_gateway.envoy_access import CLIENT_HEADER, GROUPS_HEADER, access_filter
 from millrace_inference_gateway.envoy_actions import LUA_FILTER, PRIORITY_HEADER, header
 from millrace_inference_gateway.envoy_auth import auth_filters
 from millrace_inference_gateway.envoy_clusters import (
@@ -56,6 +56,7 @@ from millrace_inference_gateway.envoy_shedding import add_limits, shedding_answe
 from millrace_inference_gateway.envoy_stats import stats_manager
 from millrace_inference_gateway.envoy_tls import transport_socket
 from millrace_inference_gateway.openapi import PREDICTION_SERVICE, transcoding_descriptors
+from millrace_inference_gateway.refusals import REFUSED_HEADER
 from millrace_inference_gateway.settings import GatewaySettings, split_address
 
 PUBLIC, INNER = "v2", "predict"
@@ -137,7 +138,7 @@ def _public(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> list
 
 def _own_headers(settings: GatewaySettings) -> list[mutation_rules_pb2.HeaderMutation]:
     """What clients may not say of themselves: an id of a prediction (two calls may carry the same one), and who they are."""
-    found = [mutation_rules_pb2.HeaderMutation(remove=name) for name in ("x-request-id", CLIENT_HEADER)]
+    found = [mutation_rules_pb2.HeaderMutation(remove=name) for name in ("x-request-id", CLIENT_HEADER, GROUPS_HEADER)]
     if settings.public_tls.mode == "mutual":
         # A certificate without such a name says nothing, and the one before stays.
         names = ("%DOWNSTREAM_PEER_URI_SAN%", "%DOWNSTREAM_PEER_DNS_SAN%")
@@ -260,6 +261,7 @@ def _access_logs(name: str, settings: GatewaySettings) -> list[accesslog_pb2.Acc
             "grpc-status",
             "x-millrace-version",
             "x-millrace-digest",
+            REFUSED_HEADER,
             JSON_BYTES_HEADER,
             "content-encoding",
         ],

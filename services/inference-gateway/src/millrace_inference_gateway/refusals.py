@@ -14,10 +14,12 @@ from millrace_inference_gateway.envoy_actions import LOW, PRIORITY_HEADER
 
 REFUSED = Counter(
     "millrace_gateway_refused_total",
-    "Calls turned away by the gateway: version_full, gateway_full, rate_limit, token, api_key, not_permitted.",
+    "Calls turned away by the gateway: version_full, gateway_full, rate_limit, token, no_keys, api_key, not_permitted.",
     ["model", "reason", "priority"],
 )
-_HTTP_UNAUTHORIZED, _UNAUTHENTICATED = 401, "16"
+REFUSED_HEADER = "x-millrace-refused"
+"""In which Envoy's scripts say why they turn a call away."""
+_SCRIPT_REASONS = frozenset({"api_key", "no_keys"})
 _HTTP_MODELS = "/v2/models/"
 
 
@@ -30,6 +32,12 @@ class Refusal:
     reason: str
     low: bool
     """Whether the call was of low priority."""
+
+
+def has_unknown_key(entry: accesslog_pb2.HTTPAccessLogEntry) -> bool:
+    """Whether the call had a token whose key is not known: the issuer may have a new one."""
+    details = entry.response.response_code_details
+    return details.startswith("jwt_authn_access_denied") and "kid" in details
 
 
 def is_low(entry: accesslog_pb2.HTTPAccessLogEntry) -> bool:
@@ -66,9 +74,5 @@ def _reason(entry: accesslog_pb2.HTTPAccessLogEntry) -> str:
         return "token"
     if details.startswith("rbac_access_denied"):
         return "not_permitted"
-    status = entry.response.response_headers.get("grpc-status", "")
-    if details == "lua_response" and (
-        status == _UNAUTHENTICATED or entry.response.response_code.value == _HTTP_UNAUTHORIZED
-    ):
-        return "api_key"
-    return ""
+    said = str(entry.response.response_headers.get(REFUSED_HEADER, ""))
+    return said if details == "lua_response" and said in _SCRIPT_REASONS else ""

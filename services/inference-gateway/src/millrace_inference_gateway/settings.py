@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 # A Unix socket's path has 108 bytes in Linux, one of them the final zero.
 MAX_SOCKET_PATH_BYTES = 107
 MAX_CLIENT_LIMITS = 1000
+# The name of a claim, or the way to it.
+_CLAIM = r"^[A-Za-z0-9_:/.-]{1,128}$"
 # A DNS label, or a reference that a check away from the cluster leaves as it stands.
 _LABEL_OR_REFERENCE = r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?|\$\{env:[A-Z0-9_]+\})$"
 
@@ -165,6 +167,21 @@ class PublicTlsSettings(Settings):
         return self
 
 
+class OidcSettings(Settings):
+    """Find the issuer's keys by its discovery document (`<issuer>/.well-known/openid-configuration`)."""
+
+    ca_file: str = ""
+    """Authority of the issuer's certificate, PEM; empty takes the system's."""
+    timeout_s: float = Field(default=5.0, gt=0, le=60)
+    """Longest wait for the document and the keys together."""
+    refresh_s: float = Field(default=300.0, ge=1, le=86_400)
+    """How often they are fetched anew; at once when a token comes whose key is not known."""
+    retry_s: float = Field(default=5.0, ge=0.1, le=3600)
+    """Least time between two fetches, and the wait after a failure."""
+    max_age_s: float = Field(default=86_400.0, ge=1, le=31_536_000)
+    """How long keys are used while the issuer is away; after it nobody with a token is let in."""
+
+
 class JwtSettings(Settings):
     """Callers that bring a JWT (`authorization: Bearer …`)."""
 
@@ -172,8 +189,22 @@ class JwtSettings(Settings):
     """`iss` the token must have."""
     audiences: tuple[str, ...] = ()
     """`aud` of which the token must have one; empty takes any."""
-    jwks_file: str = Field(min_length=1)
-    """JSON Web Key Set of the issuer; read again when it changes."""
+    jwks_file: str = ""
+    """JSON Web Key Set of the issuer; read again when it changes. Either this or `oidc`."""
+    oidc: OidcSettings | None = None
+    """Ask the issuer for its keys."""
+    client_claim: str = Field(default="sub", pattern=_CLAIM)
+    """Claim that is the client's name, for rights, limits and the prediction log; dots lead into objects."""
+    groups_claim: str = Field(default="", pattern=f"^$|{_CLAIM}")
+    """Claim with the client's groups, a list or names with spaces between; `group:<name>` among a model's callers or testers means them."""
+
+    @model_validator(mode="after")
+    def _keys(self) -> Self:
+        if bool(self.jwks_file) == (self.oidc is not None):
+            raise ValueError("jwks_file: either this or oidc is needed")
+        if self.oidc is not None and not self.issuer.startswith(("https://", "http://")):
+            raise ValueError("issuer: must be an address where oidc asks it")
+        return self
 
 
 class ClientLimit(Settings):
