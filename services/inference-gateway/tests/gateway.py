@@ -64,7 +64,15 @@ class Rollout(rollout_pb2_grpc.RolloutServiceServicer):
         self.seen: dict[str, str] = {}
         # By gateway: the generation it has, and when it said so.
         self.acknowledged: dict[str, tuple[int, float]] = {}
+        # Versions that the gateway asked to wake, and what happens then.
+        self.wakes: list[tuple[str, str]] = []
+        self.on_wake: Callable[[], None] = lambda: None
         self._changed = asyncio.Event()
+
+    async def WakeVersion(self, request, context):
+        self.wakes.append((request.model, request.version))
+        self.on_wake()
+        return rollout_pb2.WakeVersionResponse(asleep=True)
 
     def set(self, *models: rollout_pb2.ModelRoute) -> int:
         self.generation += 1

@@ -126,6 +126,9 @@ class _Gateway(prediction_pb2_grpc.GatewayServiceServicer):
             )
             figures.latency.add(le_ms=100, count=count - slow)
             figures.latency.add(le_ms=float("inf"), count=slow)
+        for route in self._peers.in_force.models:
+            for arm in route.arms if route.may_sleep else ():
+                answer.activity.add(model=route.model, version=arm.version, started=self._peers.requests[arm.version])
         return answer
 
     async def GetRequestSamples(self, request, context):

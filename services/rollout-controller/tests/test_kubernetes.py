@@ -338,6 +338,62 @@ async def test_autoscaling_leaves_the_number_to_the_autoscaler(world: World, pee
         await until(changed, what="a new template, and the autoscaler's number")
 
 
+async def test_a_version_without_requests_has_no_pods_until_the_next_call(
+    world: World, peers: Peers, tmp_path: Path
+) -> None:
+    scaling = {"replicas": 2, "autoscaling": {"minReplicas": 0, "maxReplicas": 4, "idleAfter": "1s"}}
+    name = "flight-delay-1-0-0"
+
+    async def pods() -> int:
+        return len([pod for pod in await world.list("pods") if not pod["metadata"].get("deletionTimestamp")])
+
+    async def asleep() -> bool:
+        return peers.in_force.models[0].arms[0].asleep and await pods() == 0
+
+    async def awake() -> bool:
+        arm = peers.in_force.models[0].arms[0]
+        return not arm.asleep and len(arm.endpoints) == 2
+
+    async with serving_one(world, peers, tmp_path, server=scaling) as address:
+        await until(asleep, what="asleep")
+        assert (await world.cluster.get(world.path("deployments", name)))["spec"]["replicas"] == 0
+        # It lets a Deployment of 0 replicas alone, so it may stay.
+        scaler = await world.get("horizontalpodautoscalers", name)
+        assert scaler is not None
+        assert scaler["spec"]["minReplicas"] == 2
+        status = await world.status()
+        conditions = {c["type"]: (c["status"], c["reason"]) for c in status["conditions"]}
+        assert conditions["Asleep"] == ("True", "Idle")
+        assert conditions["Ready"] == ("True", "Asleep")
+        async with grpc.aio.insecure_channel(address) as channel:
+            request = rollout_pb2.WakeVersionRequest(model="flight-delay", version="1.0.0")
+            # Two gateways at once.
+            stub = RolloutServiceStub(channel)
+            for answer in await asyncio.gather(stub.WakeVersion(request), stub.WakeVersion(request)):
+                assert answer.asleep
+            # Requests keep it awake.
+            busy = asyncio.create_task(_count_up(peers))
+            await until(awake, what="awake")
+            # From here on the number is the autoscaler's again.
+            await world.cluster.merge(f"{world.path('deployments', name)}/scale", {"spec": {"replicas": 3}})
+
+            async def three() -> bool:
+                return len(peers.in_force.models[0].arms[0].endpoints) == 3
+
+            await until(three, what="the autoscaler's third server")
+            assert not (await stub.WakeVersion(request)).asleep
+            busy.cancel()
+            with pytest.raises(grpc.aio.AioRpcError) as unknown:
+                await stub.WakeVersion(rollout_pb2.WakeVersionRequest(model="nobody", version="1.0.0"))
+            assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def _count_up(peers: Peers) -> None:
+    while True:
+        peers.requests["1.0.0"] += 1
+        await asyncio.sleep(0.1)
+
+
 async def test_pods_of_a_deployment_before_are_no_servers_of_the_next(
     world: World, peers: Peers, tmp_path: Path
 ) -> None:

@@ -117,7 +117,7 @@ class World:
         before = self.status.model_copy(deep=True)
         self.status, self.actions = reconcile(
             Item("flights", self.wanted, self.generation, self.deleting), self.status, self.observed(), self.evidence(),
-            self.now, limits=Limits(drain_s=5),
+            self.now, limits=Limits(drain_s=5), heard_all=self.heard_all,
         )  # fmt: skip
         self.check(before)
         self.do()
@@ -136,6 +136,11 @@ class World:
         }
         settled = self.in_force == self.published and self.published == self.status.route
         return Observed(self.registry, arms, settled, self.warm)
+
+    @property
+    def heard_all(self) -> bool:
+        """Whether every gateway told its activity."""
+        return False
 
     def evidence(self) -> Evidence:
         return Evidence(

@@ -15,6 +15,7 @@ from prometheus_client import REGISTRY
 from tritonclient.grpc import service_pb2_grpc
 
 from millrace_inference_gateway.access_log_receiver import AccessLogReceiver
+from millrace_inference_gateway.activity import Activity, activity
 from millrace_inference_gateway.answers import Answers
 from millrace_inference_gateway.applier import Applier
 from millrace_inference_gateway.call_door import CallDoor
@@ -26,6 +27,7 @@ from millrace_inference_gateway.envoy_control import EnvoyControl
 from millrace_inference_gateway.envoy_end import until_envoy_ends
 from millrace_inference_gateway.envoy_files import envoy_files
 from millrace_inference_gateway.envoy_shedding import write_limits
+from millrace_inference_gateway.envoy_wake import door_calls
 from millrace_inference_gateway.feature_reads import FeatureReads
 from millrace_inference_gateway.figures import Figures
 from millrace_inference_gateway.journal import Journal
@@ -48,6 +50,7 @@ from millrace_inference_gateway.shadow_pairs import ShadowPairs
 from millrace_inference_gateway.slice_watch import SliceWatch
 from millrace_inference_gateway.store import RouteStore, remembered
 from millrace_inference_gateway.upstream import Channels, ModelCaller
+from millrace_inference_gateway.waker import Waker, wake_methods
 from millrace_inference_gateway.zero_hop import ZeroHopServicer
 
 FEATURE_CHANNELS = 2
@@ -65,7 +68,8 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
     store, files = RouteStore(settings.folder), envoy_files(settings)
     source, following = _endpoint_source(settings, store, clock)
     weights = LatencyWeights()
-    applier = Applier(settings, EnvoyControl(files, admin, settings), store, source, clock, weights=weights)
+    control = EnvoyControl(files, admin, settings)
+    applier = Applier(settings, control, store, source, clock, weights=weights)
     rollout = open_channel(settings.rollout_address, tls=settings.tls)
     watch = RouteWatch(
         rollout,
@@ -138,9 +142,24 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
         door_methods(predictor),
         max_message_bytes=max_message_bytes,
         max_concurrent=settings.max_concurrent_rpcs,
-        default_deadline_s=settings.predict_timeout_s,
     )
-    gateway = GatewayServicer(figures, log, lambda: applier.in_force, clock, uuid7(), shadows=shadows, samples=samples)
+    waker = Waker(rollout, lambda: applier.in_force, control.healthy, clock, settings.wake)
+    wake_door = CallDoor(wake_methods(waker), max_message_bytes=0, max_concurrent=door_calls(settings.wake))
+    zero_hop = ZeroHopServicer(lambda: applier.in_force, settings.max_zero_hop_clients, waker.wake)
+
+    async def activity_now() -> list[Activity]:
+        return await activity(applier.in_force, admin.stats, waker.held, zero_hop.followers)
+
+    gateway = GatewayServicer(
+        figures,
+        log,
+        lambda: applier.in_force,
+        clock,
+        uuid7(),
+        shadows=shadows,
+        samples=samples,
+        activity=activity_now,
+    )
     server = ServerServicer(lambda: applier.in_force, version("millrace-inference-gateway"))
 
     def add(to: grpc.aio.Server) -> None:
@@ -151,10 +170,10 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(server, to)
         to.add_generic_rpc_handlers((receiver.handler(),))
         if settings.max_zero_hop_clients:
-            zero_hop = ZeroHopServicer(lambda: applier.in_force, settings.max_zero_hop_clients)
             ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(zero_hop, to)
 
     async def close_log() -> None:
+        waker.close()
         journal.close()
         for collector in collectors:
             REGISTRY.unregister(collector)
@@ -175,6 +194,7 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
             Worker("publisher", lambda stop: publisher.run(folder, stop)),
             Worker("ledger", ledger.run),
             Worker("door", lambda stop: door.run(settings.door_socket, stop, settings.drain_s)),
+            Worker("wake-door", lambda stop: wake_door.run(settings.wake_socket, stop, settings.drain_s)),
         ],
         closers=[close_log, bus.close, rollout.close, features.close, models.close],
         ready=watch.ready,

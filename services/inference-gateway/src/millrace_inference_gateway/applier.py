@@ -262,7 +262,7 @@ class Applier:
 
 def _joined(arm: Arm, old: Arm, healthy: Servers) -> Arm:
     """`arm`, with the servers it had when none of the servers it shall have is known to be healthy."""
-    if not arm.endpoints and arm.service:
+    if not arm.endpoints and arm.service and not arm.asleep:
         return arm
     if servers(arm.cluster, arm) & healthy:
         return arm

@@ -33,7 +33,8 @@ class DoorCall:
 
     message: bytes
     metadata: Mapping[bytes, bytes]
-    remaining_s: float
+    remaining_s: float | None
+    """What its deadline leaves; None without one."""
 
 
 Method = Callable[[DoorCall], Awaitable[bytes]]
@@ -42,13 +43,10 @@ Method = Callable[[DoorCall], Awaitable[bytes]]
 class CallDoor:
     """The door; `methods` are by path (`/package.Service/Method`), and get and give serialized messages."""
 
-    def __init__(
-        self, methods: Mapping[str, Method], *, max_message_bytes: int, max_concurrent: int, default_deadline_s: float
-    ) -> None:
+    def __init__(self, methods: Mapping[str, Method], *, max_message_bytes: int, max_concurrent: int) -> None:
         self._methods = {path.encode(): (path, method) for path, method in methods.items()}
         self.max_message_bytes = max_message_bytes
         self._max_concurrent = max_concurrent
-        self._default_deadline_s = default_deadline_s
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -87,7 +85,7 @@ class CallDoor:
                 with self._place():
                     message = unframed(body, headers.get(b"grpc-encoding", b"identity"), self.max_message_bytes)
                     left_s = timeout_s(headers.get(b"grpc-timeout", b""))
-                    answer = ok_answer(await method(DoorCall(message, headers, left_s or self._default_deadline_s)))
+                    answer = ok_answer(await method(DoorCall(message, headers, left_s)))
                 code = grpc.StatusCode.OK
             except asyncio.CancelledError:
                 self._seconds[name, grpc.StatusCode.CANCELLED].observe(time.perf_counter() - started)

@@ -6,6 +6,7 @@ from datetime import datetime
 from millrace_api.prediction.v1 import prediction_pb2
 from millrace_kit.errors import MillraceError
 
+from millrace_inference_gateway.activity import Activity
 from millrace_inference_gateway.figures import VersionCounts
 from millrace_inference_gateway.prediction_log import LogCounts
 from millrace_inference_gateway.shadow_figures import ShadowCounts, ShadowFigures
@@ -19,6 +20,7 @@ def figures_response(
     generation: int,
     *,
     shadows: ShadowFigures,
+    activity: Iterable[Activity] = (),
 ) -> prediction_pb2.GetFiguresResponse:
     """Everything the gateway counts."""
     response = prediction_pb2.GetFiguresResponse(
@@ -32,6 +34,8 @@ def figures_response(
             message.latency.add(le_ms=bound, count=count)
         for segment, shadow in shadows.of(model, version).items():
             message.shadow.append(_shadow(segment, shadow))
+    for one in activity:
+        response.activity.add(model=one.model, version=one.version, started=one.started, running=one.running)
     return response
 
 

@@ -40,7 +40,8 @@ def resolved(table: RouteTable, source: EndpointSource, weights: LatencyWeights 
     """`table` with the servers `source` knows, and their weights where latency makes them."""
     routes = {}
     for model, route in table.routes.items():
-        arms = tuple(replace(arm, endpoints=source.endpoints(arm)) for arm in route.arms)
+        # What is left of a version that fell asleep is on its way out.
+        arms = tuple(replace(arm, endpoints=() if arm.asleep else source.endpoints(arm)) for arm in route.arms)
         if weights is not None and route.balancing == "response_time":
             arms = tuple(weights.weighted(arm) for arm in arms)
         routes[model] = replace(route, arms=arms)

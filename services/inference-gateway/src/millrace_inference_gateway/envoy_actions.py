@@ -16,6 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from millrace_inference_gateway.envoy_access import access_options
 from millrace_inference_gateway.envoy_clusters import LOW_PRIORITY, duration, packed
+from millrace_inference_gateway.envoy_wake import wake_options
 from millrace_inference_gateway.routes import WEIGHT_UNITS, Arm, Route
 from millrace_inference_gateway.settings import GatewaySettings
 
@@ -86,10 +87,23 @@ class Target:
         return f"{PINNED}/" if self.pinned else ""
 
 
-def aim(message: RouteMessage, route: Route, only: Target | None, *, http: bool) -> None:
+def _allow_wait(action: route_components_pb2.RouteAction, wait_s: float) -> None:
+    """Deadlines that Envoy counts from the start of a call leave room for servers to start; the model call's own begins after that."""
+    action.idle_timeout.FromNanoseconds(action.idle_timeout.ToNanoseconds() + round(wait_s * 1e9))
+    if action.HasField("max_stream_duration"):
+        longest = action.max_stream_duration.grpc_timeout_header_max
+        longest.FromNanoseconds(longest.ToNanoseconds() + round(wait_s * 1e9))
+
+
+def aim(message: RouteMessage, route: Route, only: Target | None, settings: GatewaySettings, *, http: bool) -> None:
     """Send the calls of `message` to the route's arms by weight, or all to one; only of those who may."""
     for name, options in access_options(route, pinned=only is not None and only.pinned).items():
         message.typed_per_filter_config[name].CopyFrom(options)
+    arm = only.arm if only is not None else next((arm for arm in route.arms if arm.asleep and arm.weight), None)
+    if arm is not None and arm.asleep:
+        for name, options in wake_options(arm, http=http).items():
+            message.typed_per_filter_config[name].CopyFrom(options)
+        _allow_wait(message.route, settings.wake.max_wait_s)
     if only is None:
         message.route.weighted_clusters.CopyFrom(_split(route, http=http))
     else:

@@ -55,6 +55,7 @@ from millrace_inference_gateway.envoy_routes import ROUTES_NAME
 from millrace_inference_gateway.envoy_shedding import add_limits, shedding_answers
 from millrace_inference_gateway.envoy_stats import stats_manager
 from millrace_inference_gateway.envoy_tls import transport_socket
+from millrace_inference_gateway.envoy_wake import wake_cluster, wake_filter
 from millrace_inference_gateway.openapi import PREDICTION_SERVICE, transcoding_descriptors
 from millrace_inference_gateway.refusals import REFUSED_HEADER
 from millrace_inference_gateway.settings import GatewaySettings, split_address
@@ -84,6 +85,7 @@ def bootstrap(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> bo
     message.dynamic_resources.cds_config.CopyFrom(file_source(str(files.clusters)))
     message.static_resources.clusters.extend(own_clusters(str(settings.python_socket), settings.envoy))
     message.static_resources.clusters.append(door_cluster(str(settings.door_socket), settings.envoy))
+    message.static_resources.clusters.append(wake_cluster(str(settings.wake_socket), settings.wake))
     message.static_resources.listeners.extend([_public(settings, files, instance), _inner(settings, files)])
     message.static_resources.listeners.append(_mirror(settings, files))
     message.static_resources.clusters.append(mirror_cluster(str(settings.mirror_socket)))
@@ -101,6 +103,7 @@ def bootstrap(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> bo
 def _public(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> listener_pb2.Listener:
     host, port = split_address(settings.public_listen, "public_listen")
     manager = _manager(PUBLIC, settings, files)
+    manager.http_filters.insert(0, wake_filter(settings.wake))
     # HTTP/1.1 too, for REST and for V2 over HTTP.
     manager.codec_type = hcm_pb2.HttpConnectionManager.AUTO
     manager.access_log.append(_ledger(settings, instance))
@@ -161,6 +164,7 @@ def _translators() -> list[hcm_pb2.HttpFilter]:
 
 def _inner(settings: GatewaySettings, files: EnvoyFiles) -> listener_pb2.Listener:
     manager = _manager(INNER, settings, files)
+    manager.http_filters.insert(0, wake_filter(settings.wake))
     # Predict passes on who called; what that caller may is asked here.
     manager.http_filters.insert(0, access_filter())
     take_http1(manager)

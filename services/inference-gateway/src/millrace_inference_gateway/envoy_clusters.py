@@ -188,6 +188,8 @@ def arm_cluster(arm: Arm, route: Route, settings: EnvoySettings, endpoints_file:
             successful_active_health_check_uneject_host=BoolValue(value=True),
         )
     )
+    # By default Envoy's workers learn up to a second later than its admin page that a server is healthy.
+    cluster.common_lb_config.update_merge_window.CopyFrom(duration(0))
     if all(endpoint.is_ip for endpoint in arm.endpoints):
         cluster.type = cluster_pb2.Cluster.EDS
         cluster.eds_cluster_config.CopyFrom(

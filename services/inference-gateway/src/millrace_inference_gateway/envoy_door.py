@@ -28,6 +28,13 @@ def door_cluster(socket: str, settings: EnvoySettings) -> cluster_pb2.Cluster:
         max_pending_requests=UInt32Value(value=settings.max_pending_requests),
         max_requests=UInt32Value(value=settings.max_requests),
     )
+    return unix_http1_cluster(DOOR_CLUSTER, socket, limits)
+
+
+def unix_http1_cluster(
+    name: str, socket: str, limits: circuit_breaker_pb2.CircuitBreakers.Thresholds
+) -> cluster_pb2.Cluster:
+    """A door of the Python process: HTTP/1.1 with trailers at a Unix socket."""
     options = http_protocol_options_pb2.HttpProtocolOptions(
         explicit_http_config=http_protocol_options_pb2.HttpProtocolOptions.ExplicitHttpConfig(
             http_protocol_options=protocol_pb2.Http1ProtocolOptions(enable_trailers=True)
@@ -36,13 +43,13 @@ def door_cluster(socket: str, settings: EnvoySettings) -> cluster_pb2.Cluster:
     place = address_pb2.Address(pipe=address_pb2.Pipe(path=socket))
     endpoint = endpoint_components_pb2.LbEndpoint(endpoint=endpoint_components_pb2.Endpoint(address=place))
     return cluster_pb2.Cluster(
-        name=DOOR_CLUSTER,
+        name=name,
         type=cluster_pb2.Cluster.STATIC,
         connect_timeout=duration(CONNECT_TIMEOUT_S),
         circuit_breakers=circuit_breaker_pb2.CircuitBreakers(thresholds=[limits]),
         typed_extension_protocol_options={HTTP_OPTIONS: packed(options)},
         load_assignment=endpoint_pb2.ClusterLoadAssignment(
-            cluster_name=DOOR_CLUSTER,
+            cluster_name=name,
             endpoints=[endpoint_components_pb2.LocalityLbEndpoints(lb_endpoints=[endpoint])],
         ),
     )

@@ -57,7 +57,7 @@ def http_model_routes(route: Route, settings: GatewaySettings, only: Target | No
         if not settings.prediction_log.samples_payloads:
             for name, config in without_lua().items():
                 message.typed_per_filter_config[name].CopyFrom(config)
-        aim(message, route, only, http=True)
+        aim(message, route, only, settings, http=True)
         found += by_priority(message)
     return found
 

@@ -212,7 +212,7 @@ def _grpc_model_routes(route: Route, settings: GatewaySettings, only: Target | N
         )
         if not settings.prediction_log.samples_payloads:
             message.typed_per_filter_config[LUA_FILTER].CopyFrom(without_lua()[LUA_FILTER])
-        aim(message, route, only, http=False)
+        aim(message, route, only, settings, http=False)
         found += by_priority(message)
     return found
 

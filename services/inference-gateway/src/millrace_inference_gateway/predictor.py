@@ -113,7 +113,7 @@ class Predictor:
         findings = check_row(request, self._settings.max_inputs, route.checks(caller.version))
         if (known := self._known(route, request, caller)) is not None:
             return known
-        until = self._until(caller)
+        until = self._until(route, caller)
         row = await self._looked_up(route, request, caller, until, findings)
         (response,) = await self._answered(route, [row], until)
         return response
@@ -129,7 +129,7 @@ class Predictor:
         route = route_of(request.model, self._table())
         if not 1 <= len(request.rows) <= self._settings.max_batch_rows:
             raise InvalidArgumentError("rows", f"needs 1 to {self._settings.max_batch_rows} rows")
-        until = self._until(caller)
+        until = self._until(route, caller)
         results: dict[int, prediction_pb2.PredictResult] = {}
 
         async def look_up(index: int, message: prediction_pb2.PredictRow) -> _Row | None:
@@ -173,9 +173,16 @@ class Predictor:
             for start in range(0, len(indices), size):
                 yield indices[start : start + size]
 
-    def _until(self, caller: Caller) -> float:
-        budget_s = self._settings.predict_timeout_s if caller.remaining_s is None else caller.remaining_s
+    def _until(self, route: Route, caller: Caller) -> float:
+        budget_s = caller.remaining_s
+        if budget_s is None:
+            budget_s = self._settings.predict_timeout_s + self._wake_s(route, caller)
         return self._clock.monotonic() + budget_s
+
+    def _wake_s(self, route: Route, caller: Caller) -> float:
+        """How long the model call may be held, because the version it is for is asleep."""
+        asleep = any(arm.asleep for arm in route.arms) if caller.pinned or route.rules else route.asleep
+        return self._settings.wake.max_wait_s if asleep else 0.0
 
     async def _looked_up(
         self, route: Route, request: prediction_pb2.PredictRequest, caller: Caller, until: float, findings: Findings
@@ -194,7 +201,8 @@ class Predictor:
         return _Row(request, caller, started, vector, values, defaulted, [*findings, *more])
 
     async def _answered(self, route: Route, rows: Sequence[_Row], until: float) -> list[prediction_pb2.PredictResponse]:
-        left_s = max(_MIN_CALL_S, min(until - self._clock.monotonic(), route.timeout_ms / 1000))
+        longest_s = route.timeout_ms / 1000 + self._wake_s(route, rows[0].caller)
+        left_s = max(_MIN_CALL_S, min(until - self._clock.monotonic(), longest_s))
         prediction_id = self._new_id()
         body = request_bytes(self._head(route, len(rows)), [row.values for row in rows], route)
         answer = await self._models.infer(

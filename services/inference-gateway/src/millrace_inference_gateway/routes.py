@@ -97,6 +97,8 @@ class Arm:
     leaving: bool = False
     """On its way out or kept for a way back: known, without traffic, and no rule means it."""
     plan: Plan = NO_PLAN
+    asleep: bool = False
+    """It has no servers: calls are held until it has been woken."""
     checks: Checks = NO_CHECKS
     """What its values may be."""
     server_version: str = ""
@@ -145,6 +147,13 @@ class Route:
     """Who may choose a version; `*` is everybody who may call."""
     tensor: VectorTensor | None = None
     """What Predict fills; None where it cannot hold the features."""
+    may_sleep: bool = False
+    """Whether versions without requests are put to sleep, and the rollout controller has to know of all that are made."""
+
+    @property
+    def asleep(self) -> bool:
+        """Whether calls by weight may have to wait for servers."""
+        return any(arm.asleep and arm.weight for arm in self.arms)
 
     @property
     def plan(self) -> Plan:
@@ -234,6 +243,7 @@ def _check_route(message: rollout_pb2.ModelRoute, where: str) -> Route:
         callers=_check_names(message.callers, f"{where}.callers"),
         testers=_check_names(message.testers, f"{where}.testers"),
         tensor=tensor,
+        may_sleep=message.may_sleep,
     )
 
 
@@ -305,6 +315,7 @@ def _check_arms(message: rollout_pb2.ModelRoute, model: str, where: str) -> tupl
             raise InvalidArgumentError(f"{place}.server_version", "is no version of a model server")
         made = Arm(model, version, digest, candidate, weight, endpoints, service, mirror, leaving, plan)
         arms.append(replace(made, server_version=arm.server_version))
+    arms = [replace(a, asleep=True, endpoints=()) if m.asleep else a for a, m in zip(arms, message.arms, strict=True)]
     if sum(arm.mirror > 0 for arm in arms) > 1:
         raise InvalidArgumentError(f"{where}.arms", "name two versions that get copies")
     if len({arm.version for arm in arms}) < len(arms):

@@ -1,6 +1,6 @@
 """The gateway's RPCs: check, call, convert."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import grpc.aio
 from millrace_api.prediction.v1 import prediction_pb2, prediction_pb2_grpc
@@ -9,6 +9,7 @@ from millrace_kit.clock import Clock
 from millrace_kit.errors import InvalidArgumentError
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from millrace_inference_gateway.activity import Activity
 from millrace_inference_gateway.call_door import DoorCall, Method
 from millrace_inference_gateway.convert import figures_response
 from millrace_inference_gateway.figures import Figures
@@ -89,7 +90,9 @@ class GatewayServicer(prediction_pb2_grpc.GatewayServiceServicer):
         *,
         shadows: ShadowFigures,
         samples: RequestSamples,
+        activity: Callable[[], Awaitable[Sequence[Activity]]],
     ) -> None:
+        self._activity = activity
         self._shadows = shadows
         self._samples = samples
         self._figures = figures
@@ -111,6 +114,7 @@ class GatewayServicer(prediction_pb2_grpc.GatewayServiceServicer):
             self._log.counts,
             table.generation if table else 0,
             shadows=self._shadows,
+            activity=await self._activity(),
         )
 
     async def GetRequestSamples(

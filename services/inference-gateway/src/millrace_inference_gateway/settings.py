@@ -235,6 +235,18 @@ class AuthSettings(Settings):
     """Limits of single clients by name, in the place of `each_client`."""
 
 
+class WakeSettings(Settings):
+    """Calls of versions that were put to sleep (`server.autoscaling.minReplicas: 0`): they are held while servers start."""
+
+    max_held_calls: int = Field(default=256, ge=1, le=100_000)
+    """Calls of all such versions that wait at once; more get UNAVAILABLE (503) with `retry-after`. Envoy keeps a held call's message, so
+    this times `max_message_mib` is the most memory that they take."""
+    max_wait_s: float = Field(default=120.0, ge=1, le=3600)
+    """Longest wait of one call; then it gets UNAVAILABLE. A caller's own deadline ends it earlier, and the wake goes on."""
+    retry_after_s: int = Field(default=5, ge=1, le=3600)
+    """What refused calls are told to wait."""
+
+
 class GatewaySettings(ServiceSettings):
     """The gateway."""
 
@@ -285,6 +297,7 @@ class GatewaySettings(ServiceSettings):
     reconnect_s: float = Field(default=0.5, gt=0, le=60)
     """Wait before calling the rollout controller again; doubles up to ten times itself."""
     envoy: EnvoySettings = EnvoySettings()
+    wake: WakeSettings = WakeSettings()
     prediction_log: PredictionLogSettings = PredictionLogSettings()
 
     @property
@@ -313,6 +326,11 @@ class GatewaySettings(ServiceSettings):
         return self.folder / "mirror.sock"
 
     @property
+    def wake_socket(self) -> Path:
+        """Where Envoy asks for versions that are asleep."""
+        return self.folder / "wake.sock"
+
+    @property
     def python_socket(self) -> Path:
         """Where Envoy reaches the Python process: inside the pod, so without TLS even when `listen` has it."""
         return self.folder / "python.sock"
@@ -325,7 +343,7 @@ class GatewaySettings(ServiceSettings):
             # An address from the environment is not known yet when a file is only checked.
             if (text := str(getattr(self, name))) and "${" not in text:
                 split_address(text, name)
-        for path in (self.socket, self.python_socket, self.mirror_socket, self.door_socket):
+        for path in (self.socket, self.python_socket, self.mirror_socket, self.door_socket, self.wake_socket):
             if len(str(path).encode()) > MAX_SOCKET_PATH_BYTES:
                 raise ValueError(f"state_dir: {path} is longer than {MAX_SOCKET_PATH_BYTES} bytes")
         return self

@@ -3,7 +3,8 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 
 import grpc.aio
@@ -50,6 +51,12 @@ class _Client:
                 wanted.names, wanted.version = frozenset(request.resource_names), ""
                 self.asked.set()
 
+    @property
+    def models(self) -> frozenset[str]:
+        """The models it follows."""
+        found = self.subscriptions.get(LISTENER)
+        return found.names if found is not None else frozenset()
+
     def news(self, table: RouteTable) -> list[discovery_pb2.DiscoveryResponse]:
         """What it has not been sent yet; clusters before the routes that name them."""
         found = []
@@ -71,10 +78,28 @@ class _Client:
 class ZeroHopServicer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ignore[misc]
     """ADS; `in_force` gives the routes Envoy has, so that both ways change together."""
 
-    def __init__(self, in_force: Callable[[], RouteTable | None], max_clients: int) -> None:
+    def __init__(
+        self, in_force: Callable[[], RouteTable | None], max_clients: int, wake: Callable[[str, str], object]
+    ) -> None:
         self._in_force = in_force
+        self._wake = wake
         self._max_clients = max_clients
         self._clients = 0
+        self._followed: Counter[str] = Counter()
+
+    @property
+    def followers(self) -> Mapping[str, int]:
+        """Clients by the model they follow."""
+        return self._followed
+
+    def _follow(self, table: RouteTable, before: frozenset[str], now: frozenset[str]) -> None:
+        """Whoever follows a model may call it at any moment, unseen: it counts as used, and is woken where it sleeps."""
+        self._followed.update(now - before)
+        self._followed.subtract(before - now)
+        self._followed = +self._followed
+        routes = (table.routes[model] for model in now if model in table.routes)
+        for arm in (arm for route in routes if route.asleep for arm in route.arms if arm.asleep and arm.weight):
+            self._wake(arm.model, arm.version)
 
     async def StreamAggregatedResources(
         self, requests: AsyncIterator[discovery_pb2.DiscoveryRequest], _context: grpc.aio.ServicerContext
@@ -86,12 +111,15 @@ class ZeroHopServicer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type:
         client = _Client()
         reading = asyncio.create_task(_read(requests, client))
         seen: RouteTable | None = None
+        models: frozenset[str] = frozenset()
         try:
             while not reading.done():
                 table = self._in_force()
                 if table is not None and (table is not seen or client.asked.is_set()):
                     client.asked.clear()
                     seen = table
+                    before, models = models, client.models
+                    self._follow(table, before, models)
                     for response in client.news(table):
                         yield response
                 asked = asyncio.ensure_future(client.asked.wait())
@@ -101,6 +129,7 @@ class ZeroHopServicer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type:
         finally:
             reading.cancel()
             self._clients -= 1
+            self._follow(RouteTable(), models, frozenset())
 
 
 async def _read(requests: AsyncIterator[discovery_pb2.DiscoveryRequest], client: _Client) -> None:

@@ -14,13 +14,14 @@ from millrace_rollout_controller.state import VersionRef
 
 def most(server: Server) -> int:
     """Servers that a version may have."""
-    return server.replicas if server.autoscaling is None else server.autoscaling.max_replicas
+    scaling = server.autoscaling
+    return server.replicas if scaling is None or scaling.max_replicas is None else scaling.max_replicas
 
 
 def least(server: Server) -> int:
-    """Servers that a version has without any load."""
+    """Servers that a version has without any load, while it is awake."""
     scaling = server.autoscaling
-    return server.replicas if scaling is None or scaling.min_replicas is None else scaling.min_replicas
+    return server.replicas if scaling is None or not scaling.min_replicas else scaling.min_replicas
 
 
 def needed(d: Draft, weight: float) -> int:
@@ -42,6 +43,10 @@ def note_stable(d: Draft) -> None:
 def replicas(d: Draft, ref: VersionRef) -> int:
     """Servers a version should have at least now; an autoscaler may add to them."""
     s, server = d.status, d.spec.server
+    for arm in (s.stable, s.candidate):
+        sleep = arm.sleep if arm is not None and arm.ref.version == ref.version else None
+        if sleep is not None and sleep.stopped and sleep.waking_since is None:
+            return 0
     floor = server.replicas
     if s.candidate is None:
         return floor
@@ -59,6 +64,9 @@ def short(d: Draft, weight: float) -> bool:
         # Whoever goes back from something broken is better served by few servers than by a wait.
         return False
     s.capacity_weight = weight
+    if s.stable is not None and s.stable.sleep is not None:
+        s.waiting = f"{s.stable.ref.version} has to wake first"
+        return True
     version, wanted = s.candidate.ref.version, needed(d, weight)
     ready = len(d.servers(version).ready)
     if ready >= wanted:

@@ -18,6 +18,7 @@ from millrace_rollout_controller.archive import Archive
 from millrace_rollout_controller.evidence import Evidence, Poll, advance
 from millrace_rollout_controller.executor import Executor, Wanted
 from millrace_rollout_controller.hub import Hub
+from millrace_rollout_controller.idleness import look, whole
 from millrace_rollout_controller.peers import Figures, Registry
 from millrace_rollout_controller.prometheus import Prometheus
 from millrace_rollout_controller.queries import queries
@@ -35,6 +36,7 @@ from millrace_rollout_controller.reconciler import (
     reconcile,
 )
 from millrace_rollout_controller.server_figures import ServerFigures, counted_by_servers, sources
+from millrace_rollout_controller.sleeping import idle_after
 from millrace_rollout_controller.stages import compared, split_in_force
 from millrace_rollout_controller.state import Route, Status, VersionRef
 from millrace_rollout_controller.store import Row, Store
@@ -291,7 +293,8 @@ class Controller:
             split=split_in_force(known.spec, status),
         )
         item = Item(row.name, known.spec, row.generation, row.deleting)
-        after, actions = reconcile(item, status, observed, evidence, now, limits=self._limits)
+        evidence, heard_all = self._quieter(known.spec, status, evidence, poll, now)
+        after, actions = reconcile(item, status, observed, evidence, now, limits=self._limits, heard_all=heard_all)
         after.unsent = self._archive.left(after.unsent)
         monotonic = self._clock.monotonic()
         stale = monotonic - known.saved_at >= (self._trial_save_s if on_trial else EVIDENCE_SAVE_S)
@@ -305,6 +308,17 @@ class Controller:
         if changed:
             _show(row.name, status, after)
         return changed
+
+    def _quieter(
+        self, spec: manifest.Spec, status: Status, evidence: Evidence, poll: Poll, now: datetime
+    ) -> tuple[Evidence, bool]:
+        """The evidence with how long versions have been quiet, and whether every gateway had its say in this poll."""
+        if idle_after(spec) is None or not poll.activity:
+            return evidence, False
+        arms = [arm for arm in (status.stable, status.candidate) if arm is not None]
+        gateways = self._figures.addresses
+        quiet = look(evidence.quiet, poll.activity, gateways, [arm.ref.version for arm in arms], now)
+        return evidence.model_copy(update={"quiet": quiet}), whole(poll.activity, gateways)
 
     def _asked(self, model: str, spec: manifest.Spec, status: Status) -> dict[int, str]:
         subject = {
@@ -398,6 +412,7 @@ def _rest(row: Row, known: _Known, observed: Observed) -> object:
         or status.unready_since is not None
         or row.deleting
         or status.unsent
+        or (status.stable is not None and status.stable.sleep is not None and not status.stable.sleep.stopped)
     )
     return None if moves or known.actions is None else (row.generation, known.manifest_text, status, observed)
 
@@ -410,6 +425,14 @@ def _words(routes: tuple[Route, ...]) -> str:
     return "; ".join(parts) or "none"
 
 
+def _woken(before: Status, after: Status) -> float | None:
+    """Seconds that the stable version's wake took, if it just ended."""
+    if before.stable is None or after.stable is None or before.stable.sleep is None or after.stable.sleep is not None:
+        return None
+    began, awake = before.stable.sleep.waking_since, after.stable.awake_since
+    return (awake - began).total_seconds() if began is not None and awake is not None else None
+
+
 def _show(name: str, before: Status, after: Status) -> None:
     """Metrics and log lines of a change."""
     for event in after.events:
@@ -420,6 +443,11 @@ def _show(name: str, before: Status, after: Status) -> None:
     for view in after.gates:
         if was.get(view.gate) != view.verdict:
             metrics.VERDICTS.labels(name, view.gate, view.verdict).inc()
+    for one in (after.stable, after.candidate):
+        if one is not None and (one.sleep is not None or one.awake_since is not None):
+            metrics.ASLEEP.labels(name, one.ref.version).set(one.sleep is not None and one.sleep.stopped)
+    if (waking := _woken(before, after)) is not None:
+        metrics.WAKE_SECONDS.labels(name).observe(waking)
     metrics.PHASE.labels(name, before.phase).set(0)
     metrics.PHASE.labels(name, after.phase).set(1)
     for route, weights in ((before.route, False), (after.route, True)):

@@ -13,6 +13,7 @@ from millrace_rollout_controller import manifest
 from millrace_rollout_controller.conditions import is_ready
 from millrace_rollout_controller.counts import Counts
 from millrace_rollout_controller.hub import Table
+from millrace_rollout_controller.idleness import GatewayActivity, Used
 from millrace_rollout_controller.shadow_pairs import Pairs
 from millrace_rollout_controller.stages import guarded_until, stages
 from millrace_rollout_controller.state import (
@@ -100,6 +101,12 @@ def gateway_counts(answer: prediction_pb2.GetFiguresResponse, model: str) -> dic
     }
 
 
+def gateway_activity(answer: prediction_pb2.GetFiguresResponse, model: str) -> GatewayActivity:
+    """How much one model's versions are used through a gateway."""
+    used = {a.version: Used(started=a.started, running=a.running) for a in answer.activity if a.model == model}
+    return GatewayActivity(answer.instance_id, used)
+
+
 def _pairs(figures: prediction_pb2.ShadowFigures) -> Pairs:
     return Pairs(
         pairs=figures.pairs,
@@ -151,6 +158,7 @@ def _route(route: Route) -> rollout_pb2.ModelRoute:
         hedge_after_ms=route.hedge_after_ms,
         callers=route.callers,
         testers=route.testers,
+        may_sleep=route.may_sleep,
     )
 
 
@@ -169,6 +177,7 @@ def _arm(arm: RouteArm) -> rollout_pb2.Arm:
         service=arm.service,
         server_version=arm.server_version,
         mirror_percent=arm.mirror,
+        asleep=arm.asleep,
         predict=predict_plan.read_plan(arm.predict, "predict") if arm.predict else None,
         rules=value_rules.read_rules(arm.rules) if arm.rules else None,
     )

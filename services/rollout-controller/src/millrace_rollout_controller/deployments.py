@@ -12,7 +12,7 @@ from millrace_kit.errors import (
     ResourceExhaustedError,
 )
 
-from millrace_rollout_controller import actions, manifest
+from millrace_rollout_controller import actions, manifest, sleeping
 from millrace_rollout_controller.actions import Refused, Verb
 from millrace_rollout_controller.evidence import Evidence
 from millrace_rollout_controller.executor import Executor
@@ -93,6 +93,26 @@ class Deployments:
             InvalidArgumentError: the weight is wrong, or `to` (of undo) names nothing that was stable.
         """
         return self._change(name, lambda row: self._acted(row, verb, weight, to))
+
+    def wake(self, model: str, version: str) -> bool:
+        """Wish that a version which is asleep has servers; asking again is free.
+
+        Returns: whether it is asleep still.
+
+        Raises:
+            NotFoundError: nobody deploys the model.
+        """
+        name = next((row.name for row in self._store.rows() if row.model == model), None)
+        if name is None:
+            raise NotFoundError("deployment of model", model)
+
+        def changed(row: Row) -> Row:
+            after = sleeping.wake(row.status, version, self._clock.now())
+            return row if after is None or row.deleting else _changed(row, status=after)
+
+        status = self._change(name, changed).status
+        arms = [arm for arm in (status.stable, status.candidate) if arm is not None]
+        return any(arm.sleep is not None for arm in arms if arm.ref.version == version)
 
     def _acted(self, row: Row, verb: Verb, weight: float | None, to: str) -> Row:
         if row.deleting:

@@ -16,6 +16,7 @@ from millrace_rollout_controller import experiments, gates, shadow_pairs
 from millrace_rollout_controller.counts import Counts
 from millrace_rollout_controller.experiments import Comparison
 from millrace_rollout_controller.gates import GateState
+from millrace_rollout_controller.idleness import GatewayActivity, Quiet
 from millrace_rollout_controller.manifest import Gate, Metric
 from millrace_rollout_controller.ratio import Ratio
 
@@ -43,6 +44,8 @@ class Poll:
     """By version; None when the drift monitor did not answer."""
     answers: Mapping[str, float | None] = field(default_factory=dict)
     """Of the gates' queries, by their final text; None for no answer, or one that is not a number."""
+    activity: Mapping[str, GatewayActivity] = field(default_factory=dict)
+    """By address of the gateway."""
 
 
 class Cursor(BaseModel):
@@ -71,6 +74,8 @@ class Evidence(BaseModel):
     """When gateways last answered; stands still for a model without traffic."""
     rate: float = 0.0
     """Requests a second of the whole model."""
+    quiet: Quiet = Quiet()
+    """Of versions that may go to sleep."""
 
 
 def advance(

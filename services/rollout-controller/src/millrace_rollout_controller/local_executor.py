@@ -16,6 +16,7 @@ from millrace_kit.errors import DataLossError, FailedPreconditionError, InvalidA
 from pydantic.alias_generators import to_camel
 
 from millrace_rollout_controller import repository, shared_server, triton
+from millrace_rollout_controller.capacity import most
 from millrace_rollout_controller.executor import ArtifactSource, Wanted
 from millrace_rollout_controller.manifest import Spec
 from millrace_rollout_controller.reconciler import ArmSeen, Refusal
@@ -25,7 +26,7 @@ from millrace_rollout_controller.shared_server import SHARED, SharedServer
 
 log = logging.getLogger(__name__)
 _ONLY_IN_A_CLUSTER = (
-    "autoscaling", "node_selector", "tolerations", "affinity", "topology_spread_constraints", "runtime_class_name",
+    "node_selector", "tolerations", "affinity", "topology_spread_constraints", "runtime_class_name",
     "priority_class_name",
 )  # fmt: skip
 REFUSAL_RETRY_S = 2.0
@@ -66,12 +67,18 @@ class LocalExecutor:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._refusals: dict[tuple[str, str], Refusal] = {}
-        self._left: list[Record] = []
         self._shared: dict[str, SharedServer] = {}
         self._wanted: Sequence[Wanted] = ()
+        self._left: list[Record] = []
+        self._kept: frozenset[str] = frozenset()
+        """Repositories of what is wanted, be it with no servers for now: a wake needs no registry."""
 
     def check(self, spec: Spec) -> None:
-        """Refuse GPUs, autoscaling, nodes, and more servers than the limit."""
+        """Refuse GPUs, autoscaling but to none and back, nodes, and more servers than the limit."""
+        scaling = spec.server.autoscaling
+        if scaling is not None and (scaling.min_replicas != 0 or most(spec.server) != spec.server.replicas):
+            message = "on this machine is for sleep alone: minReplicas 0, and no maxReplicas above spec.server.replicas"
+            raise InvalidArgumentError("spec.server.autoscaling", message)
         for field in _ONLY_IN_A_CLUSTER:
             if getattr(spec.server, field):
                 raise InvalidArgumentError(f"spec.server.{to_camel(field)}", "is not available on this machine")
@@ -101,6 +108,7 @@ class LocalExecutor:
         names = {(want.deployment, _place(want)) for want in wanted}
         keys = await asyncio.to_thread(self._keys, wanted)
         self._adopt_left(wanted, keys)
+        self._kept = frozenset(keys)
         for want, key in _groups(wanted, keys):
             self._converge_one(want, key)
         for replica in self._replicas.values():
@@ -296,7 +304,7 @@ class LocalExecutor:
             if self._shared.pop(server_id, None) is not None:
                 shutil.rmtree(self._folder / "repositories" / server_id, ignore_errors=True)
             key = replica.record.key
-            if all(other.record.key != key for other in self._replicas.values()):
+            if key not in self._kept and all(other.record.key != key for other in self._replicas.values()):
                 shutil.rmtree(self._folder / "repositories" / key, ignore_errors=True)
                 self._locks.pop(key, None)
 
@@ -312,8 +320,8 @@ def _groups(wanted: Sequence[Wanted], keys: Sequence[str]) -> list[tuple[Wanted,
     for want, key in zip(wanted, keys, strict=True):
         name = want.deployment, _place(want)
         if name in found:
-            most = max(want.replicas, found[name][0].replicas)
-            found[name] = replace(found[name][0], replicas=most), found[name][1]
+            most_wanted = max(want.replicas, found[name][0].replicas)
+            found[name] = replace(found[name][0], replicas=most_wanted), found[name][1]
         else:
             found[name] = want, key
     return list(found.values())

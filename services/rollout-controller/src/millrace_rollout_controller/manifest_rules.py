@@ -50,6 +50,8 @@ def check_spec(spec: "Spec") -> None:
     check.name(spec.model, "spec.model")
     check.semver(spec.version, "spec.version")
     check_server(spec.server)
+    if (scaling := spec.server.autoscaling) is not None and scaling.idle_after is not None:
+        seconds(scaling.idle_after, "spec.server.autoscaling.idleAfter")
     for index, rule in enumerate(spec.routing.rules):
         cel_rules.check_rule(rule.when, f"spec.routing.rules[{index}].when")
         if rule.to == "candidate" and spec.rollout.strategy == "Shadow":

@@ -1,6 +1,6 @@
 """Prometheus metrics of the controller."""
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 
 SERVER_RESTARTS = Counter(
     "millrace_rollout_server_restarts_total", "Model servers that had to be restarted.", ["model", "version"]
@@ -10,6 +10,15 @@ WEIGHT = Gauge("millrace_rollout_weight_percent", "Percent of traffic a version 
 PHASE = Gauge("millrace_rollout_phase", "1 for the phase a deployment is in.", ["deployment", "phase"])
 VERDICTS = Counter(
     "millrace_rollout_gate_verdicts_total", "Changes of a gate's verdict.", ["deployment", "gate", "verdict"]
+)
+ASLEEP = Gauge(
+    "millrace_rollout_asleep", "1 for a version that has no servers because nobody asks it.", ["deployment", "version"]
+)
+WAKE_SECONDS = Histogram(
+    "millrace_rollout_wake_seconds",
+    "From the wish that a version wakes to its first ready server.",
+    ["deployment"],
+    buckets=(0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 600),
 )
 TICK_SECONDS = Gauge("millrace_rollout_tick_seconds", "Duration of the last look at everything.")
 TICK_FAILURES = Counter(

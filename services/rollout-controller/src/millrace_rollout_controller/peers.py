@@ -179,7 +179,12 @@ class Figures:
                 for address, answer in zip(addresses, answers, strict=True)
                 if answer is not None and answer.instance_id
             }
-            polls[model] = Poll(gateways, found)
+            activity = {
+                address: convert.gateway_activity(answer, model)
+                for address, answer in zip(addresses, answers, strict=True)
+                if answer is not None and answer.instance_id
+            }
+            polls[model] = Poll(gateways, found, activity=activity)
         return polls
 
     async def samples(self, model: str, limit: int) -> list[bytes]:

@@ -56,6 +56,8 @@ class WarmSeen:
     evidence: str
     requests: int
     """Sent so far."""
+    over: bool = False
+    """Undecided, and no more is sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,8 @@ class Draft:
     evidence: Evidence
     now: datetime
     limits: Limits
+    heard_all: bool = False
+    """Every gateway has told its versions' activity for this look."""
 
     @property
     def spec(self) -> Spec:

@@ -5,7 +5,7 @@ doing them twice is doing them once. Order that keeps every request answered: se
 then with weight; on the way out weight 0, in force everywhere, drained, out of the route, in force everywhere, and only then stopped.
 
 Its parts: `candidates` chooses who is on trial, `trials` moves it through the strategy's `stages`, `judging` says what is missing,
-`retirement` takes versions out, `routing` makes the route.
+`retirement` takes versions out, `sleeping` stops the servers of those nobody asks, `routing` makes the route.
 """
 
 from datetime import datetime
@@ -30,6 +30,7 @@ from millrace_rollout_controller.plans import (
 )
 from millrace_rollout_controller.retirement import retire
 from millrace_rollout_controller.routing import wanted_route
+from millrace_rollout_controller.sleeping import look_at_sleep
 from millrace_rollout_controller.state import Status
 from millrace_rollout_controller.trials import look_at_candidate
 from millrace_rollout_controller.warm_gate import warming
@@ -41,10 +42,17 @@ __all__ = [
 
 
 def reconcile(
-    item: Item, status: Status, observed: Observed, evidence: Evidence, now: datetime, *, limits: Limits
+    item: Item,
+    status: Status,
+    observed: Observed,
+    evidence: Evidence,
+    now: datetime,
+    *,
+    limits: Limits,
+    heard_all: bool = False,
 ) -> tuple[Status, tuple[Action, ...]]:
-    """One look; the arguments are left as they are."""
-    draft = Draft(item, status.model_copy(deep=True), observed, evidence, now, limits)
+    """One look; the arguments are left as they are. With `heard_all` every gateway's activity is in `evidence`."""
+    draft = Draft(item, status.model_copy(deep=True), observed, evidence, now, limits, heard_all)
     if item.deleting:
         return _delete(draft)
     accept_spec(draft)
@@ -55,6 +63,7 @@ def reconcile(
     retire(draft)
     if draft.status.candidate is None:
         _rest(draft)
+    look_at_sleep(draft)
     return _finish(draft)
 
 
@@ -115,6 +124,6 @@ def _delete(d: Draft) -> tuple[Status, tuple[Action, ...]]:
             actions.append(Forget(d.item.name))
     else:
         refs = [arm.ref for arm in (s.stable, s.candidate) if arm is not None] + [gone.ref for gone in s.retiring]
-        actions += [RunServers(ref, d.spec.server.replicas) for ref in refs]
+        actions += [RunServers(ref, replicas(d, ref)) for ref in refs]
     s.waiting = "is being deleted"
     return s, tuple(actions)

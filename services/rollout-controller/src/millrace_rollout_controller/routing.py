@@ -2,6 +2,7 @@
 
 from millrace_rollout_controller import server_versions
 from millrace_rollout_controller.manifest import Spec
+from millrace_rollout_controller.sleeping import idle_after
 from millrace_rollout_controller.state import Arm, Retiring, Route, RouteArm, RouteRule, Status
 
 
@@ -18,7 +19,7 @@ def wanted_route(spec: Spec, status: Status, *, candidate_ready: bool) -> Route 
     weight = status.weight if on_trial else 0.0
     shared = spec.server.placement == "Shared"
     arms = [_arm(stable, 100.0 - weight)]
-    if candidate is not None and candidate.endpoints:
+    if candidate is not None and (candidate.endpoints or candidate.sleep is not None):
         arms.append(_arm(candidate, weight, candidate=True, mirror=status.mirror if on_trial else 0.0))
     arms += [_arm(gone, 0.0, candidate=True, leaving=True) for gone in status.retiring if _stays(gone)]
     ref = stable.ref
@@ -44,6 +45,7 @@ def wanted_route(spec: Spec, status: Status, *, candidate_ready: bool) -> Route 
         hedge_after_ms=spec.routing.hedge_after_ms or 0,
         callers=spec.routing.callers or (),
         testers=spec.routing.testers or (),
+        may_sleep=idle_after(spec) is not None,
     )
 
 
@@ -58,12 +60,14 @@ def _stays(gone: Retiring) -> bool:
 def _arm(
     arm: Arm | Retiring, weight: float, *, candidate: bool = False, mirror: float = 0.0, leaving: bool = False
 ) -> RouteArm:
+    asleep = isinstance(arm, Arm) and arm.sleep is not None
     return RouteArm(
         version=arm.ref.version,
         digest=arm.ref.digest,
         candidate=candidate,
         weight=weight,
-        endpoints=arm.endpoints,
+        endpoints=() if asleep else arm.endpoints,
+        asleep=asleep,
         service=arm.service,
         mirror=mirror,
         leaving=leaving,

@@ -12,6 +12,7 @@ QUANTITY = r"^([0-9]{1,15})(\.[0-9]{1,9})?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 """A Kubernetes quantity as manifests write it."""
 LABEL_KEY = r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$"
 LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$"
+DURATION = r"^([0-9]{1,6}h)?([0-9]{1,6}m)?([0-9]{1,6}s)?$"
 OBJECT_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
 TARGET = r"^[1-9][0-9]{0,6}(us|ms|s|%)$"
 _UNITS_US = {"us": 1, "ms": 1000, "s": 1_000_000}
@@ -43,12 +44,15 @@ class Resources(Block):
 
 
 class Autoscaling(Block):
-    """More servers under load, by a HorizontalPodAutoscaler of each version."""
+    """More servers under load, by a HorizontalPodAutoscaler of each version; none without any (`minReplicas: 0`)."""
 
-    min_replicas: Annotated[int, Field(ge=1, le=MAX_REPLICAS)] | None = None
-    """Never fewer; None is `replicas`, and it may not be less."""
-    max_replicas: int = Field(ge=1, le=MAX_REPLICAS)
-    """Never more."""
+    min_replicas: Annotated[int, Field(ge=0, le=MAX_REPLICAS)] | None = None
+    """Never fewer; None is `replicas`, and it may not be less, but for 0: a version without requests for `idleAfter` then has none, and the
+    next call waits until `replicas` are started."""
+    max_replicas: Annotated[int, Field(ge=1, le=MAX_REPLICAS)] | None = None
+    """Never more; with `minReplicas: 0` it may be left out, and is `replicas` then."""
+    idle_after: Annotated[str, Field(min_length=2, max_length=21, pattern=DURATION)] | None = None
+    """Time without a request after which a version has no servers, like 15m; needed with `minReplicas: 0`. Not while it is part of a rollout."""
     metric: Literal["queueTime", "cpu"] = "cpu"
     """`cpu`: share of the CPU request in use. `queueTime`: mean time a request waits inside the server, which needs an adapter
     that serves the pods' metric `millrace_queue_time_us` (docs in the chart)."""
@@ -187,9 +191,13 @@ def check_server(server: Server) -> None:
         return
     least = server.replicas if scaling.min_replicas is None else scaling.min_replicas
     where = "spec.server.autoscaling"
-    if least < server.replicas:
-        raise InvalidArgumentError(f"{where}.minReplicas", "must be at least spec.server.replicas")
-    if scaling.max_replicas < least:
+    if scaling.min_replicas and least < server.replicas:
+        raise InvalidArgumentError(f"{where}.minReplicas", "must be at least spec.server.replicas, or 0")
+    if (scaling.min_replicas == 0) != (scaling.idle_after is not None):
+        raise InvalidArgumentError(f"{where}.idleAfter", "belongs to minReplicas: 0, and minReplicas: 0 needs it")
+    if scaling.max_replicas is None and scaling.min_replicas != 0:
+        raise InvalidArgumentError(f"{where}.maxReplicas", "is needed, but with minReplicas: 0")
+    if scaling.max_replicas is not None and scaling.max_replicas < max(least, server.replicas):
         raise InvalidArgumentError(f"{where}.maxReplicas", "must be at least minReplicas and spec.server.replicas")
     if (scaling.metric == "cpu") != scaling.target.endswith("%"):
         raise InvalidArgumentError(f"{where}.target", "needs a percentage with cpu and a time like 5ms with queueTime")

@@ -7,7 +7,7 @@ import grpc.aio
 from millrace_api.rollout.v1 import rollout_pb2, rollout_pb2_grpc
 from millrace_kit import check
 from millrace_kit.clock import Clock
-from millrace_kit.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from millrace_kit.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError, UnavailableError
 
 from millrace_rollout_controller import convert
 from millrace_rollout_controller.actions import Verb
@@ -102,6 +102,16 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         row = await asyncio.to_thread(self._deployments.act, name, verb, asked, to)
         self._controller.wake()
         return rollout_pb2.ActResponse(deployment=convert.deployment(row))
+
+    async def WakeVersion(
+        self, request: rollout_pb2.WakeVersionRequest, context: grpc.aio.ServicerContext
+    ) -> rollout_pb2.WakeVersionResponse:
+        model, version = check.name(request.model, "model"), check.semver(request.version, "version")
+        if not self._hub.serving:
+            raise UnavailableError("NOT_LEADER", "this replica stands by; versions are the leader's to wake")
+        asleep = await asyncio.to_thread(self._deployments.wake, model, version)
+        self._controller.wake()
+        return rollout_pb2.WakeVersionResponse(asleep=asleep)
 
     async def GetHistory(
         self, request: rollout_pb2.GetHistoryRequest, context: grpc.aio.ServicerContext

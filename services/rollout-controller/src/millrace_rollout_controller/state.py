@@ -63,6 +63,18 @@ class VersionRef(Frozen):
         return self.inputs, self.outputs, self.feature_names
 
 
+class Sleep(Mutable):
+    """A version without requests on its way to having no servers, there, or on its way back."""
+
+    since: datetime
+    """When the route was to say so."""
+    in_force_at: datetime | None = None
+    """When it was in force everywhere; calls are held from then on."""
+    stopped: bool = False
+    """Nothing is under way any more; servers may stop."""
+    waking_since: datetime | None = None
+
+
 class Arm(Mutable):
     """A version with servers."""
 
@@ -73,6 +85,10 @@ class Arm(Mutable):
     """Headless Service of its servers in a cluster."""
     served: bool = False
     """Whether it ever had weight."""
+    sleep: Sleep | None = None
+    """None while it is awake."""
+    awake_since: datetime | None = None
+    """When it woke last; a time without requests counts from there at the earliest."""
 
 
 class Retiring(Mutable):
@@ -114,6 +130,8 @@ class RouteArm(Frozen):
     """Percent of the requests that are copied to it."""
     leaving: bool = False
     """On its way out or kept for undo; no rule means it."""
+    asleep: bool = False
+    """Without servers: gateways hold its calls."""
     predict: str = ""
     """What the version declares for Predict: JSON, checked."""
     rules: str = ""
@@ -148,6 +166,8 @@ class Route(Frozen):
     hedge_after_ms: int = 0
     callers: tuple[str, ...] = ()
     testers: tuple[str, ...] = ()
+    may_sleep: bool = False
+    """Gateways report how much its versions are used."""
 
     def weight(self, version: str) -> float:
         """Percent of a version; 0 when it is not there."""

@@ -8,6 +8,7 @@ from millrace_rollout_controller.capacity import short
 from millrace_rollout_controller.history import record
 from millrace_rollout_controller.judging import first_weight, going_back, judge_gates, missing, undecided_at_last
 from millrace_rollout_controller.plans import INSUFFICIENT_MEMORY, Draft
+from millrace_rollout_controller.sleeping import candidate_sleeps
 from millrace_rollout_controller.state import Retiring
 from millrace_rollout_controller.warm_gate import warm
 
@@ -16,6 +17,8 @@ def look_at_candidate(d: Draft) -> None:
     """Move the candidate on where nothing is missing, back where something failed."""
     s = d.status
     if s.candidate is None:
+        return
+    if candidate_sleeps(d):
         return
     version = s.candidate.ref.version
     seen = d.servers(version)
@@ -47,6 +50,9 @@ def look_at_candidate(d: Draft) -> None:
     else:
         s.phase = "Paused" if s.paused else "Preparing"
         known = enough and not s.paused and d.known_without_weight(version)
+        if known and s.stable.sleep is not None and s.undo != version:
+            s.waiting = f"{s.stable.ref.version} has to wake first"
+            return
         if known and warm(d) and not short(d, d.stages[0].weight):
             _begin(d)
 

@@ -296,13 +296,14 @@ CEL: dict[str, list[Rule]] = {
             ".modelWarmup.batchSizes",
         ),
         _rule(
-            "!has(self.autoscaling) || !has(self.autoscaling.minReplicas)"
+            "!has(self.autoscaling) || !has(self.autoscaling.minReplicas) || self.autoscaling.minReplicas == 0"
             " || self.autoscaling.minReplicas >= (has(self.replicas) ? self.replicas : 1)",
-            "must be at least spec.server.replicas",
+            "must be at least spec.server.replicas, or 0",
             ".autoscaling.minReplicas",
         ),
         _rule(
-            "!has(self.autoscaling) || (self.autoscaling.maxReplicas >= (has(self.replicas) ? self.replicas : 1)"
+            "!has(self.autoscaling) || !has(self.autoscaling.maxReplicas)"
+            " || (self.autoscaling.maxReplicas >= (has(self.replicas) ? self.replicas : 1)"
             " && (!has(self.autoscaling.minReplicas) || self.autoscaling.maxReplicas >= self.autoscaling.minReplicas))",
             "must be at least minReplicas and spec.server.replicas",
             ".autoscaling.maxReplicas",
@@ -334,12 +335,23 @@ CEL: dict[str, list[Rule]] = {
             ".total",
         ),
     ],
+    "spec.server.autoscaling.idleAfter": [_DURATION],
     "spec.server.autoscaling": [
         _rule(
             "(has(self.target) ? self.target : '80%').endsWith('%')"
             " == ((has(self.metric) ? self.metric : 'cpu') == 'cpu')",
             "needs a percentage with cpu and a time like 5ms with queueTime",
             ".target",
+        ),
+        _rule(
+            "has(self.idleAfter) == (has(self.minReplicas) && self.minReplicas == 0)",
+            "belongs to minReplicas: 0, and minReplicas: 0 needs it",
+            ".idleAfter",
+        ),
+        _rule(
+            "has(self.maxReplicas) || (has(self.minReplicas) && self.minReplicas == 0)",
+            "is needed, but with minReplicas: 0",
+            ".maxReplicas",
         ),
     ],
     "spec.server.tolerations.items": [

@@ -77,7 +77,7 @@ class KubernetesExecutor:
             owner = self._owners(want.deployment)
             if owner is None:
                 continue
-            start = objects.starting_replicas(want) if want.server.autoscaling is not None else None
+            start = objects.starting_replicas(want)
             for item in objects.build(want, owner, self._settings):
                 key = item["kind"], item["metadata"]["name"]
                 asked[key] = (item, start if item["kind"] == "Deployment" else None)

@@ -26,7 +26,7 @@ def build(want: Wanted, owner: Object, settings: KubernetesSettings) -> list[Obj
         settings: defaults and images.
     """
     objects = [_service(want), _workload(want, settings), _budget(want, settings.servers)]
-    if want.server.autoscaling is not None:
+    if scaled(want.server):
         objects.append(_autoscaler(want))
     name = names.object_name(want.deployment, want.ref.version)
     for item in objects:
@@ -48,9 +48,14 @@ def build(want: Wanted, owner: Object, settings: KubernetesSettings) -> list[Obj
     return objects
 
 
-def starting_replicas(want: Wanted) -> int:
-    """Servers to begin with, where an autoscaler decides afterwards."""
-    return max(want.replicas, capacity.least(want.server))
+def scaled(server: Server) -> bool:
+    """Whether an autoscaler decides how many servers a version has while it is awake."""
+    return server.autoscaling is not None and server.autoscaling.max_replicas is not None
+
+
+def starting_replicas(want: Wanted) -> int | None:
+    """Servers to begin with, where an autoscaler decides afterwards; None where this controller sets the number, 0 of a version asleep."""
+    return max(want.replicas, capacity.least(want.server)) if scaled(want.server) and want.replicas else None
 
 
 def extended_resources(server: Server) -> set[str]:
@@ -89,7 +94,7 @@ def _budget(want: Wanted, servers: ModelServerSettings) -> Object:
 
 def _autoscaler(want: Wanted) -> Object:
     scaling = want.server.autoscaling
-    if scaling is None:
+    if scaling is None or scaling.max_replicas is None:
         raise ValueError("the manifest asks for no autoscaling")
     if scaling.metric == "cpu":
         target: Object = {"type": "Utilization", "averageUtilization": scaling.percent}
@@ -107,7 +112,8 @@ def _autoscaler(want: Wanted) -> Object:
                 "name": names.object_name(want.deployment, want.ref.version),
             },
             # A version on trial has servers before it has the load that would bring them.
-            "minReplicas": min(starting_replicas(want), scaling.max_replicas),
+            # It lets a Deployment of 0 replicas alone, as Kubernetes has it, so a version that is asleep keeps it.
+            "minReplicas": min(max(want.replicas, capacity.least(want.server)), scaling.max_replicas),
             "maxReplicas": scaling.max_replicas,
             "metrics": [metric],
         },
@@ -129,7 +135,7 @@ def _workload(want: Wanted, settings: KubernetesSettings) -> Object:
             "spec": _pod(want, settings),
         },
     }
-    if want.server.autoscaling is None:
+    if starting_replicas(want) is None:
         spec["replicas"] = want.replicas
     return {"apiVersion": "apps/v1", "kind": "Deployment", "spec": spec}
 

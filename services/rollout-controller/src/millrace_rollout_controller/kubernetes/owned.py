@@ -131,14 +131,17 @@ class Owned:
         live = mirror.objects.get(name)
         self._check_owner(live, body)
         path = f"{mirror.path}/{name}"
+        start: Object = {
+            "apiVersion": body["apiVersion"],
+            "kind": kind,
+            "metadata": {"name": name},
+            "spec": {"replicas": replicas},
+        }
+        if live is not None and replicas is not None and live["spec"].get("replicas") == 0:
+            # It wakes: the number has to be somebody else's before it stops being ours, else the API server makes it 1.
+            await self._cluster.apply(path, start, manager=STARTER)
         made = await self._cluster.apply(path, body)
         if live is None and replicas is not None:
-            start: Object = {
-                "apiVersion": body["apiVersion"],
-                "kind": kind,
-                "metadata": {"name": name},
-                "spec": {"replicas": replicas},
-            }
             made = await self._cluster.apply(path, start, manager=STARTER)
         applied = self._applied.get(key)
         if live is not None and applied is not None and applied.asked == _digest(body):
