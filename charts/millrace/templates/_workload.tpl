@@ -343,7 +343,8 @@ spec:
 {{/* Secret with what the gateway's callers prove themselves by; empty without. */}}
 {{- define "millrace.authSecret" -}}
 {{- $auth := .Values.gateway.auth -}}
-{{- if or $auth.apiKeys $auth.jwt.enabled -}}
+{{- $discovered := and $auth.jwt.discovery.enabled (not $auth.jwt.discovery.authority) -}}
+{{- if or $auth.apiKeys (and $auth.jwt.enabled (not $discovered)) -}}
 {{- required "gateway.auth.existingSecret: is needed for keys and tokens" $auth.existingSecret -}}
 {{- end -}}
 {{- end -}}

@@ -22,16 +22,59 @@ auth:
   jwt:
     issuer: {{ required "gateway.auth.jwt.issuer: is needed" $auth.jwt.issuer | quote }}
     audiences: {{ $auth.jwt.audiences | toJson }}
+    client_claim: {{ $auth.jwt.clientClaim | quote }}
+    groups_claim: {{ $auth.jwt.groupsClaim | quote }}
+    {{- if $auth.jwt.discovery.enabled }}
+    oidc:
+      {{- if $auth.jwt.discovery.authority }}
+      ca_file: /etc/millrace/auth/issuer-ca.crt
+      {{- end }}
+      refresh_s: {{ $auth.jwt.discovery.refreshSeconds }}
+      max_age_s: {{ int64 $auth.jwt.discovery.maxAgeSeconds }}
+    {{- else }}
     jwks_file: /etc/millrace/auth/jwks.json
+    {{- end }}
   {{- end }}
   calls_per_s: {{ int $auth.callsPerSecond }}
   {{- if $auth.callsPerSecondOfEachClient }}
   each_client: {calls_per_s: {{ int $auth.callsPerSecondOfEachClient }}}
   {{- end }}
+  {{- with $auth.callsPerSecondOfClients }}
+  clients:
+    {{- range $name, $calls := . }}
+    {{ $name | quote }}: {calls_per_s: {{ int $calls }}}
+    {{- end }}
+  {{- end }}
 kubernetes:
   namespace: {{ .Release.Namespace }}
 feature_address: {{ include "millrace.address" (dict "root" . "key" "feature") }}
 rollout_address: {{ include "millrace.address" (dict "root" . "key" "rolloutController") }}
+{{- $gateway := .Values.gateway }}
+predict_timeout_s: {{ $gateway.predict.timeoutSeconds }}
+feature_time_share: {{ $gateway.predict.featureTimeShare }}
+result_cache_entries: {{ int $gateway.predict.resultCacheEntries }}
+max_zero_hop_clients: {{ int $gateway.zeroHop.maxClients }}
+prediction_log:
+  sample_ratio: {{ $gateway.predictionLog.sampleRatio }}
+  samples_per_s: {{ int $gateway.predictionLog.samplesPerSecond }}
 envoy:
+  max_requests: {{ int $gateway.limits.maxRequests }}
+  max_pending_requests: {{ int $gateway.limits.maxPendingRequests }}
+  low_priority_percent: {{ $gateway.limits.lowPriorityPercent }}
+  retry_after_s: {{ $gateway.limits.retryAfterSeconds }}
+  max_memory_mib: {{ int $gateway.limits.maxMemoryMib }}
+  max_client_connections: {{ int $gateway.limits.maxClientConnections }}
+  {{- with $gateway.limits.adaptive }}
+  {{- if .enabled }}
+  adaptive:
+    models: {{ .models | toJson }}
+    tolerance_percent: {{ .tolerancePercent }}
+    min_requests: {{ int .minRequests }}
+    measure_s: {{ .measureSeconds }}
+  {{- end }}
+  {{- end }}
+  slow_start_s: {{ $gateway.balancing.slowStartSeconds }}
+  max_retries: {{ int $gateway.balancing.maxRetries }}
+  retry_budget_percent: {{ $gateway.balancing.retryBudgetPercent }}
   deregister_s: {{ .Values.gateway.shutdownDelaySeconds | default .Values.defaults.shutdownDelaySeconds }}
 {{- end -}}
