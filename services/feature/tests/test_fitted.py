@@ -15,7 +15,14 @@ import pytest
 from google.protobuf import json_format, struct_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 from millrace_api.common.v1 import common_pb2
-from millrace_api.feature.v1 import feature_pb2, feature_pb2_grpc, transformers_pb2, transformers_pb2_grpc
+from millrace_api.feature.v1 import (
+    feature_pb2,
+    feature_pb2_grpc,
+    transformers_pb2,
+    transformers_pb2_grpc,
+    versions_pb2,
+    versions_pb2_grpc,
+)
 from millrace_feature.app import build
 from millrace_feature.compiler import compile_registry
 from millrace_feature.plan import Transform
@@ -123,6 +130,7 @@ class Calls:
 
     def __init__(self, channel: grpc.aio.Channel, registry: Any) -> None:
         self.features = feature_pb2_grpc.FeatureServiceStub(channel)
+        self.versions = versions_pb2_grpc.DefinitionsServiceStub(channel)
         self.fitted = transformers_pb2_grpc.TransformerServiceStub(channel)
         self._registry = registry
 
@@ -142,13 +150,16 @@ class Calls:
         request = transformers_pb2.FitTransformerRequest(name="encoding", training_set=training_set, steps=steps)
         return (await self.fitted.FitTransformer(request)).transformer
 
-    async def online(self, service: str, row: dict[str, Any]) -> dict[str, float]:
+    async def online(self, service: str, row: dict[str, Any], definitions: str = "") -> dict[str, float]:
         values = {
             "user": common_pb2.Value(string_value=row["user"]),
             "limit": common_pb2.Value() if row["limit"] is None else common_pb2.Value(double_value=row["limit"]),
         }
         request = feature_pb2.GetOnlineFeaturesRequest(
-            feature_service=service, rows=[feature_pb2.EntityRow(values=values)], event_time=stamp(row["asked_at"])
+            feature_service=service,
+            rows=[feature_pb2.EntityRow(values=values)],
+            event_time=stamp(row["asked_at"]),
+            definitions_hash=definitions,
         )
         answer = await self.features.GetOnlineFeatures(request)
         return dict(zip(answer.feature_names, answer.vectors[0].values, strict=True))
@@ -216,6 +227,20 @@ async def test_a_tag_makes_the_same_vector_online_and_in_training_sets(world, ma
             assert np.array([online[name] for name in expected]).tobytes() == found.tobytes()
             seen.add(found.tobytes())
         assert len(seen) > 50
+        # A model reads with the definitions it was trained with, whatever a newer transformer makes of the same rows.
+        trained = tagged.definitions_hash
+        pin = versions_pb2.PinDefinitionsRequest(definitions_hash=trained, name="model m 1")
+        await calls.versions.PinDefinitions(pin)
+        other = [step("onehot", "newest__note", unknown="other"), step("minmax", "by_user__amount_sum_60m")]
+        assert (await calls.fit(*other, training_set=raw.digest)).version == 2
+        await calls.apply(plain={}, tagged={"millrace.transformers": "encoding@2"})
+        await wait_for_records(calls.features, events=120)
+        for ask in asks[:30]:
+            assert [*(await calls.online("tagged", ask))] != expected
+            online = await calls.online("tagged", ask, trained)
+            found = np.array([offline[ask["ask_id"]][name] for name in expected])
+            assert np.array([online[name] for name in expected]).tobytes() == found.tobytes()
+        await calls.apply(plain={}, tagged={"millrace.transformers": "encoding@1"})
     async with serving(world, make_registry) as calls:  # the plan in the database holds the transformer
         await wait_for_records(calls.features, events=120)
         again = await calls.online("tagged", asks[0])

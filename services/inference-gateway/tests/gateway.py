@@ -119,10 +119,12 @@ class Features(feature_pb2_grpc.FeatureServiceServicer):
         self.delay_s = 0.0
         # Of views; without them it answers as it did before it knew them.
         self.ages_ms: list[int] = []
+        self.asked_definitions = ""
 
     async def GetOnlineFeatures(self, request, context):
         await asyncio.sleep(self.delay_s)
         self.rows.append(len(request.rows))
+        self.asked_definitions = request.definitions_hash
         names = list(reversed(FEATURES))
         vectors = []
         for index, row in enumerate(request.rows):
@@ -135,7 +137,7 @@ class Features(feature_pb2_grpc.FeatureServiceServicer):
         return feature_pb2.GetOnlineFeaturesResponse(
             feature_names=names,
             vectors=vectors,
-            definitions_hash="d" * 64,
+            definitions_hash=request.definitions_hash or "d" * 64,
             view_names=[f"view{n}" for n in range(len(self.ages_ms))],
         )
 

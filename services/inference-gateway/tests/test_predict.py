@@ -128,6 +128,13 @@ async def test_defaults_steps_and_what_the_caller_is_told() -> None:
         assert (list(seen.outputs), list(seen.answered_places)) == ([3.0], [0])
         assert (hidden.max_feature_age_ms, list(seen.feature_ages)) == (7, [])
 
+        assert features.asked_definitions == ""
+        made.predict.definitions_hash = "e" * 64
+        await rollout.in_force(rollout.set(route(made)))
+        await g.predict("flight", a=2.0)
+        assert features.asked_definitions == "e" * 64
+        assert {p.definitions_hash for p in await on_the_bus(g, 4)} == {"d" * 64, "e" * 64}
+
         features.ages_ms = [5, -1, 0]
         asked = request(a=1.0)
         quiet = await g.predictions.Predict(asked, timeout=10)
@@ -135,7 +142,7 @@ async def test_defaults_steps_and_what_the_caller_is_told() -> None:
         told = await g.predictions.Predict(asked, timeout=10)
         assert (quiet.max_feature_age_ms, list(quiet.feature_ages)) == (5, [])
         assert [(one.view, one.age_ms) for one in told.feature_ages] == [("view0", 5), ("view2", 0)]
-        logged = {p.prediction_id: p for p in await on_the_bus(g, 5)}
+        logged = {p.prediction_id: p for p in await on_the_bus(g, 6)}
         assert all(list(logged[a.prediction_id].feature_ages) == list(told.feature_ages) for a in (quiet, told))
 
 
@@ -389,6 +396,7 @@ def test_steps() -> None:
         "p.post[0].threshold.value": {"post": [{"threshold": {"value": "NaN"}}]},
         "p.post[1]": {"post": [{"sigmoid": {}}, {"labels": {"names": ["x"]}}]},
         "p.post[2]": {"post": [{"argmax": {}}, {"labels": {"names": ["x"]}}, {"sigmoid": {}}]},
+        "p.definitions_hash": {"definitions_hash": "x"},
         "p.post[0].keep.places": {"post": [{"keep": {}}]},
         "p.post[0].drop.places": {"post": [{"drop": {"places": [1, 1]}}]},
         "p.post[0].round.decimals": {"post": [{"round": {"decimals": 16}}]},

@@ -62,6 +62,13 @@ def test_rules_of_values_are_in_the_arm_and_no_other_signature() -> None:
         convert.version_ref(with_rules, registry_pb2.Model(name="churn"))
 
 
+def test_a_version_declares_the_definitions_it_was_trained_with() -> None:
+    declared = version(f'{{"definitionsHash": "{"d" * 64}"}}')
+    ref = convert.version_ref(declared, registry_pb2.Model(name="churn"))
+    assert ref.definitions == "d" * 64
+    assert not convert.version_ref(version(PLAN), registry_pb2.Model(name="churn")).definitions
+
+
 @pytest.mark.parametrize("wrong", ["no JSON", '{"defualts": {}}', '{"post": [{"labels": {"names": ["x"]}}]}'])
 def test_a_wrong_plan_refuses_its_version(wrong: str) -> None:
     with pytest.raises(InvalidArgumentError, match=r"millrace\.predict"):

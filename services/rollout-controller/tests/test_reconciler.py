@@ -226,6 +226,20 @@ def test_another_signature_is_refused() -> None:
     assert world.running == {"1.0.0": 2}
 
 
+def test_other_feature_definitions_are_refused_once_declared() -> None:
+    world = World(spec("1.0.0"))
+    world.registry["1.0.0"] = version_ref("1.0.0", b"x").model_copy(update={"definitions": "a" * 64})
+    world.served()
+    world.registry["1.1.0"] = version_ref("1.1.0", b"y")
+    world.apply(spec("1.1.0"))
+    world.until("Progressing")
+    world.registry["1.2.0"] = version_ref("1.2.0", b"z").model_copy(update={"definitions": "b" * 64})
+    world.apply(spec("1.2.0"))
+    world.until("RolledBack")
+    assert world.status.failed is not None
+    assert world.status.failed.reason == "DefinitionsChanged"
+
+
 def test_a_tampered_artifact_is_refused_at_once() -> None:
     world = World(spec("1.0.0")).served()
     world.refusals["1.1.0"] = Refusal("DataLoss", "DATA_LOSS: other content", permanent=True)

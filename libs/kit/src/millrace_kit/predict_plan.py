@@ -64,6 +64,8 @@ def check_plan(plan: rollout_pb2.PredictPlan, where: str) -> None:
         _check_step(step, before, place)
         kind = step.WhichOneof("step") or ""
         before = before if kind in passing and before else kind
+    if plan.definitions_hash:
+        check.sha256(plan.definitions_hash, f"{where}.definitions_hash")
     if plan.HasField("cache"):
         if not 1 <= plan.cache.max_age_ms <= MAX_CACHE_AGE_MS:
             raise InvalidArgumentError(f"{where}.cache.max_age_ms", f"must be 1 to {MAX_CACHE_AGE_MS}")

@@ -24,7 +24,7 @@ _GET_ONLINE_FEATURES = "/millrace_api.feature.v1.FeatureService/GetOnlineFeature
 _ROW = "rows[0].values"
 
 Inputs = Mapping[str, common_pb2.Value]
-_Group = tuple[str, bytes]
+_Group = tuple[str, bytes, str]
 
 
 @dataclass(slots=True)
@@ -60,8 +60,10 @@ class FeatureReads:
         self._waiting: dict[_Group, list[_Waiting]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def vector(self, route: Route, row: Inputs, event_time: Timestamp | None, timeout_s: float) -> Vector:
-        """The model's features for `row` at `event_time`.
+    async def vector(
+        self, route: Route, row: Inputs, event_time: Timestamp | None, timeout_s: float, definitions: str = ""
+    ) -> Vector:
+        """The model's features for `row` at `event_time`, by the definitions of that hash, else by those in force.
 
         Raises:
             InvalidArgumentError: an input is missing or wrong; names it as `inputs[…]`.
@@ -69,7 +71,7 @@ class FeatureReads:
             MillraceError: any other answer of the feature service.
         """
         loop = asyncio.get_running_loop()
-        group = (route.feature_service, event_time.SerializeToString() if event_time is not None else b"")
+        group = (route.feature_service, event_time.SerializeToString() if event_time is not None else b"", definitions)
         waiting = _Waiting(row, time.monotonic() + timeout_s, trace_metadata(), loop.create_future())
         self._waiting.setdefault(group, []).append(waiting)
         if self._running < self._at_once:
@@ -144,9 +146,12 @@ class FeatureReads:
 
 
 def _request(group: _Group, rows: Sequence[Inputs]) -> feature_pb2.GetOnlineFeaturesRequest:
-    service, event_time = group
+    service, event_time, definitions = group
     request = feature_pb2.GetOnlineFeaturesRequest(
-        feature_service=service, rows=[feature_pb2.EntityRow(values=row) for row in rows], with_view_ages=True
+        feature_service=service,
+        rows=[feature_pb2.EntityRow(values=row) for row in rows],
+        definitions_hash=definitions,
+        with_view_ages=True,
     )
     if event_time:
         request.event_time.ParseFromString(event_time)

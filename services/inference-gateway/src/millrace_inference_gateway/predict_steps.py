@@ -62,6 +62,8 @@ class Plan:
     hidden: bool = False
     """Whether callers do not get the model's own outputs."""
     cache: CacheRule | None = None
+    definitions: str = ""
+    """Hash of the definitions that features are read with; empty takes those in force."""
 
     def filled(self, names: Sequence[str], values: tuple[float, ...]) -> tuple[tuple[float, ...], list[str]]:
         """`values` (of features `names`) with defaults where they are NaN, and the features that got one."""
@@ -115,6 +117,7 @@ def checked_plan(message: rollout_pb2.PredictPlan, where: str) -> Plan:
         cache=CacheRule(message.cache.max_age_ms, frozenset(message.cache.inputs))
         if message.HasField("cache")
         else None,
+        definitions=message.definitions_hash,
     )
 
 

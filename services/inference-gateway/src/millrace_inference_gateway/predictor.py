@@ -110,7 +110,7 @@ class Predictor:
             MillraceError: what is wrong with the request, or which of the two calls failed.
         """
         route = route_of(request.model, self._table())
-        findings = check_row(request, self._settings.max_inputs, route.checks(caller.version))
+        findings = check_row(request, self._settings.max_inputs, route.asked(caller.version).checks)
         if (known := self._known(route, request, caller)) is not None:
             return known
         until = self._until(route, caller)
@@ -135,7 +135,7 @@ class Predictor:
         async def look_up(index: int, message: prediction_pb2.PredictRow) -> _Row | None:
             one = _single(request.model, message)
             try:
-                findings = check_row(one, self._settings.max_inputs, route.checks(caller.version))
+                findings = check_row(one, self._settings.max_inputs, route.asked(caller.version).checks)
                 if (known := self._known(route, one, caller)) is not None:
                     results[index] = prediction_pb2.PredictResult(response=known)
                     return None
@@ -188,12 +188,15 @@ class Predictor:
         self, route: Route, request: prediction_pb2.PredictRequest, caller: Caller, until: float, findings: Findings
     ) -> _Row:
         started = self._clock.monotonic()
-        checks = route.checks(caller.version)
+        arm = route.asked(caller.version)
+        checks = arm.checks
         if route.feature_service:
             event_time: Timestamp | None = request.event_time if request.HasField("event_time") else None
             timeout_s = max(_MIN_CALL_S, (until - started) * self._settings.feature_time_share)
-            vector = await self._features.vector(route, request.inputs, event_time, timeout_s)
-            self._cache.saw_definitions(route.feature_service, vector.definitions_hash)
+            definitions = arm.plan.definitions
+            vector = await self._features.vector(route, request.inputs, event_time, timeout_s, definitions)
+            if not definitions:
+                self._cache.saw_definitions(route.feature_service, vector.definitions_hash)
         else:
             vector = from_inputs(route, request.inputs, checks)
         values, defaulted = route.plan.filled(route.feature_names, vector.values)

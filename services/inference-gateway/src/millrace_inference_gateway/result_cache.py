@@ -53,7 +53,7 @@ class ResultCache:
             arm.version,
             arm.digest,
             arm.candidate,
-            self._definitions.get(route.feature_service, ""),
+            route.plan.definitions or self._definitions.get(route.feature_service, ""),
             request.event_time.SerializeToString() if request.HasField("event_time") else b"",
             _inputs(request.inputs, rule),
         )

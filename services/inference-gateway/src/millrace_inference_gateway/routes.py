@@ -160,10 +160,10 @@ class Route:
         """What the stable version declares for Predict."""
         return next((arm.plan for arm in self.arms if not arm.candidate), NO_PLAN)
 
-    def checks(self, chosen: str = "") -> Checks:
-        """What values may be: by the version the caller chose, else by the stable one, for nobody knows yet which will answer."""
+    def asked(self, chosen: str = "") -> Arm:
+        """Whose rules and definitions count: the version's the caller chose, else the stable one's, for nobody knows yet which will answer."""
         found = [arm for arm in self.arms if arm.version == chosen] or [a for a in self.arms if not a.candidate]
-        return (found or self.arms)[0].checks
+        return (found or self.arms)[0]
 
     def plan_of(self, version: str) -> Plan:
         """What the version declares that answered."""

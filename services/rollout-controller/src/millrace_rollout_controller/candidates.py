@@ -80,6 +80,11 @@ def _admit(d: Draft, ref: VersionRef) -> None:
         s.failed = Failed(version=ref.version, reason="SignatureChanged", message=message)
         s.event(d.now, "Warning", "SignatureChanged", message)
         return
+    if s.stable is not None and _other_definitions(s.stable.ref, ref):
+        message = f"{ref.version} declares other feature definitions than {s.stable.ref.version}, and features are read before the split"
+        s.failed = Failed(version=ref.version, reason="DefinitionsChanged", message=message)
+        s.event(d.now, "Warning", "DefinitionsChanged", message)
+        return
     s.retiring = [gone for gone in s.retiring if gone.ref.version != ref.version]
     seen = d.servers(ref.version)
     s.candidate = Arm(ref=ref, endpoints=seen.ready, service=seen.service)
@@ -88,6 +93,10 @@ def _admit(d: Draft, ref: VersionRef) -> None:
     s.event(
         d.now, "Normal", "CandidateChosen", f"{ref.version} ({ref.digest[:12]}) gets {d.spec.server.replicas} servers"
     )
+
+
+def _other_definitions(stable: VersionRef, ref: VersionRef) -> bool:
+    return bool(stable.definitions and ref.definitions) and stable.definitions != ref.definitions
 
 
 def fail(d: Draft, reason: str, message: str) -> None:

@@ -51,7 +51,7 @@ def version_ref(version: registry_pb2.ModelVersion, model: registry_pb2.Model) -
         InvalidArgumentError: what it declares for Predict, or what its values may be, is wrong.
     """
     declared = version.tags.get(predict_plan.TAG, "")
-    predict_plan.read_plan(declared, f"tags[{predict_plan.TAG!r}]")
+    plan = predict_plan.read_plan(declared, f"tags[{predict_plan.TAG!r}]")
     names = frozenset(version.signature.feature_names)
     value_rules.check_rules(version.signature.rules, "signature.rules", names)
     return VersionRef(
@@ -66,6 +66,7 @@ def version_ref(version: registry_pb2.ModelVersion, model: registry_pb2.Model) -
         feature_service=model.feature_service,
         predict=declared,
         rules=value_rules.rules_text(version.signature.rules),
+        definitions=plan.definitions_hash,
     )
 
 

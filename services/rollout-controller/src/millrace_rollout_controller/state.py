@@ -56,6 +56,8 @@ class VersionRef(Frozen):
     """What it declares for Predict: JSON, checked."""
     rules: str = ""
     """What values may be: JSON, checked."""
+    definitions: str = ""
+    """Hash of the feature definitions it declares for Predict; empty for those in force."""
 
     @property
     def signature(self) -> tuple[object, ...]:
