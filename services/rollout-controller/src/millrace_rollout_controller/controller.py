@@ -40,6 +40,7 @@ from millrace_rollout_controller.sleeping import idle_after
 from millrace_rollout_controller.stages import compared, split_in_force
 from millrace_rollout_controller.state import Route, Status, VersionRef
 from millrace_rollout_controller.store import Row, Store
+from millrace_rollout_controller.value_gates import tracked_values
 from millrace_rollout_controller.warming import Warmer
 
 log = logging.getLogger(__name__)
@@ -262,6 +263,11 @@ class Controller:
         return changed
 
     def _remember(self, row: Row) -> _Known:
+        known = self._known_of(row)
+        self._figures.track(row.model, tracked_values(known.spec.rollout))
+        return known
+
+    def _known_of(self, row: Row) -> _Known:
         name = row.name, row.created_at.isoformat()
         known = self._known.get(name)
         if known is None:

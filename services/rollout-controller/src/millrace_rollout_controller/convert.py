@@ -11,7 +11,7 @@ from millrace_kit import predict_plan, value_rules
 
 from millrace_rollout_controller import manifest
 from millrace_rollout_controller.conditions import is_ready
-from millrace_rollout_controller.counts import Counts
+from millrace_rollout_controller.counts import Counts, Sums
 from millrace_rollout_controller.hub import Table
 from millrace_rollout_controller.idleness import GatewayActivity, Used
 from millrace_rollout_controller.shadow_pairs import Pairs
@@ -28,6 +28,7 @@ from millrace_rollout_controller.state import (
     VersionRef,
 )
 from millrace_rollout_controller.store import Row
+from millrace_rollout_controller.value_gates import Tracked
 
 ACTOR = "rollout-controller"
 """Who links evidence, in the registry's audit."""
@@ -123,6 +124,15 @@ def _pairs(figures: prediction_pb2.ShadowFigures) -> Pairs:
 
 def outcome_counts(answer: drift_pb2.GetOutcomesResponse, model: str) -> dict[str, Counts]:
     """One model's versions in the drift monitor's outcomes."""
+    values: dict[str, dict[str, dict[str, Sums]]] = {}
+    for each in answer.tracked:
+        key = tracked_value(each.value).key
+        for v in answer.versions:
+            # What is tracked and has no value yet is known too.
+            values.setdefault(v.version, {})[key] = {}
+        for f in each.figures:
+            by_segment = values.setdefault(f.version, {}).setdefault(key, {})
+            by_segment[f.segment] = Sums(n=f.count, total=f.sum, square=f.square_sum)
     return {
         v.version: Counts(
             outcomes=v.outcomes,
@@ -130,10 +140,23 @@ def outcome_counts(answer: drift_pb2.GetOutcomesResponse, model: str) -> dict[st
             brier_sum=v.brier_sum,
             brier_square_sum=v.brier_square_sum,
             scores={str(one.bucket): one.count for one in v.scores},
+            values=values.get(v.version, {}),
         )
         for v in answer.versions
         if v.model == model
     }
+
+
+def tracked_value(message: drift_pb2.TrackedValue) -> Tracked:
+    """A tracked value."""
+    bounded = message.HasField("lower") and message.HasField("upper")
+    lower, upper = (message.lower, message.upper) if bounded else (None, None)
+    return Tracked(message.metric, lower, upper, message.segment)
+
+
+def tracked_message(value: Tracked) -> drift_pb2.TrackedValue:
+    """The other way."""
+    return drift_pb2.TrackedValue(metric=value.metric, lower=value.lower, upper=value.upper, segment=value.segment)
 
 
 def routes(table: Table) -> rollout_pb2.Routes:

@@ -21,6 +21,8 @@ class Counts(BaseModel):
     """Predictions by bucket of their score; whole numbers in the order of the scores."""
     shadow: dict[str, Pairs] = {}
     """Rows that stable was asked too, by segment; empty is all of them."""
+    values: "dict[str, dict[str, Sums]]" = {}
+    """Of tracked values of outcomes, by the value's key and by segment; empty is all of them."""
 
     def plus(self, other: "Counts") -> "Counts":
         """The sum."""
@@ -34,7 +36,15 @@ class Counts(BaseModel):
             brier_square_sum=self.brier_square_sum + other.brier_square_sum,
             scores=_plus(self.scores, other.scores),
             shadow=shadow_pairs.plus(self.shadow, other.shadow),
+            values={
+                key: _sums_plus(self.values.get(key, {}), other.values.get(key, {}))
+                for key in self.values.keys() | other.values.keys()
+            },
         )
+
+
+def _sums_plus(one: "dict[str, Sums]", other: "dict[str, Sums]") -> "dict[str, Sums]":
+    return {name: one.get(name, Sums()).plus(other.get(name, Sums())) for name in one.keys() | other.keys()}
 
 
 def _plus(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:

@@ -19,6 +19,7 @@ from millrace_rollout_controller.gates import GateState
 from millrace_rollout_controller.idleness import GatewayActivity, Quiet
 from millrace_rollout_controller.manifest import Gate, Metric
 from millrace_rollout_controller.ratio import Ratio
+from millrace_rollout_controller.value_gates import values_minus
 
 RATE_MEMORY_S = 60.0
 """Time constant of the traffic's estimate."""
@@ -142,7 +143,7 @@ def advance(
             ]
         if split is not None:
             update["ratio"] = evidence.ratio.plus(split, new.requests, old.requests)
-        new, old = (counts.model_copy(update={"scores": {}}) for counts in (new, old))
+        new, old = (counts.model_copy(update={"scores": {}, "values": {}}) for counts in (new, old))
         update |= {
             "candidate": evidence.candidate.plus(new),
             "stable": evidence.stable.plus(old),
@@ -203,7 +204,16 @@ def _gateway_difference(cursor: Cursor | None, figures: GatewayFigures) -> dict[
 def _outcome_difference(before: Mapping[str, Counts] | None, now: Mapping[str, Counts]) -> dict[str, Counts]:
     if before is None:
         return {}
-    return {version: _minus(counts, before.get(version, Counts())) for version, counts in now.items()}
+    # A tracked value that nobody had before only sets the mark; of a version that nobody had before, everything counts.
+    tracked = {key for counts in before.values() for key in counts.values}
+    found: dict[str, Counts] = {}
+    for version, counts in now.items():
+        old = before.get(version, Counts())
+        fresh = {
+            key: values_minus(sums, old.values.get(key, {})) for key, sums in counts.values.items() if key in tracked
+        }
+        found[version] = _minus(counts, old).model_copy(update={"values": fresh})
+    return found
 
 
 def _minus(now: Counts, before: Counts) -> Counts:

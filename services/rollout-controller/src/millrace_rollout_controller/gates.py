@@ -8,6 +8,9 @@ look does. Everything else is undecided, and no data is undecided.
 A latency comparison counts requests slower than stable's percentile T, learned from stable's first requests and then kept. It fails when the
 candidate's share above T is larger than stable's, and passes when its share above T (1 + margin) is smaller than stable's above T: then its
 percentile is at most 1 + margin times stable's.
+
+Values of any unit (`business/…`, `outcome/mae`) with a declared range are moved to [0, 1] and tested like the rest; without one they are tested
+in the limit (`value_gates.py`). With a `segment` every group has tests of its own (`segment_gates.py`).
 """
 
 import math
@@ -17,7 +20,7 @@ from millrace_kit.power import BURN_IN, MEMORY
 from millrace_kit.sequential import ODDS_ABOVE, ODDS_BELOW, Array, Sample, log_mean, one_arm, two_arms
 from pydantic import BaseModel
 
-from millrace_rollout_controller import drift_gates, looks, measures, shadow_gates
+from millrace_rollout_controller import drift_gates, looks, measures, segment_gates, shadow_gates, value_gates
 from millrace_rollout_controller.counts import Counts, Sums
 from millrace_rollout_controller.drift_gates import DriftState
 from millrace_rollout_controller.looks import Look
@@ -25,6 +28,7 @@ from millrace_rollout_controller.manifest import Gate
 from millrace_rollout_controller.measures import QUANTILES, measure
 from millrace_rollout_controller.shadow_gates import ShadowState, is_shadow
 from millrace_rollout_controller.state import GateView, Verdict
+from millrace_rollout_controller.value_gates import Limit
 
 STEP_SAMPLES = 30
 """Candidate values in a step from which on that step's own estimate can hold a pass back."""
@@ -70,6 +74,10 @@ class GateState(BaseModel):
     answers: int = 0
     beyond: int = 0
     """Of a query: answers beyond the bound in a row."""
+    limit: Limit | None = None
+    """Of values without a range."""
+    segments: dict[str, "GateState"] = {}
+    """Of a gate with a segment: the groups, by their names."""
 
 
 def begin_step(gate_state: GateState) -> GateState:
@@ -84,6 +92,7 @@ def begin_step(gate_state: GateState) -> GateState:
         "step_gap_sum": 0.0,
     }
     update["answer"] = None
+    update["segments"] = {name: begin_step(state) for name, state in gate_state.segments.items()}
     return gate_state.model_copy(update=update)
 
 
@@ -100,6 +109,17 @@ def absorb(gate: Gate, state: GateState, candidate: Counts, stable: Counts) -> G
         return state.model_copy(
             update={"shadow": shadow_gates.absorb(gate, state.shadow or ShadowState(), candidate.shadow)}
         )
+    if gate.segment is not None:
+        segments = dict(state.segments)
+        for name, mine, theirs in segment_gates.groups(gate, candidate, stable):
+            if name in segments or len(segments) < segment_gates.GROUPS:
+                before = segments.get(name) or begin_step(GateState())
+                segments[name] = _absorb(gate, before, mine, theirs)
+        state = state.model_copy(update={"segments": segments})
+    return _absorb(gate, state, candidate, stable)
+
+
+def _absorb(gate: Gate, state: GateState, candidate: Counts, stable: Counts) -> GateState:
     measured = measure(gate, candidate, stable, state.threshold)
     if gate.compare is None:
         return _absorb_one(gate, state, measured.failing, measured.passing, measured.stable)
@@ -153,18 +173,39 @@ def _beyond(gate: Gate, answer: float) -> bool:
 def _absorb_one(gate: Gate, state: GateState, failing: Sums, passing: Sums, stable: Sums) -> GateState:
     update: dict[str, object] = {"stable": state.stable.plus(stable)}
     if failing.n > 0:
-        slow = gate.metric in QUANTILES
-        bound = measures.slow_share(gate) if slow else (gate.max if gate.max is not None else gate.min) or 0.0
+        bound = _bound(gate)
         worse = ODDS_BELOW if gate.min is not None else ODDS_ABOVE
         better = ODDS_ABOVE if gate.min is not None else ODDS_BELOW
-        grew = one_arm(_sample(gate, failing), bound, worse)
+        if not gate.is_asymptotic:
+            grew = one_arm(_sample(gate, failing), bound, worse)
+            update["fail_logs"] = [_add(start, grew) for start in state.fail_logs]
+            update["pass_logs"] = _add(state.pass_logs, one_arm(_sample(gate, passing), bound, better))
         update |= {
-            "fail_logs": [_add(start, grew) for start in state.fail_logs],
-            "pass_logs": _add(state.pass_logs, one_arm(_sample(gate, passing), bound, better)),
             "candidate": state.candidate.plus(passing),
             "step_candidate": state.step_candidate.plus(passing),
         }
-    return state.model_copy(update=update)
+    return _in_the_limit(gate, state.model_copy(update=update))
+
+
+def _in_the_limit(gate: Gate, state: GateState) -> GateState:
+    """What the sums of values without a range say."""
+    if not gate.is_asymptotic:
+        return state
+    n = state.candidate.n
+    if gate.compare is None:
+        excess = state.candidate.total - _bound(gate) * n
+        loss, margin, ratio = (-excess if gate.min is not None else excess), 0.0, None
+    else:
+        loss, margin, ratio = _loss(gate, state) * n, _limit(gate) * n, state.gap_ratio
+    found = value_gates.in_the_limit(state.limit, state.candidate, state.stable, ratio, loss=loss, margin=margin)
+    return state.model_copy(update={"limit": found})
+
+
+def _bound(gate: Gate) -> float:
+    """What a bound's tests are about."""
+    if gate.metric in QUANTILES:
+        return measures.slow_share(gate)
+    return value_gates.scaled_bound(gate, (gate.max if gate.max is not None else gate.min) or 0.0)
 
 
 def _absorb_two(gate: Gate, state: GateState, measured: measures.Measured) -> GateState:
@@ -187,7 +228,7 @@ def _absorb_two(gate: Gate, state: GateState, measured: measures.Measured) -> Ga
     for name, value in (("gap_weight", passing.n), ("gap_sum", gap)):
         update[name] = getattr(state, name) + value
         update[f"step_{name}"] = getattr(state, f"step_{name}") + value
-    if state.memory.n >= BURN_IN:
+    if state.memory.n >= BURN_IN and not gate.is_asymptotic:
         better, worse = (ODDS_ABOVE, ODDS_BELOW) if gate.higher_is_better else (ODDS_BELOW, ODDS_ABOVE)
         shift = -_limit(gate) if gate.higher_is_better else _limit(gate)
         mean = np.asarray((state.memory.total + 0.5) / (state.memory.n + 1.0))
@@ -198,7 +239,7 @@ def _absorb_two(gate: Gate, state: GateState, measured: measures.Measured) -> Ga
     memory = state.memory.plus(stable)
     fade = min(1.0, MEMORY / memory.n)
     update["memory"] = Sums(n=memory.n * fade, total=memory.total * fade, square=memory.square * fade)
-    return _take_look(gate, state.model_copy(update=update))
+    return _take_look(gate, _in_the_limit(gate, state.model_copy(update=update)))
 
 
 def _take_look(gate: Gate, state: GateState) -> GateState:
@@ -219,7 +260,7 @@ def _take_look(gate: Gate, state: GateState) -> GateState:
 
 def _limit(gate: Gate) -> float:
     """The loss that must not be; a latency comparison has its margin in the threshold."""
-    return 0.0 if gate.metric in QUANTILES else gate.margin or 0.0
+    return 0.0 if gate.metric in QUANTILES else (gate.margin or 0.0) / value_gates.width(gate)
 
 
 def _loss(gate: Gate, state: GateState) -> float:
@@ -229,7 +270,7 @@ def _loss(gate: Gate, state: GateState) -> float:
 
 
 def _sample(gate: Gate, sums: Sums) -> Sample:
-    return Sample.of(sums.n, sums.total, sums.square if gate.metric == "outcome/brier" else None)
+    return Sample.of(sums.n, sums.total, sums.square if gate.metric == "outcome/brier" or gate.is_value else None)
 
 
 def _add(logs: list[float], grew: Array) -> list[float]:
@@ -239,6 +280,8 @@ def _add(logs: list[float], grew: Array) -> list[float]:
 
 def log_fail(state: GateState, steps: int) -> float:
     """Logarithm of the failing e-process: half on the trial's start, half spread over the later steps, begun or not."""
+    if state.limit is not None:
+        return state.limit.against
     if not state.fail_logs:
         return 0.0
     later = max(steps - 1, len(state.fail_logs) - 1)
@@ -263,7 +306,8 @@ def is_close(gate: Gate, state: GateState, steps: int) -> bool:
         return state.drift is not None and bool(state.drift.cuts) and drift_gates.log_fail(state.drift) >= half
     if is_shadow(gate):
         return state.shadow is not None and shadow_gates.log_fail(state.shadow) >= half
-    return log_fail(state, steps) >= half
+    groups = [log_fail(one, steps) - segment_gates.PRICE for one in state.segments.values()]
+    return max([log_fail(state, steps), *groups]) >= half
 
 
 def judge(gate: Gate, state: GateState, steps: int) -> GateView:
@@ -274,6 +318,24 @@ def judge(gate: Gate, state: GateState, steps: int) -> GateView:
         return drift_gates.judge(gate, state.drift or DriftState())
     if is_shadow(gate):
         return shadow_gates.judge(gate, state.shadow or ShadowState())
+    if gate.segment is None:
+        return _judge(gate, state, steps)
+    parts = {name: _judge(segment_gates.of_group(gate), one, steps) for name, one in state.segments.items()}
+    bad = {
+        name
+        for name, one in state.segments.items()
+        if (loss := _group_loss(gate, one)) is not None and loss > _estimate(gate, one)[1]
+    }
+    halved = _judge(segment_gates.of_whole(gate), state, steps)
+    return segment_gates.together(_judge(gate, state, steps), halved, parts, bad)
+
+
+def _group_loss(gate: Gate, state: GateState) -> float | None:
+    """How bad a group looks over all steps; None while it has too few values."""
+    return None if state.candidate.n < STEP_SAMPLES else _estimate(gate, state)[0]
+
+
+def _judge(gate: Gate, state: GateState, steps: int) -> GateView:
     needed = -math.log(1.0 - gate.level)
     against = log_fail(state, steps)
     loss, limit, words = _estimate(gate, state)
@@ -281,7 +343,7 @@ def judge(gate: Gate, state: GateState, steps: int) -> GateView:
     step_loss = _step_loss(gate, state)
     verdict: Verdict = "undecided"
     if state.candidate.n < 1:
-        reason = "no data of the candidate yet"
+        reason = "no data of the candidate yet" if not gate.is_value else "no values of the candidate yet"
         if gate.metric in QUANTILES and gate.compare is not None and state.threshold is None:
             reason = "stable's percentile is not known yet"
     elif against >= needed and (gate.compare is None or loss > limit):
@@ -304,7 +366,7 @@ def judge(gate: Gate, state: GateState, steps: int) -> GateView:
 def _proof(gate: Gate, state: GateState, needed: float) -> tuple[bool, str]:
     """Whether the passing side is proved, and the sentence about it."""
     if gate.max_samples is None:
-        for_it = float(log_mean(np.array(state.pass_logs)))
+        for_it = float(log_mean(np.array(state.pass_logs))) if state.limit is None else state.limit.for_it
         return for_it >= needed, f"e-value for it {_power(for_it)} of {_power(needed)} needed"
     if not state.looks:
         return False, f"no look yet, the last one is at {gate.max_samples} values"
@@ -348,16 +410,19 @@ def _estimate(gate: Gate, state: GateState) -> tuple[float, float, str]:
             )
             return loss, limit, words
         gap = state.gap_sum / state.gap_weight if state.gap_weight else 0.0
-        words = (
-            f"candidate {mean:.4f} over {n}, stable {state.stable.mean:.4f} over {int(state.stable.n)} at the same time"
-        )
-        return loss, limit, f"{words}, difference {gap:+.4f} (margin {gate.margin:g})"
+        wide = value_gates.width(gate)
+        mine, theirs = value_gates.unscaled(gate, mean), value_gates.unscaled(gate, state.stable.mean)
+        words = f"candidate {mine:.4f} over {n}, stable {theirs:.4f} over {int(state.stable.n)} at the same time"
+        words += f", difference {gap * wide:+.4f} (margin {gate.margin:g}){value_gates.kind(gate, state.limit)}"
+        return loss, limit, words
     if gate.metric in QUANTILES:
         allowed = measures.slow_share(gate)
         return mean, allowed, f"{mean:.2%} of {n} requests above {gate.max:g} ms (allowed {allowed:.0%})"
+    words = f"candidate {value_gates.unscaled(gate, mean):.4f} over {n}"
     if gate.min is not None:
-        return gate.min - mean, 0.0, f"candidate {mean:.4f} over {n}, at least {gate.min:g} wanted"
-    return mean, gate.max or 0.0, f"candidate {mean:.4f} over {n}, at most {gate.max:g} wanted"
+        words += f", at least {gate.min:g} wanted{value_gates.kind(gate, state.limit)}"
+        return _bound(gate) - mean, 0.0, words
+    return mean, _bound(gate), f"{words}, at most {gate.max:g} wanted{value_gates.kind(gate, state.limit)}"
 
 
 def _step_loss(gate: Gate, state: GateState) -> float | None:
@@ -368,7 +433,7 @@ def _step_loss(gate: Gate, state: GateState) -> float | None:
         gap = state.step_gap_sum / state.step_gap_weight
         return -gap if gate.higher_is_better else gap
     mean = state.step_candidate.mean
-    return gate.min - mean if gate.min is not None else mean
+    return _bound(gate) - mean if gate.min is not None else mean
 
 
 def _power(log: float) -> str:

@@ -26,12 +26,14 @@ Strategy = Literal["Canary", "BlueGreen", "ABTest", "Shadow"]
 Balancing = Literal["LeastRequest", "RoundRobin", "ResponseTime", "ConsistentHash"]
 """Over the servers of a version: fewest requests under way, in turn, faster ones more, or one server for each value of the sticky header."""
 Caller = Annotated[str, Field(pattern=r"^(\*|[A-Za-z0-9][A-Za-z0-9._@:/-]{0,127})$")]
+Number = Annotated[float, Field(ge=-1e12, le=1e12)]
 Metric = Literal["errorRate", "latencyP99Ms", "outcome/accuracy", "outcome/brier"]
 """Of a comparison that a strategy reports."""
-GateMetric = Literal[
-    "errorRate", "latencyP50Ms", "latencyP95Ms", "latencyP99Ms", "throughput", "outcome/accuracy", "outcome/brier", "drift/prediction",
-    "shadow/labelFlipRate", "shadow/scoreShift", "shadow/maxAbsDiff",
-]  # fmt: skip
+GateMetric = Annotated[str, Field(max_length=80, pattern=(
+    "^(errorRate|latencyP50Ms|latencyP95Ms|latencyP99Ms|throughput|outcome/accuracy|outcome/brier|outcome/mae|outcome/rmse|drift/prediction"
+    "|shadow/labelFlipRate|shadow/scoreShift|shadow/maxAbsDiff|business/[A-Za-z_][A-Za-z0-9_]{0,62})$"
+))]  # fmt: skip
+"""`business/<column>` is a number or bool in the outcome's record."""
 DEFAULT_CONFIDENCE = 0.95
 
 
@@ -204,6 +206,7 @@ class Gate(Block):
     """One condition on the candidate: a metric of ours with exactly one of `max`, `min` and `compare`, or a PromQL query with `max` or `min`."""
 
     metric: GateMetric | None = None
+    """What is judged; `business/<column>` is a number or bool in the outcome's record."""
     promql: Annotated[str, Field(min_length=1, max_length=MAX_PROMQL_CHARACTERS)] | None = None
     """Query with one value as its answer; {{model}}, {{candidate}}, {{stable}} and {{namespace}} are filled in."""
     max: float | None = None
@@ -211,8 +214,20 @@ class Gate(Block):
     compare: Literal["notWorseThanStable"] | None = None
     tensor: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Of shadow/maxAbsDiff: the output it is about; None is all of them."""
-    margin: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """How much worse than stable the candidate may be; of a latency the part by which its percentile may be longer."""
+    margin: Annotated[float, Field(gt=0, le=1e12)] | None = None
+    """How much worse than stable the candidate may be, in the metric's unit; of a latency the part by which its percentile may be longer. Less than 1
+    but for business/ and outcome/mae."""
+    better: Literal["Higher", "Lower"] | None = None
+    """Of a business/ metric compared: which values are the good ones."""
+    value_range: Annotated[tuple[Number, ...], Field(min_length=2, max_length=2)] | None = None
+    """Of business/, outcome/mae and outcome/rmse: the smallest and the largest value; what lies beyond counts as that. With it the test is exact at
+    every look, without it only in the limit of many values."""
+    segment: (
+        Annotated[str, Field(max_length=80, pattern=r"^(client|feature/.{1,64}|outcome/[A-Za-z_][A-Za-z0-9_]{0,62})$")]
+        | None
+    ) = None
+    """Of outcome/ and business/: also judge groups of predictions by themselves, told apart by a feature, by a column of the outcome's record, or by
+    the caller. The first 16 groups count apart."""
     max_samples: Annotated[int, Field(ge=100, le=100_000_000)] | None = None
     """Of a comparison required at Promotion: candidate values at which the promotion is decided at the latest. Then passing has five looks on
     the way there, which need fewer values than a look after every one; failing is still looked at always."""
@@ -231,7 +246,17 @@ class Gate(Block):
     @property
     def higher_is_better(self) -> bool:
         """Whether larger values of the metric are better."""
-        return self.metric == "outcome/accuracy"
+        return self.metric == "outcome/accuracy" or self.better == "Higher"
+
+    @property
+    def is_value(self) -> bool:
+        """About values of any unit, not of 0 to 1."""
+        return (self.metric or "").startswith("business/") or self.metric in {"outcome/mae", "outcome/rmse"}
+
+    @property
+    def is_asymptotic(self) -> bool:
+        """Tested in the limit of many values: nobody said how large they may be."""
+        return self.is_value and self.value_range is None
 
     @property
     def is_reading(self) -> bool:
@@ -247,11 +272,12 @@ class Gate(Block):
     def text(self) -> str:
         """As people write it, for example "latencyP99Ms <= 80"."""
         subject = self.metric or f"promql {' '.join((self.promql or '').split())[:80]}"
+        by = f" by {self.segment}" if self.segment is not None else ""
         if self.compare:
-            return f"{subject} notWorseThanStable (margin {self.margin:g})"
+            return f"{subject} notWorseThanStable (margin {self.margin:g}){by}"
         if self.tensor is not None:
             subject = f"{subject} of {self.tensor}"
-        return f"{subject} <= {self.max:g}" if self.max is not None else f"{subject} >= {self.min:g}"
+        return f"{subject} <= {self.max:g}{by}" if self.max is not None else f"{subject} >= {self.min:g}{by}"
 
 
 class Rollout(Block):

@@ -25,6 +25,8 @@ _FORMS: dict[str, tuple[str, ...]] = {
     "throughput": ("min",),
     "outcome/accuracy": ("min", "compare"),
     "outcome/brier": ("max", "compare"),
+    "outcome/mae": ("max", "compare"),
+    "outcome/rmse": ("max",),
     "drift/prediction": ("max",),
     "shadow/labelFlipRate": ("max",),
     "shadow/scoreShift": ("max",),
@@ -201,7 +203,7 @@ def _check_decimals(percent: float, where: str) -> None:
 def _check_gate(gate: "Gate", where: str) -> None:
     if (gate.metric is None) == (gate.promql is None):
         raise InvalidArgumentError(where, "needs exactly one of metric and promql")
-    allowed = _FORMS[gate.metric] if gate.metric else ("max", "min")
+    allowed = _FORMS.get(gate.metric or "", ("max", "min", "compare")) if gate.metric else ("max", "min")
     given = [form for form in ("max", "min", "compare") if getattr(gate, form) is not None]
     if len(given) != 1:
         raise InvalidArgumentError(where, f"needs exactly one of {', '.join(allowed)}")
@@ -213,6 +215,7 @@ def _check_gate(gate: "Gate", where: str) -> None:
     if (gate.margin is not None) != (gate.compare is not None):
         raise InvalidArgumentError(f"{where}.margin", "belongs to compare, and compare needs it")
     _check_looks(gate, where)
+    _check_value(gate, where)
     if gate.is_reading and gate.confidence is not None:
         raise InvalidArgumentError(f"{where}.confidence", "belongs to a test; queries and throughput have failureLimit")
     if gate.promql is not None:
@@ -226,6 +229,34 @@ def _check_gate(gate: "Gate", where: str) -> None:
 def _check_looks(gate: "Gate", where: str) -> None:
     if gate.max_samples is not None and (gate.compare is None or gate.required != "Promotion"):
         raise InvalidArgumentError(f"{where}.maxSamples", "belongs to compare with required: Promotion")
+    if gate.max_samples is not None and (gate.is_asymptotic or gate.segment is not None):
+        raise InvalidArgumentError(
+            f"{where}.maxSamples", "needs valueRange for such a metric, and does not fit segment"
+        )
+
+
+def _check_value(gate: "Gate", where: str) -> None:
+    metric = gate.metric or ""
+    if gate.segment is not None and not metric.startswith(("outcome/", "business/")):
+        raise InvalidArgumentError(f"{where}.segment", "belongs to outcome/ and business/")
+    if (gate.better is not None) != (metric.startswith("business/") and gate.compare is not None):
+        raise InvalidArgumentError(f"{where}.better", "belongs to business/ with compare, which needs it")
+    if gate.margin is not None and gate.margin >= 1 and not gate.is_value:
+        raise InvalidArgumentError(f"{where}.margin", "must be less than 1")
+    if gate.value_range is None:
+        return
+    if not gate.is_value:
+        raise InvalidArgumentError(f"{where}.valueRange", "belongs to business/, outcome/mae and outcome/rmse")
+    lowest, highest = gate.value_range
+    if lowest >= highest:
+        raise InvalidArgumentError(f"{where}.valueRange", "needs the smallest value and then a larger one")
+    if lowest != 0 and metric.startswith("outcome/"):
+        raise InvalidArgumentError(f"{where}.valueRange", "must begin with 0: errors do")
+    if gate.margin is not None and gate.margin >= highest - lowest:
+        raise InvalidArgumentError(f"{where}.margin", "must be less than the width of valueRange")
+    for form, bound in (("max", gate.max), ("min", gate.min)):
+        if bound is not None and not lowest < bound < highest:
+            raise InvalidArgumentError(f"{where}.{form}", "must lie inside valueRange")
 
 
 def _check_query(gate: "Gate", where: str) -> None:
@@ -248,5 +279,8 @@ def _check_bound(gate: "Gate", where: str, form: str) -> None:
     elif gate.metric == "shadow/maxAbsDiff":
         if not 0 < bound <= 1e9:
             raise InvalidArgumentError(f"{where}.max", "must be more than 0 and at most 1e9")
+    elif gate.is_value:
+        if not abs(bound) <= 1e12 or (bound <= 0 and (gate.metric or "").startswith("outcome/")):
+            raise InvalidArgumentError(f"{where}.{form}", "must be at most 1e12 from 0, and of an error more than 0")
     elif not 0 < bound < 1:
         raise InvalidArgumentError(f"{where}.{form}", "must be between 0 and 1, both left out")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from millrace_rollout_controller.counts import Counts, Sums
 from millrace_rollout_controller.manifest import Gate
+from millrace_rollout_controller.value_gates import tracked, values
 
 QUANTILES = {"latencyP50Ms": 0.5, "latencyP95Ms": 0.95, "latencyP99Ms": 0.99}
 """Share of requests at or below each latency metric."""
@@ -56,6 +57,8 @@ def measure(gate: Gate, candidate: Counts, stable: Counts, threshold: float | No
 
 
 def _means(gate: Gate, counts: Counts) -> Sums:
+    if (value := tracked(gate)) is not None:
+        return values(value, counts)
     match gate.metric:
         case "errorRate":
             return Sums(n=counts.requests, total=counts.errors, square=counts.errors)

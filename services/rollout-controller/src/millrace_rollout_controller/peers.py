@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -21,6 +21,7 @@ from millrace_rollout_controller.evidence import GatewayFigures, Poll
 from millrace_rollout_controller.metrics import POLL_FAILURES
 from millrace_rollout_controller.reconciler import Refusal
 from millrace_rollout_controller.state import ArtifactRef, Bundle, VersionRef
+from millrace_rollout_controller.value_gates import Tracked
 
 log = logging.getLogger(__name__)
 REFUSAL_TTL_S = 2.0
@@ -157,12 +158,17 @@ class Figures:
         self._open = open_gateway
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._drift = drift_pb2_grpc.DriftServiceStub(drift)
+        self._tracked: dict[str, frozenset[Tracked]] = {}
         self._timeout_s = timeout_s
 
     @property
     def addresses(self) -> list[str]:
         """The gateways asked."""
         return sorted({*self._fixed, *self._live()})
+
+    def track(self, model: str, values: Iterable[Tracked]) -> None:
+        """Say which values of a model's outcomes its gates want; the drift monitor is told with the next poll."""
+        self._tracked[model] = frozenset(values)
 
     async def poll(self, models: Sequence[str]) -> dict[str, Poll]:
         """What each model's sources say now."""
@@ -230,7 +236,13 @@ class Figures:
     async def _ask_drift(self, model: str) -> dict[str, Counts] | None:
         try:
             request = drift_pb2.GetOutcomesRequest(model=model)
-            return convert.outcome_counts(await self._drift.GetOutcomes(request, timeout=self._timeout_s), model)
+            answer = await self._drift.GetOutcomes(request, timeout=self._timeout_s)
+            wanted = self._tracked.get(model, frozenset())
+            if wanted and wanted != {convert.tracked_value(each.value) for each in answer.tracked}:
+                values = [convert.tracked_message(value) for value in sorted(wanted, key=lambda value: value.key)]
+                message = drift_pb2.SetTrackedValuesRequest(model=model, values=values)
+                await self._drift.SetTrackedValues(message, timeout=self._timeout_s)
+            return convert.outcome_counts(answer, model)
         except grpc.aio.AioRpcError:
             POLL_FAILURES.labels("drift").inc()
             return None

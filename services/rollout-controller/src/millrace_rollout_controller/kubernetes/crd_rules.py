@@ -36,6 +36,10 @@ SCHEMA: dict[str, dict[str, Any]] = {
 """Added to a field's schema."""
 
 
+_VALUE = "(self.metric.startsWith('business/') || self.metric in ['outcome/mae', 'outcome/rmse'])"
+"""A gate's metric is about values of any unit."""
+
+
 def _rule(rule: str, message: str, field: str = "") -> Rule:
     return {"rule": rule, "message": message} | ({"fieldPath": field} if field else {})
 
@@ -55,12 +59,24 @@ def _forms(metric: str, *allowed: str) -> list[Rule]:
 def _bound(form: str) -> list[Rule]:
     rules = [
         _rule(
+            f"!has(self.metric) || !{_VALUE} || !has(self.{form}) || (self.{form} >= -1e12 && self.{form} <= 1e12"
+            f" && (self.{form} > 0.0 || self.metric.startsWith('business/')))",
+            "must be at most 1e12 from 0, and of an error more than 0",
+            f".{form}",
+        ),
+        _rule(
+            f"!has(self.valueRange) || self.valueRange.size() != 2 || !has(self.{form})"
+            f" || (self.{form} > self.valueRange[0] && self.{form} < self.valueRange[1])",
+            "must lie inside valueRange",
+            f".{form}",
+        ),
+        _rule(
             f"!has(self.metric) || self.metric.startsWith('latency') || self.metric == 'throughput'"
-            f" || self.metric == 'shadow/maxAbsDiff' || !has(self.{form})"
+            f" || self.metric == 'shadow/maxAbsDiff' || {_VALUE} || !has(self.{form})"
             f" || (self.{form} > 0.0 && self.{form} < 1.0)",
             "must be between 0 and 1, both left out",
             f".{form}",
-        )
+        ),
     ]
     if form == "max":
         rules.append(
@@ -250,6 +266,46 @@ CEL: dict[str, list[Rule]] = {
         ),
         *_forms("outcome/accuracy", "min", "compare"),
         *_forms("outcome/brier", "max", "compare"),
+        *_forms("outcome/mae", "max", "compare"),
+        *_forms("outcome/rmse", "max"),
+        _rule(
+            "!has(self.segment) || (has(self.metric)"
+            " && (self.metric.startsWith('outcome/') || self.metric.startsWith('business/')))",
+            "belongs to outcome/ and business/",
+            ".segment",
+        ),
+        _rule(
+            "has(self.better) == (has(self.metric) && self.metric.startsWith('business/') && has(self.compare))",
+            "belongs to business/ with compare, which needs it",
+            ".better",
+        ),
+        _rule(
+            f"!has(self.margin) || self.margin < 1.0 || (has(self.metric) && {_VALUE})",
+            "must be less than 1",
+            ".margin",
+        ),
+        _rule(
+            f"!has(self.valueRange) || (has(self.metric) && {_VALUE})",
+            "belongs to business/, outcome/mae and outcome/rmse",
+            ".valueRange",
+        ),
+        _rule(
+            "!has(self.valueRange) || self.valueRange.size() != 2 || (self.valueRange[0] < self.valueRange[1]"
+            " && (self.valueRange[0] == 0.0 || !has(self.metric) || self.metric.startsWith('business/')))",
+            "needs the smallest value (of errors 0) and then a larger one",
+            ".valueRange",
+        ),
+        _rule(
+            "!has(self.margin) || !has(self.valueRange) || self.valueRange.size() != 2"
+            " || self.margin < self.valueRange[1] - self.valueRange[0]",
+            "must be less than the width of valueRange",
+            ".margin",
+        ),
+        _rule(
+            f"!has(self.maxSamples) || (!has(self.segment) && (has(self.valueRange) || !has(self.metric) || !{_VALUE}))",
+            "needs valueRange for such a metric, and does not fit segment",
+            ".maxSamples",
+        ),
         _rule("!has(self.promql) || !has(self.compare)", "does not fit promql; use max or min", ".compare"),
         _rule("has(self.margin) == has(self.compare)", "belongs to compare, and compare needs it", ".margin"),
         _rule(
