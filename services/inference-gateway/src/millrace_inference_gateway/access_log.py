@@ -14,7 +14,7 @@ from millrace_inference_gateway.payload import HttpForm, HttpForms
 from millrace_inference_gateway.routes import cluster_arm
 
 UNKNOWN, UNAVAILABLE, OK = 2, 14, 0
-CANCELLED, DEADLINE_EXCEEDED = 1, 4
+CANCELLED, INVALID_ARGUMENT, DEADLINE_EXCEEDED = 1, 3, 4
 NAMESPACE = "millrace"
 MODEL_HEADER = "x-millrace-model"
 VERSION_HEADER = "x-millrace-version"

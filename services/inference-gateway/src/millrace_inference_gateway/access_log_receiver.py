@@ -8,8 +8,9 @@ import grpc
 import grpc.aio
 from envoy.service.accesslog.v3 import als_pb2
 
-from millrace_inference_gateway.access_log import DEADLINE_EXCEEDED, OK, InferenceCall, read_entry
+from millrace_inference_gateway.access_log import DEADLINE_EXCEEDED, INVALID_ARGUMENT, OK, InferenceCall, read_entry
 from millrace_inference_gateway.answers import Answers
+from millrace_inference_gateway.client_refusals import INVALID, count_client
 from millrace_inference_gateway.concurrency_limits import ConcurrencyLimits
 from millrace_inference_gateway.envoy_bootstrap import PUBLIC
 from millrace_inference_gateway.envoy_mirrors import MIRROR_LISTENER
@@ -107,6 +108,8 @@ class AccessLogReceiver:
             if not call.pinned:
                 # Who chose a version says nothing about it: testers call what is broken on purpose.
                 self._figures.record(call.model, call.version, call.status, call.latency_ms)
+            if path == PUBLIC and call.status == INVALID_ARGUMENT:
+                count_client(call.client, INVALID)
             if call.server is not None and call.status == OK:
                 self._weights.record(call.server, call.latency_ms)
             # What was given up or failed at once says nothing of how fast a version is.

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 from millrace_api.events.v1 import events_pb2
 from millrace_api.prediction.v1 import prediction_pb2
@@ -12,6 +13,7 @@ from millrace_kit.errors import InvalidArgumentError, MillraceError
 from millrace_kit.telemetry import current_trace_id
 
 from millrace_inference_gateway.answers import Answers
+from millrace_inference_gateway.client_refusals import INVALID, count_client
 from millrace_inference_gateway.convert import failure_of
 from millrace_inference_gateway.envoy_access import CLIENT_HEADER
 from millrace_inference_gateway.feature_reads import FeatureReads
@@ -109,6 +111,15 @@ class Predictor:
         Raises:
             MillraceError: what is wrong with the request, or which of the two calls failed.
         """
+        try:
+            return await self._predicted(request, caller)
+        except MillraceError as error:
+            _count(caller, error)
+            raise
+
+    async def _predicted(
+        self, request: prediction_pb2.PredictRequest, caller: Caller
+    ) -> prediction_pb2.PredictResponse:
         route = route_of(request.model, self._table())
         findings = check_row(request, self._settings.max_inputs, route.asked(caller.version).checks)
         if (known := self._known(route, request, caller)) is not None:
@@ -141,6 +152,7 @@ class Predictor:
                     return None
                 return await self._looked_up(route, one, caller, until, findings)
             except MillraceError as error:
+                _count(caller, error)
                 results[index] = failure_of(error, row=index)
                 return None
 
@@ -323,3 +335,8 @@ def _single(model: str, row: prediction_pb2.PredictRow) -> prediction_pb2.Predic
     if row.HasField("event_time"):
         request.event_time.CopyFrom(row.event_time)
     return request
+
+
+def _count(caller: Caller, error: MillraceError) -> None:
+    if error.code is grpc.StatusCode.INVALID_ARGUMENT:
+        count_client(caller.client, INVALID)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from envoy.data.accesslog.v3 import accesslog_pb2
 from prometheus_client import Counter
 
-from millrace_inference_gateway.access_log import MODEL_HEADER
+from millrace_inference_gateway.access_log import MAX_CLIENT, MODEL_HEADER
+from millrace_inference_gateway.client_refusals import count_client
+from millrace_inference_gateway.envoy_access import CLIENT_HEADER
 from millrace_inference_gateway.envoy_actions import LOW, PRIORITY_HEADER
 
 REFUSED = Counter(
@@ -32,6 +34,8 @@ class Refusal:
     reason: str
     low: bool
     """Whether the call was of low priority."""
+    client: str = ""
+    """Who called, where the gateway knows."""
 
 
 def has_unknown_key(entry: accesslog_pb2.HTTPAccessLogEntry) -> bool:
@@ -53,13 +57,14 @@ def read_refusal(entry: accesslog_pb2.HTTPAccessLogEntry) -> Refusal | None:
     model = entry.request.request_headers.get(MODEL_HEADER, "")
     if not model and entry.request.path.startswith(_HTTP_MODELS):
         model = entry.request.path.removeprefix(_HTTP_MODELS).partition("/")[0].partition("?")[0]
-    return Refusal(model, reason, is_low(entry))
+    return Refusal(model, reason, is_low(entry), entry.request.request_headers.get(CLIENT_HEADER, "")[:MAX_CLIENT])
 
 
 def count_refusal(refusal: Refusal, known: Callable[[], Container[str]]) -> None:
     """Count it; a model that the routes do not have is counted without its name, which anybody may make up."""
     model = refusal.model if refusal.model in known() else ""
     REFUSED.labels(model, refusal.reason, "low" if refusal.low else "normal").inc()
+    count_client(refusal.client, refusal.reason)
 
 
 def _reason(entry: accesslog_pb2.HTTPAccessLogEntry) -> str:
