@@ -86,6 +86,30 @@ TRAFFIC = (
         "ops",
     ),
     Panel(
+        "Which calls are turned away, and why?",
+        ((_rate("millrace_gateway_refused_total", "model, reason, priority"), "{{model}} {{reason}} {{priority}}"),),
+        "reqps",
+    ),
+    Panel(
+        "How many requests may each version have under way?",
+        (
+            (
+                "sum by (model, version, priority) (millrace_gateway_concurrency_limit{%%})",
+                "{{model}} {{version}} {{priority}}",
+            ),
+        ),
+    ),
+    Panel(
+        "How fast is each version while nothing waits?",
+        (("avg by (model, version) (millrace_gateway_baseline_seconds{%%})", "{{model}} {{version}}"),),
+        "s",
+    ),
+    Panel(
+        "How old are the token issuer's keys?",
+        (("time() - (millrace_gateway_issuer_keys_timestamp_seconds{%%} > 0)", "{{pod}}"),),
+        "s",
+    ),
+    Panel(
         "Do gateways see the cluster's endpoints?",
         (("min by (pod) (millrace_gateway_endpoint_watch_connected{%%})", "{{pod}}"),),
     ),
@@ -300,6 +324,22 @@ QUALITY = (
     Panel(
         "Why do sources fail?",
         ((_rate("millrace_ingestion_source_troubles_total", "source, reason"), "{{source}} {{reason}}"),),
+        "ops",
+    ),
+    Panel(
+        "How late do the rows of joins land?",
+        tuple(
+            (
+                _quantile(share, "millrace_ingestion_join_freshness_seconds", "source"),
+                f"{{{{source}}}} p{round(share * 100)}",
+            )
+            for share in (0.5, 0.95)
+        ),
+        "s",
+    ),
+    Panel(
+        "What do joins make?",
+        ((_rate("millrace_ingestion_join_rows_total", "source, result"), "{{source}} {{result}}"),),
         "ops",
     ),
     Panel(
