@@ -17,7 +17,7 @@ from millrace_rollout_controller.warming import METHOD, Warmer
 from .support import until, version_ref
 from .world import World, spec
 
-BLOCK = Warmup(requests=10, maxTrials=5, maxP99Ratio=2.0, timeoutSeconds=30)
+BLOCK = Warmup(requests=10, windowSeconds=0, maxTrials=5, maxP99Ratio=2.0, timeoutSeconds=30)
 REF = version_ref("1.1.0", b"x")
 ROLLOUT = """
 steps: [{weight: 5}, {weight: 100}]
@@ -61,8 +61,11 @@ def test_p99_is_of_the_last_three_windows() -> None:
         # Tenfold, and still less than what a busy client adds.
         ([window(1.0)] * 3, [window(0.1)] * 3, "pass", "steady"),
         ([window(10)] * 3, [], "pass", "no server to compare with"),
-        ([window(float(10 + 9 * (i % 2))) for i in range(5)], [window(10)] * 5, "fail", "not steady"),
-        ([window(10), window(10, failures=3)], [window(10)] * 2, "undecided", "3 of 10 replayed requests failed"),
+        ([window(float(10 + 9 * (i % 2))) for i in range(5)], [window(10)] * 5, "undecided", "not steady"),
+        # The machine's noise slows both alike.
+        ([window(10), window(20), window(12)], [window(9), window(18), window(11)], "pass", "steady beside stable"),
+        ([window(40), window(20), window(10)], [window(10)] * 3, "undecided", "stable's 10.00, 10.00, 10.00 ms"),
+        ([window(10), window(10, failures=3)], [window(10)] * 2, "undecided", "3 of 13 replayed requests failed"),
         ([window(10, failures=3)] * 5, [window(10)] * 5, "fail", "UNAVAILABLE gone"),
     ],
 )
@@ -123,6 +126,28 @@ def test_one_that_is_not_required_is_only_said() -> None:
     world.warm = WarmSeen(world.status.trial, "fail", "p99 900 ms", 60)
     assert world.tick().phase == "Progressing"
     assert "NotWarm" in [event.reason for event in world.status.events]
+
+
+def test_what_is_not_steady_waits_for_a_person_or_is_only_said() -> None:
+    world = waiting()
+    world.warm = WarmSeen(world.status.trial, "undecided", "latency is not steady", 60, over=True)
+    for _ in range(5):
+        status = world.tick()
+    assert (status.phase, status.failed, status.entered) == ("Paused", None, False)
+    assert "resume goes on" in status.waiting
+    assert world.act("resume") is None
+    assert world.until("Progressing").warmup.verdict == "undecided"
+
+    world = waiting("Never")
+    world.warm = WarmSeen(world.status.trial, "undecided", "latency is not steady", 60, over=True)
+    assert world.tick().phase == "Progressing"
+
+    # While it is still measured nobody can skip it.
+    world = waiting()
+    world.warm = WarmSeen(world.status.trial, "undecided", "half way", 20)
+    world.tick()
+    assert world.act("resume") is None
+    assert not world.tick().entered
 
 
 def test_whoever_goes_back_does_not_wait() -> None:
@@ -186,7 +211,7 @@ async def verdict(source: Samples, candidates: list[str], stable: list[str], blo
         def decided() -> WarmSeen | None:
             warmer.converge(wanted)
             seen = warmer.seen("flights")
-            return seen if seen is not None and seen.verdict != "undecided" else None
+            return seen if seen is not None and (seen.verdict != "undecided" or seen.over) else None
 
         found = await until(decided, what="a verdict")
         assert isinstance(found, WarmSeen)
@@ -205,7 +230,7 @@ async def test_servers_that_get_fast_pass_after_having_been_asked_what_stable_wa
     cold = Server(lambda count: max(0.16 / 2 ** ((count - 1) // 10), STEADY_S))
     warm, stable = Server(lambda _: STEADY_S), Server(lambda _: STEADY_S)
     bodies = [sample_request(REF).SerializeToString(), b"\x0a\x01b"]
-    block = Warmup(requests=10, maxTrials=30, maxP99Ratio=3.0, timeoutSeconds=30)
+    block = Warmup(requests=10, windowSeconds=0, maxTrials=30, maxP99Ratio=3.0, timeoutSeconds=30)
     async with serving(cold, warm, stable) as (one, two, three):
         found = await verdict(Samples(*bodies), [one, two], [three], block)
     assert found.verdict == "pass", found.evidence
@@ -214,6 +239,18 @@ async def test_servers_that_get_fast_pass_after_having_been_asked_what_stable_wa
     assert len(warm.seen) >= 30
     assert found.requests == len(cold.seen) + len(warm.seen) == len(stable.seen)
     assert {*cold.seen} == {*stable.seen} == {*bodies}
+
+
+async def test_windows_last_their_time_at_a_bounded_rate() -> None:
+    slow, fast = Server(lambda _: 0.0), Server(lambda _: 0.0)
+    block = Warmup(requests=10, windowSeconds=0.5, maxRate=40, maxTrials=3, maxP99Ratio=100, timeoutSeconds=30)
+    began = asyncio.get_running_loop().time()
+    async with serving(slow, fast) as (one, two):
+        found = await verdict(Samples(), [one], [two], block)
+    took = asyncio.get_running_loop().time() - began
+    assert took >= 1.5
+    assert len(slow.seen) == len(fast.seen) == found.requests
+    assert 30 <= found.requests <= 40 * took + 3
 
 
 async def test_a_version_far_slower_than_stable_fails() -> None:

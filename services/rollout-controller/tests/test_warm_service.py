@@ -12,7 +12,7 @@ __all__ = ["peers"]
 
 WARM = {
     "steps": [{"weight": 50}],
-    "warmup": {"requests": 20, "maxTrials": 100, "maxP99Ratio": 20, "timeoutSeconds": 90},
+    "warmup": {"requests": 20, "windowSeconds": 0, "maxTrials": 100, "maxP99Ratio": 20, "timeoutSeconds": 90},
 }
 
 
@@ -37,7 +37,7 @@ async def test_one_that_cannot_answer_what_stable_answered_never_gets_weight(tmp
     request.inputs[0].shape[1] = 5
     request.raw_input_contents[0] = bytes(20)
     peers.samples = [request.SerializeToString()]
-    block = {**WARM, "warmup": {"requests": 10, "maxTrials": 3}}
+    block = {**WARM, "warmup": {"requests": 10, "windowSeconds": 0, "maxTrials": 3}}
     async with (
         controller(settings(tmp_path, peers)) as (stub, address),
         background(gateway(peers, address), traffic(peers)),

@@ -91,6 +91,7 @@ def _on_trial(spec: Spec, s: Status, verb: Verb, weight: float | None) -> Refuse
             s.paused = True
         case "resume":
             s.paused, s.held_weight, s.resumed_step = False, None, s.step
+            s.warmup_waived = s.warmup_waived or s.warmup_over
         case "abort":
             if s.stable is None:
                 message = "there is no stable version to go back to; delete the deployment instead"

@@ -31,7 +31,7 @@ def start_trial(d: Draft) -> None:
     s.step, s.weight, s.mirror, s.entered, s.held_weight = 0, 0.0, 0.0, False, None
     s.capacity_weight, s.stable_servers = 0.0, 0
     s.step_since, s.unready_since, s.gates, s.comparisons = None, None, [], []
-    s.warmup = None
+    s.warmup, s.warmup_over, s.warmup_waived = None, False, False
     s.mismatch = ""
     s.candidate_since, s.forced, s.resumed_step, s.guarding = d.now, False, -1, False
 

@@ -179,9 +179,14 @@ class Warmup(Block):
     """Requests replayed to each new server before the candidate's first weight, until it answers steadily."""
 
     requests: int = Field(default=50, ge=10, le=10_000)
-    """Requests of one window; steady are three windows in a row within 10 % of each other in latency and throughput."""
+    """Least requests of one window; steady are three windows in a row within 10 % of each other in latency and throughput, or as steadily slower
+    or faster than a stable server that answers the same requests at the same time."""
+    window_seconds: float = Field(default=1.0, ge=0, le=60)
+    """Least length of one window."""
+    max_rate: int = Field(default=200, ge=1, le=100_000)
+    """Most replayed requests a second, for the candidate's server and for the stable one beside it."""
     max_trials: int = Field(default=10, ge=3, le=100)
-    """Most windows of one server; then the gate fails."""
+    """Most windows of one server; then a latency that is not steady leaves the gate undecided, and a failed or slow one fails it."""
     concurrency: int = Field(default=1, ge=1, le=64)
     """Requests under way at once."""
     max_p99_ratio: float = Field(default=1.5, ge=1, le=100)
@@ -189,7 +194,7 @@ class Warmup(Block):
     timeout_seconds: int = Field(default=120, ge=1, le=3600)
     """Longest time for all servers of the candidate; then the gate fails."""
     required: Literal["Always", "Never"] = "Always"
-    """Whether a failure ends the trial, or is only said."""
+    """Whether a failure ends the trial and an undecided gate waits for a person (resume or abort), or both are only said."""
 
 
 class Guard(Block):

@@ -115,7 +115,6 @@ class Failed(Frozen):
 
     version: str
     reason: str
-    """Its number in servers that hold several versions; empty where they hold one."""
     message: str
 
 
@@ -292,6 +291,10 @@ class Status(Mutable):
     route: Route | None = None
     warmup: GateView | None = None
     """The warm gate of this or the last candidate."""
+    warmup_over: bool = False
+    """It is undecided for good."""
+    warmup_waived: bool = False
+    """A person goes on without its verdict."""
     gates: list[GateView] = []
     comparisons: list[ComparisonView] = []
     """Result of the last A/B test or shadow run; so far, while it is under way."""

@@ -1,10 +1,13 @@
 """The warm gate: before the first weight a candidate answers requests that stable has answered, until it does so steadily. Pure.
 
 The rule for "steadily" is perf_analyzer's: in the last three windows the greatest mean latency and the greatest throughput are at most 10 %
-above the least. The windows of stable are taken in between, with the same requests, so what slows the machine slows both.
+above the least. A busy machine never lets that hold. So each request is replayed to a stable server too, right before or after, and
+it is as good if the median latency is, three windows in a row, the same multiple of stable's within 10 %: what slows the machine slows both.
+A candidate whose latency is neither is not called cold: the gate is undecided.
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,6 +35,16 @@ class Window:
     """What the last failed one was told."""
 
     @property
+    def requests(self) -> int:
+        """Answered or failed."""
+        return len(self.latencies_ms) + self.failures
+
+    @property
+    def median_ms(self) -> float:
+        """Median latency; 0 without answers."""
+        return statistics.median(self.latencies_ms) if self.latencies_ms else 0.0
+
+    @property
     def mean_ms(self) -> float:
         """Mean latency; 0 without answers."""
         return sum(self.latencies_ms) / len(self.latencies_ms) if self.latencies_ms else 0.0
@@ -48,6 +61,15 @@ def steady(windows: Sequence[Window]) -> bool:
     if len(last) < STEADY_WINDOWS or any(window.failures or not window.latencies_ms for window in last):
         return False
     return all(max(values) <= (1.0 + STEADY_SHARE) * min(values) for values in _figures(last))
+
+
+def steady_beside(candidate: Sequence[Window], stable: Sequence[Window]) -> bool:
+    """Whether in the last three windows the median latency is the same multiple of stable's, within 10 %."""
+    pairs = list(zip(candidate[-STEADY_WINDOWS:], stable[-STEADY_WINDOWS:], strict=False))
+    if len(pairs) < STEADY_WINDOWS or any(mine.failures or not theirs.median_ms for mine, theirs in pairs):
+        return False
+    ratios = [mine.median_ms / theirs.median_ms for mine, theirs in pairs]
+    return max(ratios) <= (1.0 + STEADY_SHARE) * min(ratios)
 
 
 def _figures(windows: Sequence[Window]) -> tuple[list[float], list[float]]:
@@ -68,18 +90,21 @@ def judge(candidate: Sequence[Window], stable: Sequence[Window], block: Warmup) 
         stable: as many windows of a server of stable; none when it has no server.
         block: the manifest's bounds.
     """
-    trials = f"after {len(candidate)} of at most {block.max_trials} windows of {block.requests} requests"
+    trials = f"after {len(candidate)} of at most {block.max_trials} windows of at least {block.requests} requests"
     last = candidate[-1] if candidate else Window((), 0.0)
     out_of_trials = len(candidate) >= block.max_trials
     if last.failures:
-        words = f"{last.failures} of {block.requests} replayed requests failed ({last.problem}) {trials}"
+        words = f"{last.failures} of {last.requests} replayed requests failed ({last.problem}) {trials}"
         return ("fail" if out_of_trials else "undecided"), words
-    if not steady(candidate):
+    alone = steady(candidate)
+    if not alone and not steady_beside(candidate, stable):
         means = ", ".join(f"{window.mean_ms:.2f}" for window in candidate[-STEADY_WINDOWS:])
         words = f"latency is not steady {trials}: mean {means} ms"
-        return ("fail" if out_of_trials else "undecided"), words
+        if stable:
+            words += f", stable's {', '.join(f'{window.mean_ms:.2f}' for window in stable[-STEADY_WINDOWS:])} ms"
+        return "undecided", words
     mine = p99_ms(candidate)
-    words = f"steady {trials}, mean {last.mean_ms:.2f} ms, {last.per_s:.0f}/s, p99 {mine:.2f} ms"
+    words = f"steady{'' if alone else ' beside stable'} {trials}, mean {last.mean_ms:.2f} ms, {last.per_s:.0f}/s, p99 {mine:.2f} ms"
     theirs = p99_ms(stable)
     if theirs <= 0:
         return "pass", f"{words}; stable has no server to compare with"
@@ -102,8 +127,10 @@ def warm(d: Draft) -> bool:
         s.warmup = _view("undecided", "replaying begins", 0)
         s.waiting = f"{s.warmup.gate}: replaying begins"
         return False
-    s.warmup = _view(seen.verdict, seen.evidence, seen.requests)
+    s.warmup, s.warmup_over = _view(seen.verdict, seen.evidence, seen.requests), seen.over
     version = s.candidate.ref.version
+    if seen.verdict == "undecided" and seen.over:
+        return _go_on_undecided(d, block, seen.evidence)
     if seen.verdict == "undecided":
         s.waiting = f"{s.warmup.gate}: {seen.evidence}"
         return False
@@ -114,6 +141,19 @@ def warm(d: Draft) -> bool:
         s.event(d.now, "Warning", "NotWarm", f"{version} goes on all the same: {seen.evidence}")
         return True
     fail(d, "WarmupFailed", seen.evidence)
+    return False
+
+
+def _go_on_undecided(d: Draft, block: Warmup, evidence: str) -> bool:
+    """Nobody knows whether the candidate is warm: `required` says whether a person decides."""
+    s = d.status
+    version = s.candidate.ref.version if s.candidate is not None else ""
+    if block.required == "Never" or s.warmup_waived:
+        s.event(d.now, "Warning", "NotKnownWarm", f"{version} goes on all the same: {evidence}")
+        return True
+    s.phase = "Paused"
+    s.waiting = f"warmup is undecided, resume goes on and abort goes back: {evidence}"
+    s.event(d.now, "Warning", "NotKnownWarm", f"{version} waits for a person: {evidence}")
     return False
 
 

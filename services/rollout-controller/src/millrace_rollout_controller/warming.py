@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +32,16 @@ class RequestSource(Protocol):
     async def samples(self, model: str, limit: int) -> list[bytes]:
         """Serialized `ModelInferRequest`s, at most `limit`; none when nobody has any."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """One window and what all so far came to."""
+
+    verdict: Verdict
+    evidence: str
+    requests: int
+    over: bool
 
 
 @dataclass
@@ -62,7 +72,7 @@ class Warmer:
             known = self._works.get(name)
             if known is not None:
                 # Other servers or other bounds: what was measured so far says nothing about these.
-                if known.wanted == work or (known.wanted.trial == work.trial and known.seen.verdict != "undecided"):
+                if known.wanted == work or (known.wanted.trial == work.trial and _ended(known.seen)):
                     continue
                 known.task.cancel()
             seen = WarmSeen(work.trial, "undecided", "replaying begins", 0)
@@ -97,19 +107,17 @@ class Warmer:
         bodies = itertools.cycle(logged or [sample_request(wanted.ref).SerializeToString()])
         sent = 0
         for number, endpoint in enumerate(wanted.endpoints, 1):
-            async for verdict, evidence in self._warm_one(endpoint, wanted, bodies):
-                sent += wanted.block.requests
+            async for one in self._warm_one(endpoint, wanted, bodies):
+                sent += one.requests
                 # One warm server of several is not a verdict yet.
-                whole = verdict if verdict == "fail" or number == len(wanted.endpoints) else "undecided"
-                text = f"server {number} of {len(wanted.endpoints)} {evidence}; {words}"
-                self._works[name].seen = WarmSeen(wanted.trial, whole, text, sent)
-                if verdict == "fail":
+                whole = one.verdict if one.verdict == "fail" or number == len(wanted.endpoints) else "undecided"
+                text = f"server {number} of {len(wanted.endpoints)} {one.evidence}; {words}"
+                self._works[name].seen = seen = WarmSeen(wanted.trial, whole, text, sent, over=one.over)
+                if _ended(seen):
                     return
 
-    async def _warm_one(
-        self, endpoint: str, wanted: WarmServers, bodies: Iterator[bytes]
-    ) -> AsyncIterator[tuple[Verdict, str]]:
-        """Window after window until there is a verdict; one of stable after each, so that both see the same machine."""
+    async def _warm_one(self, endpoint: str, wanted: WarmServers, bodies: Iterator[bytes]) -> AsyncIterator[_Judged]:
+        """Window after window until there is a verdict, or there have been enough."""
         beside = next(iter(wanted.stable_endpoints), None)
         mine: list[Window] = []
         theirs: list[Window] = []
@@ -117,30 +125,58 @@ class Warmer:
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(endpoint))
             other = await stack.enter_async_context(grpc.aio.insecure_channel(beside)) if beside else None
             verdict: Verdict = "undecided"
-            while verdict == "undecided":
-                mine.append(await self._window(channel, bodies, wanted.block, wanted.naming))
-                if other is not None:
-                    theirs.append(await self._window(other, bodies, wanted.block, wanted.stable_naming))
+            while verdict == "undecided" and len(mine) < wanted.block.max_trials:
+                asked = [_Asked(channel, wanted.naming)]
+                asked += [_Asked(other, wanted.stable_naming)] if other is not None else []
+                await self._window(asked, bodies, wanted.block)
+                mine.append(asked[0].window(wanted.block))
+                theirs += [one.window(wanted.block) for one in asked[1:]]
                 verdict, evidence = judge(mine, theirs, wanted.block)
-                yield verdict, evidence
+                over = verdict == "undecided" and len(mine) >= wanted.block.max_trials
+                yield _Judged(verdict, evidence, mine[-1].requests, over)
 
-    async def _window(self, channel: grpc.aio.Channel, bodies: Iterator[bytes], block: Warmup, naming: bytes) -> Window:
-        """`requests` requests by `concurrency` callers, each of whom sends its next when the last was answered."""
-        call = channel.unary_unary(METHOD)
-        left, failures, problem = block.requests, 0, ""
-        latencies: list[float] = []
+    async def _window(self, asked: "Sequence[_Asked]", bodies: Iterator[bytes], block: Warmup) -> None:
+        """Requests by `concurrency` callers, each of whom sends its next when the last was answered: `requests` at least, and for
+        `windowSeconds` at least. Each goes to every server; who is asked first changes from one to the next.
+        """
+        began = self._clock.monotonic()
+        sent = 0
 
         async def work() -> None:
-            nonlocal left, failures, problem
-            while left > 0:
-                left -= 1
-                began = self._clock.monotonic()
-                try:
-                    await call(next(bodies) + naming, timeout=REQUEST_TIMEOUT_S)
-                    latencies.append((self._clock.monotonic() - began) * 1000)
-                except grpc.aio.AioRpcError as error:
-                    failures, problem = failures + 1, f"{error.code().name} {error.details()}"[:200]
+            nonlocal sent
+            while sent < block.requests or self._clock.monotonic() - began < block.window_seconds:
+                number, sent = sent, sent + 1
+                await asyncio.sleep(max(0.0, began + number / block.max_rate - self._clock.monotonic()))
+                body = next(bodies)
+                for one in asked if number % 2 == 0 else reversed(asked):
+                    await self._ask(one, body)
 
-        began = self._clock.monotonic()
         await asyncio.gather(*(work() for _ in range(block.concurrency)))
-        return Window(tuple(latencies), self._clock.monotonic() - began, failures, problem)
+
+    async def _ask(self, server: "_Asked", body: bytes) -> None:
+        began = self._clock.monotonic()
+        try:
+            await server.call(body + server.naming, timeout=REQUEST_TIMEOUT_S)
+            server.latencies_ms.append((self._clock.monotonic() - began) * 1000)
+        except grpc.aio.AioRpcError as error:
+            server.failures, server.problem = server.failures + 1, f"{error.code().name} {error.details()}"[:200]
+
+
+class _Asked:
+    """One server in one window."""
+
+    def __init__(self, channel: grpc.aio.Channel, naming: bytes) -> None:
+        self.call = channel.unary_unary(METHOD)
+        self.naming = naming
+        self.latencies_ms: list[float] = []
+        self.failures = 0
+        self.problem = ""
+
+    def window(self, block: Warmup) -> Window:
+        """What it was. Its length is the time it had requests: it waits while another server is asked."""
+        busy_s = sum(self.latencies_ms) / 1000.0 / block.concurrency
+        return Window(tuple(self.latencies_ms), busy_s, self.failures, self.problem)
+
+
+def _ended(seen: WarmSeen) -> bool:
+    return seen.verdict != "undecided" or seen.over
