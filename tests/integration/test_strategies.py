@@ -1,6 +1,8 @@
 """Each strategy on one machine with the real Envoy and Triton, under steady load: no request fails and nobody gets a shadow's answer."""
 
+import json
 import threading
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -226,6 +228,7 @@ def test_two_versions_in_one_server_without_a_second_one(stack: Stack) -> None:
         callers.reset()
         callers.more(300)
         assert callers.answered.keys() == {"1.0.0", "1.1.0"}
+        assert _answers_by_http(stack) == {("1.0.0", "1000000000000"), ("1.1.0", "1000001000000")}
         stack.client.rollout.act(MODEL, VERB_ABORT)
         reach(stack, "stable alone again", candidate_version="", phase="RolledBack")
         eventually(
@@ -248,6 +251,24 @@ def _gone(stack: Stack) -> bool | None:
     except MillraceError:
         return True
     return None
+
+
+def _answers_by_http(stack: Stack) -> set[tuple[str, str]]:
+    """Who answered callers by HTTP, by the gateway's word and by the server's."""
+    width = len(feature_names(stack.client))
+    tensor = {"name": "features", "shape": [1, width], "datatype": "FP32", "data": [0.0] * width}
+    found = set()
+    for caller in range(40):
+        request = urllib.request.Request(
+            f"http://{stack.endpoints.gateway}/v2/models/{MODEL}/infer",
+            data=json.dumps({"inputs": [tensor]}).encode(),
+            headers={"x-user-id": str(caller)},
+        )
+        with urllib.request.urlopen(request, timeout=10) as response:
+            body = json.load(response)
+            assert body["model_name"] == MODEL
+            found.add((response.headers["x-millrace-version"], body["model_version"]))
+    return found
 
 
 def _held(endpoint: str) -> set[str]:

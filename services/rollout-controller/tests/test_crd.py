@@ -429,6 +429,9 @@ async def test_kubectl_names_the_field(world: World) -> None:
     said = await refused(changed("spec/model", "other"))
     assert "spec.model" in said
     assert "cannot change; delete the deployment first" in said
+    said = await refused(changed("spec/server/placement", "Shared"))
+    assert "spec.server.placement" in said
+    assert "cannot change; delete the deployment first" in said
 
 
 def test_the_charts_file_is_made_from_the_manifest() -> None:

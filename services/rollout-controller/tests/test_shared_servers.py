@@ -12,11 +12,12 @@ import numpy as np
 import psutil
 import pytest
 import tritonclient.grpc.aio as tritonclient
-from millrace_rollout_controller import server_versions
+from millrace_rollout_controller import memory, server_versions
 from millrace_rollout_controller.executor import Wanted
 from millrace_rollout_controller.local_executor import LocalExecutor
 from millrace_rollout_controller.plans import ArmSeen
 from millrace_rollout_controller.server_block import Server
+from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
 from .support import Files, onnx_model, until, version_ref
@@ -177,9 +178,30 @@ async def test_adopted_servers_keep_what_they_hold(tmp_path: Path) -> None:
         assert (stubs(second), files.fetched) == (before, 2)
 
 
+def test_free_memory_is_the_least_of_what_is_left() -> None:
+    pid = os.getpid()
+    used = memory.used_bytes(pid)
+    assert used > 10 * memory.MIB
+    machine = memory.free_bytes(pid, None)
+    assert 0 < machine <= psutil.virtual_memory().total
+    limited = memory.free_bytes(pid, str(used + 50 * memory.MIB))
+    assert 0 < limited < 100 * memory.MIB
+    assert memory.free_bytes(pid, "1Mi") == 0
+    amounts = {"512Mi": 512 * memory.MIB, "1.5Gi": 1536 * memory.MIB, "2G": 2 * 10**9, "700": 700}
+    assert {text: memory.quantity_bytes(text) for text in amounts} == amounts
+    ref = version_ref("1.0.0", CONTENTS["1.0.0"])
+    size = ref.artifacts[0].size_bytes
+    assert memory.needed_bytes(ref, SHARED, factor=2, base_mib=64) == 64 * memory.MIB + 2 * size
+    declared = Server.model_validate({"placement": "Shared", "memoryMib": 900})
+    assert memory.needed_bytes(ref, declared, factor=2, base_mib=64) == 900 * memory.MIB
+
+
 def test_numbers_of_versions() -> None:
     numbers = {version: server_versions.number(version) for version in ("1.4.0", "0.0.1", "999999.0.999999")}
     assert numbers == {"1.4.0": "1000004000000", "0.0.1": "1", "999999.0.999999": "999999000000999999"}
     others = [server_versions.number(version) for version in ("0.0.0", "1.4.0-rc.1", "1.4.0+b1", "1000000.0.0")]
     assert len(set(others)) == 4
     assert all(8 * 10**18 <= int(found) < 2**63 for found in others)
+    logged = service_pb2.ModelInferRequest(model_name="flight-delay", model_version="7", id="a")
+    named = service_pb2.ModelInferRequest.FromString(logged.SerializeToString() + server_versions.naming("1.4.0"))
+    assert (named.model_name, named.model_version, named.id) == ("flight-delay", "1000004000000", "a")

@@ -16,7 +16,6 @@ _UNITS = {
     "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40, "Pi": 2.0**50,
 }  # fmt: skip
 _CGROUP = Path("/sys/fs/cgroup")
-_GPU = re.compile(r'^nv_gpu_memory_(total|used)_bytes\{[^}]*gpu_uuid="([^"]+)"[^}]*\} ([0-9.e+]+)$', re.MULTILINE)
 
 
 def needed_bytes(ref: VersionRef, server: Server, *, factor: float, base_mib: int) -> int:
@@ -58,15 +57,6 @@ def used_bytes(pid: int) -> int:
         except psutil.Error:
             continue
     return total
-
-
-def gpu_free_bytes(metrics: str) -> int | None:
-    """Free memory of the GPU that has the least, by a server's own metrics; None where it has none."""
-    figures: dict[str, dict[str, float]] = {}
-    for kind, gpu, value in _GPU.findall(metrics):
-        figures.setdefault(gpu, {})[kind] = float(value)
-    free = [one["total"] - one["used"] for one in figures.values() if one.keys() == {"total", "used"}]
-    return int(min(free)) if free else None
 
 
 def _container_bytes() -> int | None:

@@ -131,8 +131,8 @@ class Server(Block):
     """Separate: each version has servers of its own. Shared: a candidate is loaded into the servers that stable runs in, so that one GPU is
     enough; `replicas` is the number of these servers. Cannot be changed."""
     memory_mib: Annotated[int, Field(ge=1, le=4_194_304)] | None = None
-    """Of Shared only: memory that one version needs in a server, of the GPU where there is one. Loading waits until so much is free; None
-    takes the size of its files, times a factor of the controller's settings."""
+    """Of Shared only: memory that one version needs in a server. Loading waits until so much is free; None takes the size of its files, times
+    a factor of the controller's settings."""
     replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS)
     """Ready servers a version needs before it gets traffic; with autoscaling the number to begin with."""
     resources: Resources = Resources()

@@ -82,7 +82,10 @@ class SharedServer:
         """Bring the server to what is wanted, again and again, until cancelled."""
         try:
             while True:
-                await self._look()
+                try:
+                    await self._look()
+                except Exception:
+                    log.exception("versions in server %s", self.replica.endpoint)
                 await asyncio.sleep(LOOK_S)
         finally:
             for one in self.held.values():
@@ -147,6 +150,8 @@ class SharedServer:
             one.refusal = Refusal(error.reason, error.message, permanent=not held_back)
         except MillraceError as error:
             one.refusal = Refusal("ArtifactUnavailable", error.message, permanent=False)
+        except OSError as error:
+            one.refusal = Refusal("RepositoryFailed", str(error)[:800], permanent=False)
         except grpc.aio.AioRpcError as error:
             one.refusal = Refusal("LoadFailed", " ".join((error.details() or "").split())[:800], permanent=False)
             log.warning("%s of %s is not loaded: %s", want.ref.version, want.ref.model, one.refusal.message)
