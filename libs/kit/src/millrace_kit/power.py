@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from millrace_kit import group_sequential
+from millrace_kit import asymptotic, group_sequential
 from millrace_kit.sequential import ODDS_ABOVE, ODDS_BELOW, Array, Sample, log_mean, one_arm, two_arms
 
 BURN_IN = 30
@@ -139,6 +139,35 @@ def needed(claim: Claim, candidate: float, stable: float, share: float, verdict:
         horizon *= 4.0
         if horizon > MOST:
             return None
+
+
+def values_needed(
+    room: float, deviation: float, ratio: float, alpha: float, *, beyond: float = 0.0, seed: int = 0
+) -> int | None:
+    """Candidate values of any unit after which `POWER` of the rollouts have the verdict by the test in the limit; None beyond `MOST`.
+
+    Args:
+        room: how far the mean is from what is to be refuted.
+        deviation: standard deviation of one value.
+        ratio: the candidate's values for each of stable's; 0 for a bound.
+        alpha: chance of a wrong verdict.
+        beyond: the estimate has to exceed this too, as a comparison's margin to fail.
+        seed: of the random numbers.
+    """
+    # Sums of values by their normal approximation, at looks a tenth apart.
+    looks = np.unique((asymptotic.START * 1.1 ** np.arange(120)).astype(int))
+    looks = looks[looks <= MOST]
+    rng, sums, before = np.random.default_rng(seed), np.zeros(RUNS), 0
+    scale = deviation**2 * (1.0 + ratio)
+    h = asymptotic.tuned(np.asarray(scale * looks[0]))
+    passed = np.zeros(RUNS, bool)
+    for n in looks:
+        sums += rng.normal((n - before) * room, math.sqrt((n - before) * scale), RUNS)
+        before = n
+        passed |= (asymptotic.log_evidence(sums, np.asarray(scale * n), h) >= -math.log(alpha)) & (sums > beyond * n)
+        if passed.mean() >= POWER:
+            return int(n)
+    return None
 
 
 def _delay(

@@ -1,7 +1,9 @@
 """The command `lint` of both command lines: what is wrong with a manifest, and whether its steps can decide its gates."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ def options(command: Command) -> Command:
         ),
         click.option(
             "--baseline", "baselines", multiple=True, metavar="METRIC=MEAN",
-            help="Stable's mean of a metric, for example outcome/accuracy=0.92; can be repeated.",
+            help="Stable's mean of a metric, for example outcome/accuracy=0.92, or of values MEAN:DEVIATION, "
+            "for example business/revenue=12.5:30; can be repeated.",
         ),
         click.argument(
             "paths", nargs=-1, required=True, type=click.Path(dir_okay=False, allow_dash=True), metavar="FILE…"
@@ -55,11 +58,20 @@ def traffic(rate: float | None, outcome_share: float, baselines: tuple[str, ...]
     """The options as values.
 
     Raises:
-        click.UsageError: a baseline is no metric with a mean between 0 and 1.
+        click.UsageError: a baseline is no metric with a mean between 0 and 1, or with a mean and a deviation.
     """
     means: dict[str, float] = {}
+    deviations: dict[str, float] = {}
     for one in baselines:
         metric, _, value = one.partition("=")
+        if metric.startswith("business/") or metric in planning.VALUES:
+            try:
+                means[metric], deviations[metric] = map(float, value.split(":"))
+            except ValueError:
+                raise click.UsageError(f"--baseline {one}: needs MEAN:DEVIATION") from None
+            if not (math.isfinite(means[metric]) and 0 < deviations[metric] < math.inf):
+                raise click.UsageError(f"--baseline {one}: needs a deviation that is more than 0")
+            continue
         try:
             means[metric] = float(value)
         except ValueError:
@@ -67,7 +79,7 @@ def traffic(rate: float | None, outcome_share: float, baselines: tuple[str, ...]
         if metric not in planning.BASELINES or not 0 < means[metric] < 1:
             known = ", ".join(planning.BASELINES)
             raise click.UsageError(f"--baseline {one}: needs one of {known}, = and a mean between 0 and 1")
-    return planning.Traffic(rate, outcome_share, means)
+    return planning.Traffic(rate, outcome_share, means, deviations)
 
 
 def plan(path: str, text: str, known: planning.Traffic, live: Live | None, *, show: bool) -> None:
@@ -78,7 +90,7 @@ def plan(path: str, text: str, known: planning.Traffic, live: Live | None, *, sh
             rate = live(name)
             if rate <= 0:
                 click.echo(f"{path}: {name} is not in use, so times are not known", err=True)
-            used = planning.Traffic(rate if rate > 0 else known.rate, known.outcome_share, known.baselines)
+            used = replace(known, rate=rate if rate > 0 else known.rate)
         found = planning.plan(spec, used)
         for warning in found.warnings:
             click.echo(f"{path}: warning: {warning}", err=True)

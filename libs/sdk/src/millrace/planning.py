@@ -1,7 +1,7 @@
 """How many requests the gates of a manifest need, and how long that is: the gates' own tests, played many times. Pure.
 
-Only what a test decides is planned: queries and throughput are single readings, and a comparison of predictions or latencies depends on
-distributions nobody can name beforehand, so these are left out and said to be.
+Only what a test decides is planned: queries and throughput are single readings, and a comparison of predictions or of answers to copies depends on
+distributions nobody can name beforehand, so these are left out, with the reason (`unplanned`). Comparisons of latencies take them for log-normal.
 """
 
 import math
@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from millrace_kit.power import Claim, needed
+from millrace_kit.power import Claim, needed, values_needed
 
-BASELINES: Mapping[str, float] = {"errorRate": 0.01, "outcome/accuracy": 0.8, "outcome/brier": 0.15}
+from millrace.unplanned import SPREAD, learning, reason, slower_shares
+
+BASELINES: Mapping[str, float] = {"errorRate": 0.01, "outcome/accuracy": 0.8, "outcome/brier": 0.15, SPREAD: 0.5}
 """What stable is taken to be where nobody says."""
+VALUES = ("outcome/mae", "outcome/rmse")
+"""Metrics of any unit beside `business/…`."""
 SLOW_SHARES: Mapping[str, float] = {"latencyP50Ms": 0.5, "latencyP95Ms": 0.05, "latencyP99Ms": 0.01}
 SLOWER = 3.0
 """Times the allowed share of slow requests at which a latency bound is to fail; half of it is where it is to pass."""
@@ -30,6 +34,8 @@ class Traffic:
     """Part of the requests whose outcome becomes known."""
     baselines: Mapping[str, float] | None = None
     """Stable's mean by metric, in place of `BASELINES`."""
+    deviations: Mapping[str, float] | None = None
+    """Standard deviation of one value, by metric of any unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +78,25 @@ def plan(spec: Mapping[str, Any], traffic: Traffic) -> Plan:
     warnings: list[str] = []
     gates = list(rollout.get("gates") or ())
     for index, gate in enumerate(gates):
+        if _is_value(gate) and gate["metric"] in (traffic.deviations or {}):
+            found = [_value_need(number, steps, gate, traffic) for number in range(len(steps))]
+            needs += found
+            if warning := _too_few(index, gate, found, decided=[step[2] for step in steps]):
+                warnings.append(warning)
+            continue
+        if _is_value(gate):
+            warnings.append(
+                f"spec.rollout.gates[{index}]: {text(gate)} is not planned without what its values are like: "
+                f"--baseline {gate['metric']}=MEAN:DEVIATION"
+            )
+            continue
+        if gate.get("metric") in SLOW_SHARES and rollout.get("countedBy") == "Servers":
+            why = "with countedBy: Servers nobody knows percentiles, it stays undecided"
+            warnings.append(f"spec.rollout.gates[{index}]: {text(gate)} is not planned: {why}")
+            continue
         claim = _claim(gate, len(steps) + 1)
         if claim is None:
-            warnings.append(
-                f"spec.rollout.gates[{index}]: {text(gate)} is not planned; it has no fixed number of requests"
-            )
+            warnings.append(f"spec.rollout.gates[{index}]: {text(gate)} is not planned: {reason(gate)}")
             continue
         found = [_need(number, steps, gate, claim, traffic) for number in range(len(steps))]
         needs += found
@@ -107,15 +127,44 @@ def _steps(rollout: Mapping[str, Any]) -> Iterator[tuple[float, int, bool]]:
 def text(gate: Mapping[str, Any]) -> str:
     """The gate as the controller writes it."""
     subject = gate.get("metric") or "promql"
+    by = f" by {gate['segment']}" if gate.get("segment") else ""
     if gate.get("compare"):
-        return f"{subject} notWorseThanStable (margin {gate['margin']:g})"
-    return f"{subject} <= {gate['max']:g}" if "max" in gate else f"{subject} >= {gate.get('min', 0):g}"
+        return f"{subject} notWorseThanStable (margin {gate['margin']:g}){by}"
+    return f"{subject} <= {gate['max']:g}{by}" if "max" in gate else f"{subject} >= {gate.get('min', 0):g}{by}"
+
+
+def _is_value(gate: Mapping[str, Any]) -> bool:
+    metric = gate.get("metric") or ""
+    return metric.startswith("business/") or metric in VALUES
+
+
+def _value_need(number: int, steps: list[tuple[float, int, bool]], gate: Mapping[str, Any], traffic: Traffic) -> Need:
+    """What a gate on values of any unit needs, by the test in the limit; with a `valueRange` it is about as many."""
+    weight, metric = steps[number][0], gate["metric"]
+    alpha = 1.0 - float(gate.get("confidence", DEFAULT_CONFIDENCE))
+    mean, deviation = (traffic.baselines or {}).get(metric, 0.0), (traffic.deviations or {})[metric]
+    if gate.get("compare"):
+        room, ratio = float(gate["margin"]), weight / (100.0 - weight)
+    else:
+        bound = float(gate["max"] if "max" in gate else gate["min"])
+        room, ratio = (bound - mean if "max" in gate else mean - bound), 0.0
+    found = values_needed(room, deviation, ratio, alpha) if room > 0 else None
+    failing = found
+    if gate.get("compare"):
+        failing = values_needed(room, deviation, ratio, alpha, beyond=room)
+    passing, failing = _requests(found, traffic.outcome_share), _requests(failing, traffic.outcome_share)
+    seconds = passing / (traffic.rate * weight / 100.0) if traffic.rate and passing is not None else None
+    given = sum(step[1] for step in steps[: number + 1])
+    return Need(number + 1, weight, text(gate), gate.get("required", "EveryStep"), passing, failing, seconds, given)
 
 
 def _claim(gate: Mapping[str, Any], steps: int) -> Claim | None:
     metric = gate.get("metric", "")
     alpha = 1.0 - float(gate.get("confidence", DEFAULT_CONFIDENCE))
-    if metric in SLOW_SHARES and not gate.get("compare"):
+    if metric in SLOW_SHARES and gate.get("compare"):
+        # The margin is in what counts as slow.
+        return Claim(margin=0.0, alpha=alpha, steps=steps, most=gate.get("maxSamples"))
+    if metric in SLOW_SHARES:
         return Claim(bound=SLOW_SHARES[metric], alpha=alpha, steps=steps)
     if metric not in BASELINES:
         return None
@@ -138,6 +187,9 @@ def _need(
     # A bound does not look at stable: its answer is the same at every weight.
     share = weight / 100.0 if claim.bound is None else 0.5
     passing, failing = _played(claim, good, bad, stable, share)
+    if metric in SLOW_SHARES and claim.bound is None:
+        known = learning(SLOW_SHARES[metric], weight)
+        passing, failing = (None if found is None else found + known for found in (passing, failing))
     part = traffic.outcome_share if metric.startswith("outcome/") else 1.0
     passing, failing = _requests(passing, part), _requests(failing, part)
     seconds = None
@@ -151,6 +203,9 @@ def _need(
 
 def _means(gate: Mapping[str, Any], claim: Claim, baselines: Mapping[str, float]) -> tuple[float, float, float]:
     """A good candidate's mean, a bad one's, and stable's."""
+    if claim.bound is None and (slow := SLOW_SHARES.get(gate["metric"])) is not None:
+        good, bad = slower_shares(slow, float(gate["margin"]), baselines[SPREAD])
+        return good, bad, slow
     if claim.bound is None:
         stable = baselines[gate["metric"]]
         loss = -(claim.margin or 0.0) if claim.higher_is_better else claim.margin or 0.0
