@@ -181,7 +181,9 @@ def test_a_latency_plan_holds_for_rollouts_played_with_latencies() -> None:
     for _ in range((need.passing - int(10 / slow)) // batch):
         mine, theirs = (np.exp(spread * rng.standard_normal((300, batch))) for _ in range(2))
         counts = [(mine > edge * (1 + margin)).sum(axis=1), (theirs > edge).sum(axis=1)]
-        one, two = (Sample.of(np.full(300, float(batch)), count.astype(float)) for count in counts)
+        one, two = (
+            Sample(np.full(300, float(batch)), count.astype(float), count.astype(float), True) for count in counts
+        )
         plays.absorb(one, two)
     assert 0.7 <= plays.passed.mean() <= 0.92
 
