@@ -24,7 +24,14 @@ ROLLOUT: dict[str, Any] = {
     "strategy": "Canary",
     "steps": [{"weight": 50}],
     # Whether latency becomes steady is this machine's business: `test_warm_service.py` judges a server of known latency.
-    "warmup": {"requests": 20, "windowSeconds": 0.2, "maxTrials": 5, "maxP99Ratio": 50, "timeoutSeconds": 100, "required": "Never"},
+    "warmup": {
+        "requests": 20,
+        "windowSeconds": 0.2,
+        "maxTrials": 5,
+        "maxP99Ratio": 50,
+        "timeoutSeconds": 100,
+        "required": "Never",
+    },
     "shadow": {"mirrorPercent": 100, "minPairs": 200, "segment": {"header": "x-user-id"}},
     "gates": [
         {"metric": "errorRate", "max": 0.05},
