@@ -56,13 +56,22 @@ class ApiServer:
         with urllib.request.urlopen(request, timeout=30, context=self._context) as answer:
             return json.load(answer)
 
-    def put(self, name: str, address: str, *, service: str, **conditions: bool) -> None:
+    def put(
+        self, name: str, address: str, *, service: str, zone: str | None = None, pod: str = "", **conditions: bool
+    ) -> None:
         """One pod in a slice of its own."""
         host, _, port = address.rpartition(":")
         body = {
             "metadata": {"name": name, "labels": {"kubernetes.io/service-name": service}},
             "addressType": "IPv4",
-            "endpoints": [{"addresses": [host], "conditions": conditions or {"ready": True}}],
+            "endpoints": [
+                {
+                    "addresses": [host],
+                    "conditions": conditions or {"ready": True},
+                    **({"zone": zone} if zone else {}),
+                    **({"targetRef": {"kind": "Pod", "name": pod}} if pod else {}),
+                }
+            ],
             "ports": [{"name": "grpc", "port": int(port)}],
         }
         try:

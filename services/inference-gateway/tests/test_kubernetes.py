@@ -218,3 +218,54 @@ async def test_changes_that_are_gone_are_listed_again(api_server: ApiServer) -> 
     await has("198.51.100.50")
     stop.set()
     await task
+
+
+async def test_servers_of_the_own_zone_come_first(api_server: ApiServer) -> None:
+    await asyncio.to_thread(api_server.clear)
+    host = own_address()
+    servers = [models.Model(f"1.0.0-{n}") for n in range(3)]
+    async with (
+        gateway(kubernetes={**api_server.settings, "prefer_own_zone": True}) as (g, rollout),
+        models.serving(servers[2], host=host) as far,
+    ):
+        (near, one), (also_near, two) = [await models.start(model, host=host) for model in servers[:2]]
+        own = "192.168.7.7:7405"
+        await asyncio.to_thread(api_server.put, "s-own", own, service="gateway", zone="a", pod=g.settings.gateway_id)
+        for name, address, zone in (("s-one", one, "a"), ("s-two", two, "a"), ("s-far", far, "b")):
+            await asyncio.to_thread(api_server.put, name, address, service=SERVICE, zone=zone, pod=name)
+        await rollout.in_force(rollout.set(route_of()))
+        await in_envoy(g, one, two, far)
+
+        async def called(calls: int = 60) -> list[int]:
+            before = [model.calls for model in servers]
+            for _ in range(calls):
+                await infer(g.public_channel, x_millrace_model=MODEL)
+            return [model.calls - count for model, count in zip(servers, before, strict=True)]
+
+        first, second, other = await called()
+        assert min(first, second) > 0
+        assert other == 0
+        # Half of the own zone is gone, as far as the API server knows: it has less than its share, and the others help.
+        await asyncio.to_thread(api_server.put, "s-two", two, service=SERVICE, zone="b", pod="s-two")
+        await eventually(lambda: _all_called(called), "calls for every server")
+        await asyncio.to_thread(api_server.put, "s-two", two, service=SERVICE, zone="a", pod="s-two")
+
+        async def alone() -> bool:
+            return (await called(20))[2] == 0
+
+        await eventually(alone, "the own zone alone again")
+        # All of the zone dies, and nobody has said so yet: no call fails but those that a server itself gave up.
+        async with load(g) as counts:
+            await counts.grow(20)
+            await asyncio.gather(near.stop(1), also_near.stop(1))
+            await counts.grow(40)
+            await eventually(lambda: _far_only(called), "calls for the other zone")
+        assert [error for error in counts.errors if error.code() is not grpc.StatusCode.CANCELLED] == []
+
+
+async def _all_called(called) -> bool:
+    return min(await called()) > 0
+
+
+async def _far_only(called) -> bool:
+    return (await called(10))[2] > 0

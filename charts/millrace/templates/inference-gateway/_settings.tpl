@@ -47,6 +47,7 @@ auth:
   {{- end }}
 kubernetes:
   namespace: {{ .Release.Namespace }}
+  prefer_own_zone: {{ .Values.gateway.balancing.preferOwnZone }}
 feature_address: {{ include "millrace.address" (dict "root" . "key" "feature") }}
 rollout_address: {{ include "millrace.address" (dict "root" . "key" "rolloutController") }}
 {{- $gateway := .Values.gateway }}

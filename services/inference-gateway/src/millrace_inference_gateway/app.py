@@ -208,7 +208,8 @@ def _endpoint_source(
     """Where servers come from, and what has to run for it."""
     if settings.kubernetes is None:
         return ListedEndpoints(), ()
-    slices = SliceEndpoints(settings.kubernetes.namespace, remembered(store.load().table))
+    own_pod = settings.gateway_id if settings.kubernetes.prefer_own_zone else ""
+    slices = SliceEndpoints(settings.kubernetes.namespace, remembered(store.load().table), own_pod=own_pod)
     return slices, [Worker("endpoint-slices", SliceWatch(settings.kubernetes, slices, clock).run)]
 
 

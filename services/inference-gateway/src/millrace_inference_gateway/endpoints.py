@@ -10,6 +10,8 @@ from millrace_inference_gateway.routes import MAX_ENDPOINTS, Arm, Endpoint, Rout
 
 IPV4, IPV6 = "IPv4", "IPv6"
 GRPC_PORT = "grpc"
+# Of the servers that a zone would have if all had as many.
+LEAST_SHARE = 0.8
 SERVICE_LABEL = "kubernetes.io/service-name"
 
 
@@ -55,6 +57,9 @@ class Pod:
     ready: bool = True
     serving: bool = True
     terminating: bool = False
+    zone: str = ""
+    name: str = ""
+    """Of the pod, where the slice says it."""
 
 
 Ports: TypeAlias = tuple[tuple[str, int], ...]
@@ -79,7 +84,13 @@ def read_slice(item: Mapping[str, Any]) -> Slice:
         conditions = endpoint.get("conditions") or {}
         ready = conditions.get("ready") is not False
         serving = conditions.get("serving")
-        pod = Pod(ready, ready if serving is None else bool(serving), bool(conditions.get("terminating")))
+        pod = Pod(
+            ready,
+            ready if serving is None else bool(serving),
+            bool(conditions.get("terminating")),
+            endpoint.get("zone") or "",
+            (endpoint.get("targetRef") or {}).get("name") or "",
+        )
         # All addresses of one endpoint lead to the same pod; the API says to use the first.
         for address in (endpoint.get("addresses") or ())[:1]:
             if _is_ip(address):
@@ -138,6 +149,18 @@ def _rank(pod: Pod) -> int:
     return _UNUSABLE if pod.terminating else 2
 
 
+def near_first(endpoints: tuple[Endpoint, ...], zone: str) -> tuple[Endpoint, ...]:
+    """Those of other zones marked as far, when the own zone has its share of them.
+
+    A zone with fewer servers than its share would be given more than they take, for gateways are spread evenly: then all are near.
+    """
+    zones = {endpoint.zone for endpoint in endpoints}
+    near = sum(endpoint.zone == zone for endpoint in endpoints)
+    if not zone or "" in zones or near * len(zones) < len(endpoints) * LEAST_SHARE:
+        return endpoints
+    return tuple(replace(endpoint, far=endpoint.zone != zone) for endpoint in endpoints)
+
+
 @dataclass(slots=True)
 class SliceEndpoints:
     """What is known of the EndpointSlices of one namespace.
@@ -154,6 +177,9 @@ class SliceEndpoints:
     _slices: dict[str, Slice] = field(default_factory=dict)
     _rotation: dict[str, tuple[tuple[str, Ports], ...]] = field(default_factory=dict)
     _listeners: list[Callable[[], None]] = field(default_factory=list)
+    own_pod: str = ""
+    """Name of this gateway's pod, where servers of its own zone shall come first."""
+    _zones: dict[str, dict[tuple[str, Ports], str]] = field(default_factory=dict)
 
     def endpoints(self, arm: Arm) -> tuple[Endpoint, ...]:
         """Servers of the arm's Service."""
@@ -162,10 +188,22 @@ class SliceEndpoints:
             return arm.endpoints
         pods = self._rotation.get(service.name)
         if pods is not None:
-            followed = tuple(Endpoint(address, pod_port(ports, service.port)) for address, ports in pods)
-            return tuple(dict.fromkeys((*followed, *self._unheard(service.name, arm))))
+            zones = self._zones.get(service.name, {})
+            followed = tuple(
+                Endpoint(address, pod_port(ports, service.port), zone=zones.get((address, ports), ""))
+                for address, ports in pods
+            )
+            found = tuple(dict.fromkeys((*followed, *self._unheard(service.name, arm))))
+            return near_first(found, self._own_zone())
         remembered = () if self.synced else self.remembered.get(service, ())
         return tuple(dict.fromkeys((*arm.endpoints, *remembered)))
+
+    def _own_zone(self) -> str:
+        """The zone of this gateway's own pod; empty when it is not asked for or not known yet."""
+        if not self.own_pod:
+            return ""
+        found = (pod.zone for each in self._slices.values() for pod in each.pods.values() if pod.name == self.own_pod)
+        return next(found, "")
 
     def _unheard(self, service: str, arm: Arm) -> tuple[Endpoint, ...]:
         """What the route lists and no slice speaks of, while no pod of the slices is ready.
@@ -189,6 +227,7 @@ class SliceEndpoints:
         services = {each.service for each in self._slices.values()}
         for name in self._rotation.keys() - services:
             del self._rotation[name]
+            self._zones.pop(name, None)
         self.synced = True
         self._refresh(services)
 
@@ -210,7 +249,11 @@ class SliceEndpoints:
             slices = [each for each in self._slices.values() if each.service == name]
             if slices:
                 self._rotation[name] = pods_in_rotation(slices)
+                self._zones[name] = {
+                    (address, each.ports): pod.zone for each in slices for address, pod in each.pods.items()
+                }
             else:
+                self._zones.pop(name, None)
                 self._rotation.pop(name, None)
         for listener in self._listeners:
             listener()

@@ -9,6 +9,7 @@ from envoy.config.core.v3 import base_pb2
 from envoy.config.route.v3 import route_components_pb2
 from envoy.extensions.filters.http.lua.v3 import lua_pb2
 from envoy.extensions.retry.host.previous_hosts.v3 import previous_hosts_pb2
+from envoy.extensions.retry.priority.previous_priorities.v3 import previous_priorities_config_pb2
 from envoy.type.matcher.v3 import string_pb2
 from google.protobuf.any_pb2 import Any
 from google.protobuf.wrappers_pb2 import UInt32Value
@@ -165,7 +166,7 @@ def _cluster(arm: Arm, *, http: bool) -> str:
 
 def _retry(settings: GatewaySettings, *, http: bool) -> route_components_pb2.RetryPolicy:
     unprocessed = _RETRY_UNPROCESSED_HTTP if http else RETRY_UNPROCESSED
-    return route_components_pb2.RetryPolicy(
+    policy = route_components_pb2.RetryPolicy(
         retry_on=unprocessed + (",reset" if settings.envoy.retry_lost_calls else ""),
         retriable_status_codes=[_HTTP_UNAVAILABLE] if http else [],
         num_retries=UInt32Value(value=settings.envoy.max_retries),
@@ -177,6 +178,13 @@ def _retry(settings: GatewaySettings, *, http: bool) -> route_components_pb2.Ret
         ],
         host_selection_retry_max_attempts=5,
     )
+    if settings.kubernetes is not None and settings.kubernetes.prefer_own_zone:
+        # A zone that dies at once is known to be dead only after some health checks; the next try goes to the others.
+        policy.retry_priority.name = "envoy.retry_priorities.previous_priorities"
+        policy.retry_priority.typed_config.CopyFrom(
+            packed(previous_priorities_config_pb2.PreviousPrioritiesConfig(update_frequency=1))
+        )
+    return policy
 
 
 def _split(route: Route, *, http: bool) -> route_components_pb2.WeightedCluster:

@@ -72,17 +72,28 @@ def file_source(path: str) -> config_source_pb2.ConfigSource:
 
 
 def load_assignment(cluster: str, endpoints: Iterable[Endpoint]) -> endpoint_pb2.ClusterLoadAssignment:
-    """The servers of `cluster`."""
-    locality = endpoint_components_pb2.LocalityLbEndpoints(
+    """The servers of `cluster`; those of other zones get what the near ones cannot take, because too few of them are healthy."""
+    groups: tuple[list[Endpoint], list[Endpoint]] = ([], [])
+    for endpoint in endpoints:
+        groups[endpoint.far].append(endpoint)
+    assignment = endpoint_pb2.ClusterLoadAssignment(cluster_name=cluster)
+    for priority, members in enumerate(groups):
+        if members or not priority:
+            assignment.endpoints.append(_locality(members, priority))
+    return assignment
+
+
+def _locality(members: Iterable[Endpoint], priority: int) -> endpoint_components_pb2.LocalityLbEndpoints:
+    return endpoint_components_pb2.LocalityLbEndpoints(
+        priority=priority,
         lb_endpoints=[
             endpoint_components_pb2.LbEndpoint(
                 endpoint=endpoint_components_pb2.Endpoint(address=address(endpoint.host, endpoint.port)),
                 load_balancing_weight=UInt32Value(value=endpoint.weight),
             )
-            for endpoint in endpoints
-        ]
+            for endpoint in members
+        ],
     )
-    return endpoint_pb2.ClusterLoadAssignment(cluster_name=cluster, endpoints=[locality])
 
 
 def http1_options() -> dict[str, Any]:

@@ -56,11 +56,15 @@ class Endpoint:
     port: int
     weight: int = 1
     """Relative to the arm's other servers."""
+    zone: str = ""
+    """Zone of its node; empty where nobody says."""
+    far: bool = False
+    """In another zone, and those of this gateway's own take what they can first."""
 
     @property
     def http(self) -> "Endpoint":
         """Where the same server speaks V2 over HTTP."""
-        return Endpoint(self.host, self.port - 1, self.weight)
+        return replace(self, port=self.port - 1)
 
     @property
     def is_ip(self) -> bool:

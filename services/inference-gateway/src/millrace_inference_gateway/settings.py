@@ -134,6 +134,9 @@ class KubernetesSettings(Settings):
     """Bearer token, read again for every call because it is exchanged while the pod lives; empty sends none."""
     ca_file: str = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt"
     """Authority of the API server's certificate; empty takes the system's."""
+    prefer_own_zone: bool = False
+    """Call servers of the gateway's own zone while that has its share of them; others get what those that are healthy cannot take. The zone is
+    that of the pod `gateway_id` in the gateway's own EndpointSlice."""
     request_timeout_s: float = Field(default=10.0, gt=0, le=300)
     """Longest wait for a list, and for the start of a watch."""
     watch_s: int = Field(default=300, ge=1, le=3600)
