@@ -90,6 +90,12 @@ def test_native_answers_are_the_same(rows: list[Any], ttl_us: int, features: tup
         assert (one.statuses, one.max_age_ms) == (other.statuses, other.max_age_ms)
 
 
+def test_a_service_that_reads_no_view_has_no_ages() -> None:
+    known = definitions(0, ("v__a",))
+    service = CompiledService(ServicePlan("s", (), (), (), ()), known)
+    assert service.ages_ms([], 2, NOW_US) == [(), ()]
+
+
 @settings(max_examples=40, deadline=None)
 @given(TABLE, st.sampled_from([0, 4_000_000]), CHOSEN)
 def test_feast_answers_are_the_same(rows: list[Any], ttl_us: int, features: tuple[str, ...]) -> None:

@@ -222,7 +222,7 @@ class CompiledService:
     ) -> tuple[Vectors, ViewAges | None]:
         """One vector per row, and with `by_view` how old each row's values are."""
         parts = self.parts(asks, known, rows, at_us)
-        return self.vectors_of(parts, len(rows)), self._ages_ms(parts, at_us) if by_view else None
+        return self.vectors_of(parts, len(rows)), self.ages_ms(parts, len(rows), at_us) if by_view else None
 
     def vectors_of(self, parts: Sequence[Part | FloatPart], rows: int) -> Vectors:
         """One vector per row of what the sources and transforms gave."""
@@ -241,7 +241,8 @@ class CompiledService:
         """Views that are read, by the names the service knows them by."""
         return tuple(use.alias for use in self.plan.uses)
 
-    def _ages_ms(self, parts: Sequence[Part | FloatPart], at_us: int) -> ViewAges:
+    def ages_ms(self, parts: Sequence[Part | FloatPart], rows: int, at_us: int) -> ViewAges:
+        """How old each row's values are; a service of on-demand views alone reads none."""
         columns: list[list[int]] = []
         for part in parts[: len(self._sources)]:
             if isinstance(part, FloatPart):
@@ -254,7 +255,7 @@ class CompiledService:
                         for row, time_us in enumerate(part.times_us)
                     ]
                 )
-        return list(zip(*columns, strict=True))
+        return list(zip(*columns, strict=True)) if columns else [()] * rows
 
     def row_values(self, parts: Sequence[Part | FloatPart], row: int) -> Sequence[float]:
         """The vector of one row."""
