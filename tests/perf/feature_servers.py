@@ -95,11 +95,8 @@ def feature_service(folder: Path, registry: bytes, redis_port: int) -> Iterator[
         yield address, http_port, pid
 
 
-@contextlib.contextmanager
-def feast_servers(
-    folder: Path, objects: list[Any], tables: list[pa.Table], redis_port: int
-) -> Iterator[tuple[Any, int, int, int, int]]:
-    """Feast's own HTTP and gRPC servers over Redis; yields (store, HTTP port, its process, gRPC port, its process)."""
+def feast_store(folder: Path, objects: list[Any], tables: list[pa.Table], redis_port: int) -> Any:
+    """Feast's store with the rows written to Redis; its repository is `folder`/feast_repo."""
     from feast import FeatureStore
 
     repo = folder / "feast_repo"
@@ -117,8 +114,17 @@ def feast_servers(
     store.apply(objects)
     for number, table in enumerate(tables):
         store.write_to_online_store(f"view{number}", table.to_pandas())
+    return store
+
+
+@contextlib.contextmanager
+def feast_servers(
+    folder: Path, objects: list[Any], tables: list[pa.Table], redis_port: int
+) -> Iterator[tuple[Any, int, int, int, int]]:
+    """Feast's own HTTP and gRPC servers over Redis; yields (store, HTTP port, its process, gRPC port, its process)."""
+    store = feast_store(folder, objects, tables, redis_port)
     http_port, grpc_port = free_port(), free_port()
-    feast = [str(BIN / "feast"), "-c", str(repo)]
+    feast = [str(BIN / "feast"), "-c", str(folder / "feast_repo")]
     serve = [*feast, "serve", "-h", "127.0.0.1", "-p", str(http_port), "--no-access-log"]
     listen = [*feast, "listen", "-a", f"127.0.0.1:{grpc_port}"]
     with process(serve) as http_pid, process(listen) as grpc_pid:
