@@ -146,10 +146,10 @@ class Version:
     created_at: datetime
     revision: int
     approvals: tuple[Approval, ...] = ()
-    rollouts: tuple[Rollout, ...] = ()
-    """Oldest first; the newest of them."""
     spent_approvals: int = 0
     """How many of the oldest approvals an earlier promotion has used up."""
+    rollouts: tuple[Rollout, ...] = ()
+    """Oldest first; the newest of them."""
 
 
 @dataclass(frozen=True, slots=True)
