@@ -54,7 +54,7 @@ async def test_round_robin_takes_turns() -> None:
 
 
 async def test_least_request_spares_the_busy() -> None:
-    async with gateway() as (g, rollout), servers(0.3, 0, 0) as (_, addresses):
+    async with gateway() as (g, rollout), servers(1.0, 0, 0) as (_, addresses):
         await rollout.in_force(rollout.set(route(arm("1.0.0", *addresses))))
         await all_healthy(g, addresses)
 
