@@ -35,7 +35,7 @@ spark-test: setup ## Historical features on a local Spark beside the service's (
 	@PYTHONPATH=build/spark SPARK_LOCAL_IP=127.0.0.1 $(BIN)/pytest -q tests/contract/spark_features.py
 
 .PHONY: perf
-perf: setup ## Measure AREA=aa_rollouts|controller|features|gateway|ingestion|point_in_time|stream|transformers|vectors|weight_changes (the first and the last N=rollouts|changes) and print the table (build/perf/<area>.json)
+perf: setup ## Measure AREA=aa_rollouts|controller|features|gateway|ingestion|peers|point_in_time|stream|transformers|vectors|weight_changes (the first and the last N=rollouts|changes) and print the table (build/perf/<area>.json)
 	@PYTHONPATH=tools $(BIN)/python -m tests.perf.$(AREA)
 
 .PHONY: soak
