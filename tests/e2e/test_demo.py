@@ -9,7 +9,7 @@ import pytest
 
 from tests.stack import ROOT, free_port_base
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1600)]
 
 
 def test_the_loop_turns(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_the_loop_turns(tmp_path: Path) -> None:
             cwd=ROOT,
             stdout=output,
             stderr=subprocess.STDOUT,
-            timeout=1100,
+            timeout=1500,
             check=False,
             env={**os.environ, "NO_COLOR": "1"},
         )
