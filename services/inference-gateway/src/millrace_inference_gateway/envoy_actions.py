@@ -12,6 +12,7 @@ from envoy.extensions.retry.host.previous_hosts.v3 import previous_hosts_pb2
 from envoy.extensions.retry.priority.previous_priorities.v3 import previous_priorities_config_pb2
 from envoy.type.matcher.v3 import string_pb2
 from google.protobuf.any_pb2 import Any
+from google.protobuf.message import Message
 from google.protobuf.wrappers_pb2 import UInt32Value
 from google.rpc import error_details_pb2, status_pb2
 
@@ -130,12 +131,16 @@ def without_lua() -> dict[str, Any]:
     return {LUA_FILTER: packed(lua_pb2.LuaPerRoute(disabled=True))}
 
 
+def status_details(code: int, reason: str, *others: Message) -> str:
+    """`grpc-status-details-bin` of an error that Envoy answers by itself: the `ErrorInfo` any Millrace service sends, and `others` behind it."""
+    status = status_pb2.Status(code=code, message=reason.replace("_", " ").lower())
+    for each in (error_details_pb2.ErrorInfo(reason=reason, domain="millrace.dev"), *others):
+        status.details.add().Pack(each)
+    return base64.b64encode(status.SerializeToString()).decode().rstrip("=")
+
+
 def refusal(name: str, match: route_components_pb2.RouteMatch, code: int, reason: str, message: str) -> RouteMessage:
     """A gRPC error that Envoy answers by itself, with the same `ErrorInfo` any Millrace service sends."""
-    status = status_pb2.Status(code=code, message=reason.replace("_", " ").lower())
-    detail = status.details.add()
-    detail.Pack(error_details_pb2.ErrorInfo(reason=reason, domain="millrace.dev"))
-    encoded = base64.b64encode(status.SerializeToString()).decode().rstrip("=")
     return RouteMessage(
         name=name,
         match=match,
@@ -143,7 +148,7 @@ def refusal(name: str, match: route_components_pb2.RouteMatch, code: int, reason
         response_headers_to_add=[
             header("grpc-status", str(code)),
             header("grpc-message", message),
-            header("grpc-status-details-bin", encoded),
+            header("grpc-status-details-bin", status_details(code, reason)),
         ],
     )
 

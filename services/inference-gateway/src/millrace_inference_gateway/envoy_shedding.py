@@ -4,7 +4,6 @@ Each such answer (but those for want of memory, which Envoy words by itself) say
 `google.rpc.RetryInfo`.
 """
 
-import base64
 import math
 
 from envoy.config.accesslog.v3 import accesslog_pb2
@@ -18,9 +17,9 @@ from envoy.extensions.resource_monitors.fixed_heap.v3 import fixed_heap_pb2
 from envoy.service.runtime.v3 import rtds_pb2
 from envoy.type.matcher.v3 import string_pb2
 from google.protobuf.message import Message
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2
 
-from millrace_inference_gateway.envoy_actions import header
+from millrace_inference_gateway.envoy_actions import header, status_details
 from millrace_inference_gateway.envoy_clusters import duration, file_source, packed
 from millrace_inference_gateway.envoy_files import EnvoyFiles, write_resources
 from millrace_inference_gateway.settings import EnvoySettings
@@ -95,11 +94,7 @@ def _act(overload: overload_pb2.OverloadManager, name: str, share: float, *, sca
 
 
 def _grpc_answer(flag: str, code: int, reason: str, text: str, settings: EnvoySettings) -> hcm_pb2.ResponseMapper:
-    status = status_pb2.Status(code=code, message=reason.replace("_", " ").lower())
-    info, retry = status.details.add(), status.details.add()
-    info.Pack(error_details_pb2.ErrorInfo(reason=reason, domain="millrace.dev"))
-    retry.Pack(error_details_pb2.RetryInfo(retry_delay=duration(settings.retry_after_s)))
-    details = base64.b64encode(status.SerializeToString()).decode().rstrip("=")
+    details = status_details(code, reason, error_details_pb2.RetryInfo(retry_delay=duration(settings.retry_after_s)))
     mapper = hcm_pb2.ResponseMapper(
         filter=accesslog_pb2.AccessLogFilter(and_filter=accesslog_pb2.AndFilter(filters=[_flagged(flag), _by_grpc()])),
         headers_to_add=[
