@@ -6,7 +6,7 @@ import click
 import grpc
 from millrace_kit.errors import MillraceError
 
-from millrace.cli import contracts, features, ingest, inspect, local, predictions, quality, rollouts
+from millrace.cli import contracts, features, ingest, inspect, local, predictions, quality, rollouts, tuning
 from millrace.endpoints import PORT_BASE, Endpoints
 
 TIMED_OUT = 3
@@ -53,6 +53,7 @@ for command in (
     *quality.COMMANDS,
     *local.COMMANDS,
     *rollouts.COMMANDS,
+    *tuning.COMMANDS,
     *inspect.COMMANDS,
     *predictions.COMMANDS,
     *features.COMMANDS,

@@ -1,0 +1,135 @@
+"""`millrace tune` with real Triton servers, a registry and a gateway: a bad block is beaten within the bound, and nothing stays behind."""
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from millrace_kit.clock import SystemClock
+from millrace_kit.errors import MillraceError
+from millrace_rollout_controller.manifest import parse
+from millrace_rollout_controller.probe import sample_request
+from millrace_rollout_controller.settings import RolloutSettings
+from millrace_rollout_controller.tuning import command
+from millrace_rollout_controller.tuning.bench import Method
+
+from .peers import Peers, serving
+from .support import onnx_model, until, version_ref
+
+# Every request waits 50 ms for others that never come: whatever the machine does, no call is faster than that.
+BAD = """\
+apiVersion: millrace.dev/v1alpha1
+kind: ModelDeployment
+metadata: {name: flight-delay}
+spec:
+  model: flight-delay
+  version: 1.0.0
+  server:
+    queueDelayUs: 50000  # for large batches
+    timeoutMs: 5000
+"""
+QUICK = Method(window_s=0.1, min_requests=10, max_windows=6, share=1.0)
+"""Windows too short to trust, but for a difference of many times."""
+
+
+@pytest.fixture
+async def peers() -> AsyncIterator[Peers]:
+    async with serving(Peers(contents={"1.0.0": onnx_model(0.1)})) as made:
+        made.samples = [sample_request(version_ref("1.0.0", b"")).SerializeToString()] * 3
+        yield made
+
+
+def settings(folder: Path, peers: Peers) -> dict[str, object]:
+    return {
+        "state_dir": str(folder / "state"), "registry_address": peers.address, "gateway_addresses": [peers.address],
+        "triton": {"warmup_s": 0.5, "stop_timeout_s": 5.0},
+    }  # fmt: skip
+
+
+def options(folder: Path) -> command.Options:
+    path = folder / "manifest.yaml"
+    path.write_text(BAD)
+    return command.Options(path, 1000.0, max_concurrency=4, max_instances=1, max_trials=2, method=QUICK, write=True)
+
+
+def left(folder: Path) -> list[psutil.Process]:
+    found = [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or ())]
+    return [p for p in found if p.status() != psutil.STATUS_ZOMBIE]
+
+
+async def start(folder: Path, peers: Peers, *words: str) -> asyncio.subprocess.Process:
+    """The tuner as a process of its own."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings(folder, peers)))
+    program = [sys.executable, "-m", "millrace_rollout_controller.tuning", "--config", str(folder / "config.yaml")]
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(*program, *words, stdout=pipe, stderr=pipe)
+
+
+async def test_a_bad_block_is_beaten_within_the_bound_and_the_manifest_says_so(tmp_path: Path, peers: Peers) -> None:
+    made = await command.tune(
+        options(tmp_path), RolloutSettings.model_validate_json(json.dumps(settings(tmp_path, peers))), SystemClock()
+    )
+    bad, good = made.trials
+    assert bad.closest(1000.0) is not None
+    assert all(point.within(1000.0) for point in bad.points), "the bad block holds the bound too: it is only slow"
+    assert min(point.p50_ms for point in bad.points) >= 50.0
+    assert made.decision.verdict == "better", made.text()
+    assert made.decision.rounds is not None
+    assert min(made.decision.rounds.ratios) > 1.5, made.text()
+    assert made.decision.rounds.best.point.p99_ms <= 1000.0
+    assert good.points[-1].usage.memory_mib > 10
+    assert good.points[-1].usage.cpu > 0
+    assert made.machine.triton.startswith("2.")
+    assert "3 requests that callers sent" in made.requests
+    written = (tmp_path / "manifest.yaml").read_text()
+    assert written == BAD.replace("50000", "0")
+    assert parse(written).spec.server.queue_delay_us == 0
+    assert left(tmp_path) == []
+
+
+async def test_the_command_ends_with_1_writes_nothing_and_names_what_came_closest(tmp_path: Path, peers: Peers) -> None:
+    """1 us is met by no server."""
+    path = options(tmp_path).manifest
+    process = await start(
+        tmp_path, peers, "-f", str(path), "--p99", "1us", "--window", "50ms", "--min-requests", "10", "--max-trials", "1",
+        "--write", "--json",
+    )  # fmt: skip
+    out, said = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 1, said
+    found = json.loads(out)
+    assert found["verdict"] == "undecided"
+    assert found["closest"]["configuration"]["queueDelayUs"] == 50_000
+    assert found["chosen"] is None
+    assert found["machine"]["cores"] >= 1
+    assert b"undecided, nothing is written: nothing meets a p99 of 0.001 ms; closest: {instances: 1" in said
+    assert path.read_text() == BAD
+    assert left(tmp_path) == []
+
+
+async def test_whoever_interrupts_it_leaves_no_server_and_the_manifest_as_it_was(tmp_path: Path, peers: Peers) -> None:
+    path = options(tmp_path).manifest
+    process = await start(tmp_path, peers, "-f", str(path), "--p99", "1s", "--write")
+    folder = tmp_path / "state" / "tuning"
+    await until(lambda: len(list(folder.glob("servers/logs/*.log"))) == 1, what="a server was started")
+    # From the terminal, and again from the command that started it.
+    process.send_signal(signal.SIGINT)
+    await until(lambda: not list(folder.glob("servers/*.json")) or process.send_signal(signal.SIGTERM))
+    _, said = await asyncio.wait_for(process.communicate(), 60)
+    assert (process.returncode, said.splitlines()[-1]) == (130, b"stopped; nothing is written")
+    assert path.read_text() == BAD
+    assert left(tmp_path) == []
+
+
+async def test_tampered_bytes_are_never_measured(tmp_path: Path, peers: Peers) -> None:
+    peers.tampered.add("1.0.0")
+    chosen = options(tmp_path)
+    with pytest.raises(MillraceError, match="digest"):
+        await command.tune(
+            chosen, RolloutSettings.model_validate_json(json.dumps(settings(tmp_path, peers))), SystemClock()
+        )
+    assert left(tmp_path) == []
