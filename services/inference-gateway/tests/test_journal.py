@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from millrace_api.events.v1 import events_pb2
-from millrace_inference_gateway.journal import Journal, JournalFullError, JournalReader, Received, scan
+from millrace_inference_gateway.journal import Journal, JournalFullError, JournalReader, LogPosition, scan
 from millrace_inference_gateway.prediction_log import PredictionLog
 from millrace_inference_gateway.publisher import Publisher
 from millrace_kit.errors import UnavailableError
@@ -21,11 +21,11 @@ def open_journal(folder: Path, segment_bytes: int = 4096, max_segments: int = 4)
 def test_entries_and_counts_survive(tmp_path: Path) -> None:
     journal = open_journal(tmp_path)
     for n in range(300):
-        assert journal.append([b"x" * (n % 50)], Received(7, n)) == n
+        assert journal.append([b"x" * (n % 50)], LogPosition(7, n)) == n
         if n % 100 == 99:
             journal.trim(n)
     again = open_journal(tmp_path)
-    assert (again.end, again.received) == (300, Received(7, 299))
+    assert (again.end, again.position) == (300, LogPosition(7, 299))
     reader, found = JournalReader(again), []
     while again.start + len(found) < again.end:
         found += reader.read(again.start + len(found), again.end)

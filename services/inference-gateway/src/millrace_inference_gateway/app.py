@@ -1,5 +1,6 @@
 """Wiring of the gateway's Python process."""
 
+import asyncio
 from collections.abc import Sequence
 from importlib.metadata import version
 
@@ -14,7 +15,8 @@ from millrace_kit.server import Service, Worker
 from prometheus_client import REGISTRY
 from tritonclient.grpc import service_pb2_grpc
 
-from millrace_inference_gateway.access_log_receiver import AccessLogReceiver
+from millrace_inference_gateway.access_log_follower import AccessLogFollower
+from millrace_inference_gateway.access_log_reader import AccessLogReader
 from millrace_inference_gateway.activity import Activity, activity
 from millrace_inference_gateway.answers import Answers
 from millrace_inference_gateway.applier import Applier
@@ -32,7 +34,6 @@ from millrace_inference_gateway.feature_reads import FeatureReads
 from millrace_inference_gateway.figures import Figures
 from millrace_inference_gateway.journal import Journal
 from millrace_inference_gateway.latency_weights import LatencyWeights
-from millrace_inference_gateway.ledger import Ledger
 from millrace_inference_gateway.metrics import FiguresCollector, LimitsCollector, RoutesCollector
 from millrace_inference_gateway.model_lines import ModelLines
 from millrace_inference_gateway.oidc import IssuerKeys
@@ -103,7 +104,7 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
         lambda values: write_limits(files, dict(values)),
     )
     issuer = IssuerKeys(settings.auth.jwt, files, clock) if settings.auth.jwt and settings.auth.jwt.oidc else None
-    receiver = AccessLogReceiver(
+    reader = AccessLogReader(
         figures,
         log,
         answers,
@@ -112,7 +113,25 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
         models=lambda: applier.table.routes,
         unknown_key=issuer.unknown_key if issuer else lambda: None,
     )
-    ledger = Ledger(settings.ledger, log)
+    follower = AccessLogFollower(
+        settings.access_log,
+        folder / "taken.json",
+        journal.position,
+        take=reader.take,
+        missed=log.missed,
+        interval_s=kept.flush_interval_s,
+    )
+
+    async def log_predictions(stop: asyncio.Event) -> None:
+        # What Envoy wrote last is published too.
+        followed = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(publisher.run(folder, followed))
+            try:
+                await follower.run(stop)
+            finally:
+                followed.set()
+
     collectors = (
         FiguresCollector(figures),
         RoutesCollector(lambda: applier.in_force, lambda: log.counts),
@@ -168,7 +187,6 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
         prediction_pb2_grpc.add_PredictionServiceServicer_to_server(predictions, to)
         prediction_pb2_grpc.add_GatewayServiceServicer_to_server(gateway, to)
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(server, to)
-        to.add_generic_rpc_handlers((receiver.handler(),))
         if settings.max_zero_hop_clients:
             ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(zero_hop, to)
 
@@ -188,11 +206,9 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
             Worker("auth", lambda stop: watch_auth(files, settings.auth, stop)),
             Worker("routes", applier.run),
             Worker("route-watch", watch.run),
-            Worker("access-log", receiver.watch_stop),
             Worker("latency-weights", weights.run),
             Worker("concurrency-limits", limits.run),
-            Worker("publisher", lambda stop: publisher.run(folder, stop)),
-            Worker("ledger", ledger.run),
+            Worker("prediction-log", log_predictions),
             Worker("door", lambda stop: door.run(settings.door_socket, stop, settings.drain_s)),
             Worker("wake-door", lambda stop: wake_door.run(settings.wake_socket, stop, settings.drain_s)),
         ],

@@ -12,11 +12,9 @@ from envoy.config.accesslog.v3 import accesslog_pb2
 from envoy.config.bootstrap.v3 import bootstrap_pb2
 from envoy.config.common.mutation_rules.v3 import mutation_rules_pb2
 from envoy.config.core.v3 import address_pb2, base_pb2, extension_pb2, protocol_pb2
-from envoy.config.core.v3.config_source_pb2 import ApiVersion
 from envoy.config.listener.v3 import listener_components_pb2, listener_pb2
 from envoy.config.route.v3 import route_components_pb2
 from envoy.extensions.access_loggers.file.v3 import file_pb2
-from envoy.extensions.access_loggers.grpc.v3 import als_pb2
 from envoy.extensions.filters.http.grpc_json_transcoder.v3 import transcoder_pb2
 from envoy.extensions.filters.http.grpc_web.v3 import grpc_web_pb2
 from envoy.extensions.filters.http.lua.v3 import lua_pb2
@@ -28,12 +26,11 @@ from envoy.type.matcher.v3 import regex_pb2
 from google.protobuf.message import Message
 from google.protobuf.wrappers_pb2 import BoolValue, UInt32Value
 
-from millrace_inference_gateway.access_log import JSON_BYTES_HEADER
+from millrace_inference_gateway.access_log import line_format
 from millrace_inference_gateway.envoy_access import CLIENT_HEADER, GROUPS_HEADER, access_filter
-from millrace_inference_gateway.envoy_actions import LUA_FILTER, PRIORITY_HEADER, header
+from millrace_inference_gateway.envoy_actions import LUA_FILTER, header
 from millrace_inference_gateway.envoy_auth import auth_filters
 from millrace_inference_gateway.envoy_clusters import (
-    access_log_service,
     address,
     admin_cluster,
     duration,
@@ -54,17 +51,13 @@ from millrace_inference_gateway.envoy_mirrors import (
 from millrace_inference_gateway.envoy_routes import ROUTES_NAME
 from millrace_inference_gateway.envoy_shedding import add_limits, shedding_answers
 from millrace_inference_gateway.envoy_stats import stats_manager
+from millrace_inference_gateway.envoy_supervisor import CURRENT
 from millrace_inference_gateway.envoy_tls import transport_socket
 from millrace_inference_gateway.envoy_wake import wake_cluster, wake_filter
 from millrace_inference_gateway.openapi import PREDICTION_SERVICE, transcoding_descriptors
-from millrace_inference_gateway.refusals import REFUSED_HEADER
 from millrace_inference_gateway.settings import GatewaySettings, split_address
 
 PUBLIC, INNER = "v2", "predict"
-EVENT_TIME_HEADER = "x-millrace-event-time"
-SUBJECT_HEADER = "x-millrace-subject"
-# What Envoy appends to the ledger for each V2 inference call it answered OK: one byte, so the file's size is the count.
-LEDGER_MARK = "."
 GRPC_INFERENCE = r"/inference\.GRPCInferenceService/(ModelInfer|ModelStreamInfer)"
 HTTP_INFERENCE = r"/v2/models/[^/?]+(/versions/[^/?]+)?/(infer|generate|generate_stream)(\?.*)?"
 CONNECTION_BUFFER_BYTES = 1 << 20
@@ -86,7 +79,7 @@ def bootstrap(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> bo
     message.static_resources.clusters.extend(own_clusters(str(settings.python_socket), settings.envoy))
     message.static_resources.clusters.append(door_cluster(str(settings.door_socket), settings.envoy))
     message.static_resources.clusters.append(wake_cluster(str(settings.wake_socket), settings.wake))
-    message.static_resources.listeners.extend([_public(settings, files, instance), _inner(settings, files)])
+    message.static_resources.listeners.extend([_public(settings, files), _inner(settings, files)])
     message.static_resources.listeners.append(_mirror(settings, files))
     message.static_resources.clusters.append(mirror_cluster(str(settings.mirror_socket)))
     if settings.stats_listen:
@@ -100,13 +93,12 @@ def bootstrap(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> bo
     return message
 
 
-def _public(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> listener_pb2.Listener:
+def _public(settings: GatewaySettings, files: EnvoyFiles) -> listener_pb2.Listener:
     host, port = split_address(settings.public_listen, "public_listen")
     manager = _manager(PUBLIC, settings, files)
     manager.http_filters.insert(0, wake_filter(settings.wake))
     # HTTP/1.1 too, for REST and for V2 over HTTP.
     manager.codec_type = hcm_pb2.HttpConnectionManager.AUTO
-    manager.access_log.append(_ledger(settings, instance))
     manager.early_header_mutation_extensions.append(
         _extension(
             "envoy.http.early_header_mutation.header_mutation",
@@ -242,40 +234,14 @@ def _manager(name: str, settings: GatewaySettings, files: EnvoyFiles) -> hcm_pb2
 
 
 def _access_logs(name: str, settings: GatewaySettings) -> list[accesslog_pb2.AccessLog]:
-    """Every finished inference call to the receiver, and every call that was turned away."""
-    service = als_pb2.HttpGrpcAccessLogConfig(
-        common_config=als_pb2.CommonGrpcAccessLogConfig(
-            log_name=name,
-            grpc_service=access_log_service(),
-            transport_api_version=ApiVersion.V3,
-            buffer_flush_interval=duration(settings.prediction_log.flush_interval_s),
-            buffer_size_bytes=UInt32Value(value=65_536),
-        ),
-        additional_request_headers_to_log=[
-            SUBJECT_HEADER,
-            EVENT_TIME_HEADER,
-            MODEL_HEADER,
-            CLIENT_HEADER,
-            PRIORITY_HEADER,
-            "traceparent",
-            JSON_BYTES_HEADER,
-            "content-encoding",
-        ],
-        additional_response_headers_to_log=[
-            "grpc-status",
-            "x-millrace-version",
-            "x-millrace-digest",
-            REFUSED_HEADER,
-            JSON_BYTES_HEADER,
-            "content-encoding",
-        ],
-        additional_response_trailers_to_log=["grpc-status"],
-    )
+    """Every finished inference call, and every call that was turned away, as a line in a file."""
+    file = file_pb2.FileAccessLog(path=str(settings.access_log / CURRENT))
+    file.log_format.json_format.update(line_format(name))
     return [
         accesslog_pb2.AccessLog(
-            name="envoy.access_loggers.http_grpc",
+            name="envoy.access_loggers.file",
             filter=_any(_paths(f"{GRPC_INFERENCE}|{HTTP_INFERENCE}"), *_turned_away()),
-            typed_config=packed(service),
+            typed_config=packed(file),
         )
     ]
 
@@ -301,21 +267,6 @@ def _code_is(code: int) -> accesslog_pb2.AccessLogFilter:
             )
         )
     )
-
-
-def _ledger(settings: GatewaySettings, instance: str) -> accesslog_pb2.AccessLog:
-    """One byte for each inference call that was answered OK, into the file of this start of Envoy."""
-    answered = accesslog_pb2.AccessLogFilter(
-        grpc_status_filter=accesslog_pb2.GrpcStatusFilter(statuses=[accesslog_pb2.GrpcStatusFilter.OK])
-    )
-    both = _any(_all(_paths(GRPC_INFERENCE), answered), _all(_paths(HTTP_INFERENCE), _code_is(HTTPStatus.OK)))
-    file = file_pb2.FileAccessLog(path=str(settings.ledger / instance))
-    file.log_format.text_format_source.inline_string = LEDGER_MARK
-    return accesslog_pb2.AccessLog(name="envoy.access_loggers.file", filter=both, typed_config=packed(file))
-
-
-def _all(*filters: accesslog_pb2.AccessLogFilter) -> accesslog_pb2.AccessLogFilter:
-    return accesslog_pb2.AccessLogFilter(and_filter=accesslog_pb2.AndFilter(filters=filters))
 
 
 def _any(*filters: accesslog_pb2.AccessLogFilter) -> accesslog_pb2.AccessLogFilter:

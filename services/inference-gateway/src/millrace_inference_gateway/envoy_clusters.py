@@ -8,7 +8,6 @@ from envoy.config.core.v3 import (
     address_pb2,
     base_pb2,
     config_source_pb2,
-    grpc_service_pb2,
     health_check_pb2,
     protocol_pb2,
 )
@@ -303,8 +302,3 @@ def _static(cluster: cluster_pb2.Cluster, place: address_pb2.Address) -> None:
     cluster.load_assignment.CopyFrom(
         endpoint_pb2.ClusterLoadAssignment(cluster_name=cluster.name, endpoints=[locality])
     )
-
-
-def access_log_service() -> grpc_service_pb2.GrpcService:
-    """How Envoy reaches the access-log receiver."""
-    return grpc_service_pb2.GrpcService(envoy_grpc=grpc_service_pb2.GrpcService.EnvoyGrpc(cluster_name=PYTHON_CLUSTER))

@@ -30,6 +30,10 @@ from millrace_inference_gateway.envoy_tls import write_secrets
 from millrace_inference_gateway.settings import GatewaySettings
 from millrace_inference_gateway.store import RouteStore
 
+# Of the access log; more than Envoy writes in one interval unless payloads are large. A line that is written by itself costs as much as
+# making it.
+LOG_BUFFER_KIB = 64
+
 
 def envoy_binary() -> Path:
     """The Envoy binary, found beside the package `envoy` without running any code of a wrapper.
@@ -57,7 +61,6 @@ def prepare(settings: GatewaySettings) -> EnvoyFiles:
         write_limits(files, {})
     write_secrets(files, settings.public_tls)
     write_auth(files, settings.auth)
-    settings.ledger.mkdir(parents=True, exist_ok=True)
     message = bootstrap(settings, files, uuid7())
     write_atomically(files.bootstrap, MessageToJson(message, preserving_proto_field_name=True, indent=1).encode())
     # What a killed Envoy left; a listener cannot bind to it.
@@ -70,18 +73,19 @@ def command(settings: GatewaySettings, files: EnvoyFiles) -> list[str]:
     workers = settings.envoy.workers or os.cpu_count() or 1
     return [
         str(envoy_binary()), "--config-path", str(files.bootstrap), "--concurrency", str(workers), "--disable-hot-restart",
-        "--file-flush-min-size-kb", "0", "--file-flush-interval-msec", "10",
+        "--file-flush-min-size-kb", str(LOG_BUFFER_KIB), "--file-flush-interval-msec", str(round(settings.prediction_log.flush_interval_s * 1000)),
         "--log-level", settings.envoy.log_level, "--drain-time-s", str(max(1, round(settings.drain_s))),
     ]  # fmt: skip
 
 
 def supervised(settings: GatewaySettings, envoy: list[str]) -> list[str]:
     """The supervisor's command line, without site-packages, which it needs none of."""
-    flush_s = 2 * settings.prediction_log.flush_interval_s
+    log = settings.prediction_log
     return [
         sys.executable, "-I", "-S", str(Path(__file__).with_name("envoy_supervisor.py")),
         "--admin", settings.envoy_admin_listen, "--deregister-s", str(settings.envoy.deregister_s),
-        "--drain-s", str(settings.drain_s), "--goaway-s", str(settings.envoy.goaway_s), "--flush-s", str(flush_s), "--", *envoy,
+        "--drain-s", str(settings.drain_s), "--goaway-s", str(settings.envoy.goaway_s), "--log-folder", str(settings.access_log),
+        "--log-bytes", str(log.access_bytes), "--log-files", str(log.access_files), "--", *envoy,
     ]  # fmt: skip
 
 

@@ -11,8 +11,9 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-# Length of the payload, CRC-32 of all that follows, offset of the entry, Envoy instance, calls received from that instance.
+# Length of the payload, CRC-32 of all that follows, offset of the entry, file and offset of the access log after it.
 _HEADER = struct.Struct("<IIQQQ")
 _CHECKED_FROM = 8
 MAX_ENTRY_BYTES = 4 << 20
@@ -22,12 +23,13 @@ class JournalFullError(Exception):
     """The journal has no room for more until entries are published."""
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
-    """How many answered V2 calls one start of Envoy has reported, entries so far included."""
+class LogPosition(NamedTuple):
+    """Where Envoy's access log goes on after what the journal has of it."""
 
-    instance: int = 0
-    calls: int = 0
+    file: int = 0
+    """Its number."""
+    offset: int = 0
+    """Bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Entry:
 
     offset: int
     payload: bytes
-    received: Received
+    position: LogPosition
 
 
 class Journal:
@@ -48,7 +50,7 @@ class Journal:
         self._max_segments = max_segments
         folder.mkdir(parents=True, exist_ok=True)
         self._bases = sorted(int(path.stem) for path in folder.glob("*.log"))
-        self.received = Received()
+        self.position = LogPosition()
         self._end = self._recover()
         if not self._bases:
             self._bases.append(self._end)
@@ -77,7 +79,7 @@ class Journal:
             if good < len(content):
                 os.truncate(path, good)
             if entries:
-                self.received = entries[-1].received
+                self.position = entries[-1].position
                 return entries[-1].offset + 1
             # An empty newest file: the last entry, with the newest count, is in the file before.
             if base != self._bases[0]:
@@ -87,7 +89,7 @@ class Journal:
                 return base
         return 0
 
-    def append(self, payloads: Sequence[bytes], received: Received | None = None) -> int:
+    def append(self, payloads: Sequence[bytes], position: LogPosition | None = None) -> int:
         """Write entries, whole; returns the offset of the first.
 
         Raises:
@@ -95,10 +97,10 @@ class Journal:
         """
         if self._size >= self._segment_bytes:
             self._roll()
-        received = received or self.received
+        position = position or self.position
         parts: list[bytes] = []
         for index, payload in enumerate(payloads):
-            header = _HEADER.pack(len(payload), 0, self._end + index, received.instance, received.calls)
+            header = _HEADER.pack(len(payload), 0, self._end + index, *position)
             crc = zlib.crc32(payload, zlib.crc32(header[_CHECKED_FROM:]))
             parts += (header[:4], crc.to_bytes(4, "little"), header[_CHECKED_FROM:], payload)
         content = b"".join(parts)
@@ -112,7 +114,7 @@ class Journal:
         first = self._end
         self._end += len(payloads)
         self._size += written
-        self.received = received
+        self.position = position
         return first
 
     def _roll(self) -> None:
@@ -191,10 +193,10 @@ def scan(content: bytes, base: int) -> tuple[list[Entry], int]:
 def _entry_at(content: bytes, position: int, offset: int) -> tuple[Entry | None, int]:
     if position + _HEADER.size > len(content):
         return None, 0
-    length, crc, found, instance, calls = _HEADER.unpack_from(content, position)
+    length, crc, found, file, at = _HEADER.unpack_from(content, position)
     size = _HEADER.size + length
     if found != offset or length > MAX_ENTRY_BYTES or position + size > len(content):
         return None, 0
     if zlib.crc32(content[position + _CHECKED_FROM : position + size]) != crc:
         return None, 0
-    return Entry(offset, content[position + _HEADER.size : position + size], Received(instance, calls)), size
+    return Entry(offset, content[position + _HEADER.size : position + size], LogPosition(file, at)), size

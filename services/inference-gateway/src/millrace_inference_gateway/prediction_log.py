@@ -1,16 +1,13 @@
 """The prediction log: every answered prediction into the journal, what could not be written counted."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from millrace_api.events.v1 import events_pb2
 from prometheus_client import Counter
 
 from millrace_inference_gateway.access_log import InferenceCall
-from millrace_inference_gateway.envoy_files import write_atomically
-from millrace_inference_gateway.journal import Journal, JournalFullError, Received
+from millrace_inference_gateway.journal import Journal, JournalFullError, LogPosition
 from millrace_inference_gateway.payload import PayloadRow, payload_rows
 
 ENTRIES = Counter(
@@ -35,38 +32,20 @@ class PredictionLog:
         self._journal = journal
         self._max_rows = max_rows
         self.counts = LogCounts()
-        # The journal knows the newest start of Envoy; those before it, until the ledger has closed them, are in a file.
-        self._older = journal.folder / "reported.json"
-        self._reported = _load(self._older)
-        if journal.received.instance:
-            self._reported[journal.received.instance] = journal.received.calls
-
-    def reported(self, instance: int) -> int:
-        """How many answered V2 calls one start of Envoy has reported so far."""
-        return self._reported.get(instance, 0)
-
-    def forget(self, instance: int) -> None:
-        """No longer remember a start of Envoy that is over."""
-        if self._reported.pop(instance, None) is not None:
-            _save(self._older, self._reported)
 
     def write(self, prediction: events_pb2.Prediction) -> None:
         """Log one answered Predict; call it before the answer goes out."""
         self._append([prediction.SerializeToString()], None)
 
-    def write_calls(self, calls: Sequence[InferenceCall], instance: int) -> None:
-        """Log answered V2 calls that one start of Envoy reported."""
+    def write_calls(self, calls: Sequence[InferenceCall], position: LogPosition) -> None:
+        """Log answered V2 calls; `position` is where the access log goes on after them."""
         payloads = [
             prediction.SerializeToString() for call in calls for prediction in call_predictions(call, self._max_rows)
         ]
-        total = self.reported(instance) + len(calls)
-        if instance not in self._reported:
-            _save(self._older, self._reported)
-        self._reported[instance] = total
-        self._append(payloads, Received(instance, total))
+        self._append(payloads, position)
 
     def missed(self, calls: int) -> None:
-        """Count calls that were answered but never reported."""
+        """Count calls whose entry was lost."""
         self.counts.dropped += calls
         ENTRIES.labels("dropped").inc(calls)
 
@@ -75,25 +54,11 @@ class PredictionLog:
         self.counts.logged += entries
         ENTRIES.labels("logged").inc(entries)
 
-    def _append(self, payloads: list[bytes], received: Received | None) -> None:
+    def _append(self, payloads: list[bytes], position: LogPosition | None) -> None:
         try:
-            self._journal.append(payloads, received)
+            self._journal.append(payloads, position)
         except JournalFullError:
             self.missed(len(payloads))
-            if received is not None:
-                # Reported all the same: the ledger must not count these again after a restart.
-                self._journal.received = received
-
-
-def _load(path: Path) -> dict[int, int]:
-    try:
-        return {int(instance): int(calls) for instance, calls in json.loads(path.read_text(encoding="ascii")).items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
-
-
-def _save(path: Path, reported: dict[int, int]) -> None:
-    write_atomically(path, json.dumps(reported).encode())
 
 
 def call_predictions(call: InferenceCall, max_rows: int) -> list[events_pb2.Prediction]:

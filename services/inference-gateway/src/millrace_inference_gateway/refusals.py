@@ -6,23 +6,20 @@ They are no evidence: a version is not worse because more is asked of it than it
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 
-from envoy.data.accesslog.v3 import accesslog_pb2
 from prometheus_client import Counter
 
-from millrace_inference_gateway.access_log import MAX_CLIENT, MODEL_HEADER
+from millrace_inference_gateway.access_log import CONNECTION_FAILED, MAX_CLIENT, OVERFLOW, RATE_LIMITED, Line
 from millrace_inference_gateway.client_refusals import count_client
-from millrace_inference_gateway.envoy_access import CLIENT_HEADER
-from millrace_inference_gateway.envoy_actions import LOW, PRIORITY_HEADER
+from millrace_inference_gateway.envoy_actions import LOW
 
 REFUSED = Counter(
     "millrace_gateway_refused_total",
     "Calls turned away by the gateway: version_full, gateway_full, rate_limit, token, no_keys, api_key, not_permitted.",
     ["model", "reason", "priority"],
 )
-REFUSED_HEADER = "x-millrace-refused"
-"""In which Envoy's scripts say why they turn a call away."""
 _SCRIPT_REASONS = frozenset({"api_key", "no_keys"})
 _HTTP_MODELS = "/v2/models/"
+_BY_JWT = "jwt_authn_access_denied"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,26 +35,26 @@ class Refusal:
     """Who called, where the gateway knows."""
 
 
-def has_unknown_key(entry: accesslog_pb2.HTTPAccessLogEntry) -> bool:
+def has_unknown_key(line: Line) -> bool:
     """Whether the call had a token whose key is not known: the issuer may have a new one."""
-    details = entry.response.response_code_details
-    return details.startswith("jwt_authn_access_denied") and "kid" in details
+    details = line.details or ""
+    return details.startswith(_BY_JWT) and "kid" in details
 
 
-def is_low(entry: accesslog_pb2.HTTPAccessLogEntry) -> bool:
+def is_low(line: Line) -> bool:
     """Whether the call was of low priority."""
-    return str(entry.request.request_headers.get(PRIORITY_HEADER, "")).lower() == LOW
+    return line.priority is not None and line.priority.lower() == LOW
 
 
-def read_refusal(entry: accesslog_pb2.HTTPAccessLogEntry) -> Refusal | None:
+def read_refusal(line: Line) -> Refusal | None:
     """Why the gateway turned the call away; None when it did not."""
-    reason = _reason(entry)
+    reason = _reason(line)
     if not reason:
         return None
-    model = entry.request.request_headers.get(MODEL_HEADER, "")
-    if not model and entry.request.path.startswith(_HTTP_MODELS):
-        model = entry.request.path.removeprefix(_HTTP_MODELS).partition("/")[0].partition("?")[0]
-    return Refusal(model, reason, is_low(entry), entry.request.request_headers.get(CLIENT_HEADER, "")[:MAX_CLIENT])
+    model, path = line.model or "", line.path or ""
+    if not model and path.startswith(_HTTP_MODELS):
+        model = path.removeprefix(_HTTP_MODELS).partition("/")[0].partition("?")[0]
+    return Refusal(model, reason, is_low(line), (line.client or "")[:MAX_CLIENT])
 
 
 def count_refusal(refusal: Refusal, known: Callable[[], Container[str]]) -> None:
@@ -67,17 +64,17 @@ def count_refusal(refusal: Refusal, known: Callable[[], Container[str]]) -> None
     count_client(refusal.client, refusal.reason)
 
 
-def _reason(entry: accesslog_pb2.HTTPAccessLogEntry) -> str:
-    flags, details = entry.common_properties.response_flags, entry.response.response_code_details
-    if flags.upstream_overflow:
+def _reason(line: Line) -> str:
+    details, flags = line.details or "", line.has_flags
+    # Envoy says both where nothing listens any more, this process while it is away included.
+    if OVERFLOW in flags and CONNECTION_FAILED not in flags:
         return "version_full"
-    if flags.rate_limited:
+    if RATE_LIMITED in flags:
         return "rate_limit"
     if details == "overload":
         return "gateway_full"
-    if details.startswith("jwt_authn_access_denied"):
+    if details.startswith(_BY_JWT):
         return "token"
     if details.startswith("rbac_access_denied"):
         return "not_permitted"
-    said = str(entry.response.response_headers.get(REFUSED_HEADER, ""))
-    return said if details == "lua_response" and said in _SCRIPT_REASONS else ""
+    return line.refused if line.refused in _SCRIPT_REASONS and details == "lua_response" else ""

@@ -104,8 +104,12 @@ class PredictionLogSettings(Settings):
     """Largest V2 request or response body that is logged."""
     sample_max_rows: int = Field(default=64, ge=1, le=1024)
     """Most rows of one V2 request that become predictions of their own; larger batches are logged without payload."""
-    flush_interval_s: float = Field(default=0.1, ge=0.01, le=10)
-    """How often Envoy hands over its access log."""
+    flush_interval_s: float = Field(default=0.05, ge=0.01, le=10)
+    """How often Envoy writes out its access log, and how soon it is read. A killed Envoy takes what it has not written with it, uncounted."""
+    access_bytes: int = Field(default=16 << 20, ge=65_536, le=1 << 30)
+    """Size at which Envoy's access log gets a new file."""
+    access_files: int = Field(default=16, ge=2, le=1000)
+    """Files of the access log that wait for a Python process that is away; of more, the oldest go, and their lines are counted as dropped."""
     segment_bytes: int = Field(default=8 << 20, ge=4096, le=1 << 30)
     """Size at which the journal starts a new file."""
     max_segments: int = Field(default=32, ge=2, le=10_000)
@@ -309,9 +313,9 @@ class GatewaySettings(ServiceSettings):
         return Path(self.state_dir).absolute()
 
     @property
-    def ledger(self) -> Path:
-        """Envoy's own counts of answered calls, one file a start."""
-        return self.folder / "ledger"
+    def access_log(self) -> Path:
+        """Envoy's access log, in files that grow one after the other."""
+        return self.folder / "access"
 
     @property
     def socket(self) -> Path:
