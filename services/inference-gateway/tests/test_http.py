@@ -10,11 +10,13 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import grpc.aio
 import numpy as np
 import pytest
 from gateway import CANDIDATE, FEATURES, MODEL, arm, eventually, gateway, route
 from load import infer_request
 from millrace_api.events.v1 import events_pb2
+from millrace_api.prediction.v1 import prediction_pb2
 from millrace_kit.bus import PREDICTIONS, open_bus
 from tritonclient.grpc import service_pb2
 
@@ -186,6 +188,45 @@ async def test_http_has_the_weights_and_rules_of_grpc() -> None:
             return sum(v.requests for v in figures.versions) == 91 and not any(v.errors for v in figures.versions)
 
         await eventually(counted, "every call in the figures, none an error")
+
+
+async def test_calls_by_http_are_replayed_and_compared_like_others() -> None:
+    async with with_triton("t0", "t1") as (g, rollout, addresses):
+        shadow = arm("1.1.0", addresses[1], weight=0.0, role=CANDIDATE)
+        shadow.mirror_percent = 100.0
+        await rollout.in_force(rollout.set(route(arm("1.0.0", addresses[0]), shadow)))
+        await http_ready(g)
+
+        def calls() -> None:
+            import tritonclient.http as http_client
+
+            client = http_client.InferenceServerClient(g.public)
+            for number in range(30):
+                tensor = http_client.InferInput("features", [2, WIDTH], "FP32")
+                values = np.array([[number, 2, 3], [4, 5, 6]], np.float32)
+                tensor.set_data_from_numpy(values, binary_data=number % 2 == 0)
+                packed = "gzip" if number % 3 == 0 else None
+                client.infer(
+                    MODEL, [tensor], response_compression_algorithm=packed, request_compression_algorithm=packed
+                )
+            client.close()
+
+        await asyncio.to_thread(calls)
+
+        async def compared() -> bool:
+            found = next((v for v in (await g.figures()).versions if v.version == "1.1.0"), None)
+            return found is not None and bool(found.shadow) and found.shadow[0].pairs == 60
+
+        await eventually(compared, f"30 pairs of two rows\n{g.logs()}")
+        (version,) = [v for v in (await g.figures()).versions if v.version == "1.1.0"]
+        assert (version.shadow[0].label_flips, version.shadow[0].shift_sum) == (0, 0)
+        request = prediction_pb2.GetRequestSamplesRequest(model=MODEL, limit=1)
+        (sample,) = (await g.figures_stub.GetRequestSamples(request, timeout=5)).requests
+        # Replayed as it is to a server, as the warm gate does.
+        async with grpc.aio.insecure_channel(addresses[1]) as channel:
+            call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            answer = service_pb2.ModelInferResponse.FromString(await call(sample, timeout=5))
+        assert answer.outputs[0].shape == [2, 1]
 
 
 async def test_rest_and_openapi_and_grpc_web() -> None:

@@ -13,8 +13,8 @@ from functools import lru_cache
 
 import msgspec
 
-from millrace_inference_gateway.payload import HttpForm, HttpForms
 from millrace_inference_gateway.routes import cluster_arm
+from millrace_inference_gateway.v2_bodies import HttpForm, HttpForms
 
 UNKNOWN, UNAVAILABLE, OK = 2, 14, 0
 CANCELLED, INVALID_ARGUMENT, DEADLINE_EXCEEDED = 1, 3, 4

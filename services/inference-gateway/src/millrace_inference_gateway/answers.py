@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+from google.protobuf.message import Message
+
 from millrace_inference_gateway.access_log import OK, InferenceCall
-from millrace_inference_gateway.payload import message_bytes
 from millrace_inference_gateway.request_samples import RequestSamples
 from millrace_inference_gateway.shadow_pairs import ShadowPairs
+from millrace_inference_gateway.v2_bodies import request_message, response_message
 
 
 class Answers:
@@ -18,18 +20,27 @@ class Answers:
 
     def called(self, call: InferenceCall) -> None:
         """A client's V2 call was answered."""
-        # Of V2 over HTTP nothing is kept: samples are replayed and compared as gRPC messages.
-        if call.status == OK and call.request and call.http is None:
-            self._samples.add(call.model, message_bytes(call.request), self._monotonic())
-            self._pairs.answered(call.prediction_id, call.model, call.version, message_bytes(call.response))
+        if call.status != OK or not call.request:
+            return
+        now_s = self._monotonic()
+        if self._samples.wants(call.model, now_s):
+            request = request_message(call.request, call.model, call.http.request if call.http else None)
+            self._samples.add(call.model, _bytes(request), now_s)
+        if self._pairs.wants(call.model):
+            answer = response_message(call.response, call.http.response if call.http else None)
+            self._pairs.answered(call.prediction_id, call.model, call.version, _bytes(answer))
 
     def copied(self, call: InferenceCall) -> None:
         """A copy was answered."""
         if call.status == OK and call.sampled:
-            answer = message_bytes(call.response) if call.http is None else b""
-            self._pairs.copied(call.prediction_id, call.model, call.version, answer, call.segment)
+            answer = response_message(call.response, call.http.response if call.http else None)
+            self._pairs.copied(call.prediction_id, call.model, call.version, _bytes(answer), call.segment)
 
     def predicted(self, prediction_id: str, model: str, version: str, request: bytes, response: bytes) -> None:
         """A Predict was answered; the serialized request to the model and its answer."""
         self._samples.add(model, request, self._monotonic())
         self._pairs.answered(prediction_id, model, version, response)
+
+
+def _bytes(message: Message | None) -> bytes:
+    return b"" if message is None else message.SerializeToString()

@@ -84,6 +84,7 @@ function envoy_on_request(handle)
   if string.sub(path, 1, #V2) ~= V2 then
     -- By HTTP the path names the model.
     if string.find(path, HTTP_INFER) and take_sample(handle) then
+      headers:replace("{sampled_header}", "1")
       local bytes = copy(handle)
       if bytes ~= nil then keep(handle, "request", bytes) end
     end

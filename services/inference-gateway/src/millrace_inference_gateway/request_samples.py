@@ -21,9 +21,13 @@ class RequestSamples:
         self._newest_s: dict[str, float] = {}
         self._bytes = 0
 
+    def wants(self, model: str, at_s: float) -> bool:
+        """Whether a request of the model that was answered at `at_s` would be kept."""
+        return at_s - self._newest_s.get(model, -SPACING_S) >= SPACING_S
+
     def add(self, model: str, request: bytes, at_s: float) -> None:
         """Keep a serialized `ModelInferRequest` that was answered at `at_s` (any clock that rises), where there is room for it."""
-        if not request or len(request) > MAX_SAMPLE_BYTES or at_s - self._newest_s.get(model, -SPACING_S) < SPACING_S:
+        if not request or len(request) > MAX_SAMPLE_BYTES or not self.wants(model, at_s):
             return
         kept = self._kept.pop(model, None)
         if kept is None:

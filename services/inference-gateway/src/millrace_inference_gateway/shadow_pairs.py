@@ -42,6 +42,11 @@ class ShadowPairs:
         self._waiting: OrderedDict[str, _Half] = OrderedDict()
         self._bytes = 0
 
+    def wants(self, model: str) -> bool:
+        """Whether the model has a version that gets copies."""
+        route = self._table().routes.get(model)
+        return route is not None and any(arm.mirror for arm in route.arms)
+
     def answered(self, request_id: str, model: str, version: str, answer: bytes) -> None:
         """A caller got this serialized `ModelInferResponse`."""
         self._take(
