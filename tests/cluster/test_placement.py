@@ -1,7 +1,9 @@
-"""Model pods and GPUs: asked for, found, spread, and a clear condition when there is none."""
+"""Where model pods and versions are: GPUs asked for, found, spread, a clear condition when there is none; two versions in one pod."""
 
+import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from cluster.node import NODE
@@ -95,3 +97,54 @@ def test_replicas_spread_over_nodes_of_the_product_they_ask_for(release: Release
             assert len(spread) == min(len(nodes), sum(n.name.startswith(prefix) for n in FLEET)), spread
         for name in wanted:
             release.kubectl("delete", "modeldeployment", name, "--timeout=180s")
+
+
+def test_a_canary_inside_the_pod_of_stable(release: Release, client: Client) -> None:
+    name = release.fresh("shared")
+    server = {"placement": "Shared", "resources": {"requests": {"cpu": "100m"}, "limits": {"memory": "1Gi"}}}
+    models.create(client, name, ("1.0.0", "1.1.0"))
+    release.apply(models.manifest(name, "1.0.0", server=server))
+    release.wait_stable(name, "1.0.0")
+    (pod,) = _pods(release, name)
+    assert [container["name"] for container in pod["spec"]["containers"]] == ["triton", "loader"]
+    with Load(release.address("gateway"), name, models.WIDTH) as load:
+        load.wait_for(20)
+        # More than the container's limit has room for: nothing is loaded, and stable serves on.
+        steps = [{"weight": 50, "pause": {}}, {"weight": 100}]
+        release.apply(models.manifest(name, "1.1.0", server=server | {"memoryMib": 2048}, steps=steps))
+        condition = eventually("there is no room", lambda: _no_room(release, name), 60, lambda: release.describe(name))
+        assert "needs 2048 MiB beside what the server holds" in condition
+        release.apply(models.manifest(name, "1.1.0", server=server | {"memoryMib": 128}, steps=steps))
+        eventually("both have calls", lambda: len(load.wait_for(50)) == 2 or None, 120, lambda: release.describe(name))
+        assert [one["metadata"]["name"] for one in _pods(release, name)] == [pod["metadata"]["name"]]
+        done = release.plugin("promote", name)
+        assert done.returncode == 0, done.stderr
+        release.wait_stable(name, "1.1.0")
+        after = time.monotonic()
+        load.wait_for(50)
+        assert set(load.count(after)) == {"1.1.0"}
+        assert load.errors == []
+    # A pod that takes the place brings the version by itself.
+    release.kubectl("delete", "pod", pod["metadata"]["name"], "--timeout=120s")
+    eventually(
+        "another pod is ready", lambda: _ready_but(release, name, pod) or None, 180, lambda: release.describe(name)
+    )
+    with Load(release.address("gateway"), name, models.WIDTH) as load:
+        assert set(load.wait_for(20)) == {"1.1.0"}
+    release.kubectl("delete", "modeldeployment", name, "--timeout=120s")
+
+
+def _pods(release: Release, name: str) -> list[dict[str, Any]]:
+    pods = release.pods(f"millrace.dev/deployment={name}")
+    return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+
+
+def _no_room(release: Release, name: str) -> str | None:
+    conditions = release.deployment(name).get("status", {}).get("conditions", [])
+    return next((str(one["message"]) for one in conditions if one["reason"] == "InsufficientMemory"), None)
+
+
+def _ready_but(release: Release, name: str, gone: dict[str, Any]) -> bool:
+    others = [pod for pod in _pods(release, name) if pod["metadata"]["name"] != gone["metadata"]["name"]]
+    conditions = [one for pod in others for one in pod["status"].get("conditions", [])]
+    return any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)

@@ -105,6 +105,20 @@ def test_what_is_known_without_slices() -> None:
     assert served(source, "10.0.0.7", service=None) == ["10.0.0.7:8001"]
 
 
+def test_a_version_beside_others_is_where_the_route_has_it() -> None:
+    source = SliceEndpoints("ml")
+    source.put(slice_of("a", pod("10.0.0.1"), pod("10.0.0.2"), pod("10.0.0.3", ready=False)))
+
+    def hosts(*listed: str, candidate: bool = True) -> list[str]:
+        endpoints = tuple(Endpoint(host, 8001) for host in listed)
+        arm = Arm("delay", "1.1.0", "", candidate, 0, endpoints, SERVICE, server_version="1000001000000")
+        return [endpoint.host for endpoint in source.endpoints(arm)]
+
+    assert hosts("10.0.0.2", "10.0.0.3", "10.0.0.9") == ["10.0.0.2"], "the other ready one does not hold it"
+    assert hosts("10.0.0.9") == ["10.0.0.1", "10.0.0.2"], "all that the controller knew are gone"
+    assert hosts("10.0.0.2", candidate=False) == ["10.0.0.1", "10.0.0.2"], "ready is to hold stable"
+
+
 def test_listeners_hear_of_every_change() -> None:
     source, heard = SliceEndpoints("ml"), []
     source.on_changed(lambda: heard.append(served(source)))

@@ -20,6 +20,7 @@ from millrace_inference_gateway.envoy_admin import EnvoyAdmin, EnvoyDownError
 from millrace_inference_gateway.settings import KubernetesSettings
 from millrace_inference_gateway.slice_watch import FAILURES, SliceWatch
 from millrace_kit.clock import SystemClock
+from test_server_version import Shared, both, split
 
 __all__ = ["api_server"]
 pytestmark = pytest.mark.kubernetes
@@ -114,6 +115,30 @@ async def answers(g: Gateway) -> bool:
         return await infer(g.public_channel, x_millrace_model=MODEL) == "1.0.0"
     except grpc.aio.AioRpcError:
         return False
+
+
+async def test_two_versions_in_the_pods_of_one_service(api_server: ApiServer) -> None:
+    await asyncio.to_thread(api_server.clear)
+    host = own_address()
+    async with (
+        gateway(kubernetes=api_server.settings) as (g, rollout),
+        models.serving(Shared("both"), host=host) as one,
+        models.serving(Shared("both"), host=host) as two,
+    ):
+        made = route(*both(one, 30))
+        for each in made.arms:
+            each.service = f"default/{SERVICE}:8001"
+        await asyncio.to_thread(api_server.put, "s-one", one, service=SERVICE)
+        await rollout.in_force(rollout.set(made))
+        await in_envoy(g, one)
+        found = await split(g, grpc.Compression.NoCompression)
+        assert 15 <= found["1.1.0"] <= 60
+        # Another pod is ready: it takes stable's calls at once, the candidate's when the route says that it holds it.
+        await asyncio.to_thread(api_server.put, "s-two", two, service=SERVICE)
+        await in_envoy(g, one, two)
+        admin = EnvoyAdmin(g.settings.envoy_admin_listen)
+        assert {place for name, place in await admin.healthy_servers() if name == f"arm/{MODEL}/1.1.0"} == {one}
+        assert (await split(g, grpc.Compression.NoCompression)).keys() == {"1.0.0", "1.1.0"}
 
 
 async def test_the_api_server_goes_away_and_comes_back(api_server: ApiServer) -> None:

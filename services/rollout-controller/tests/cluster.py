@@ -5,7 +5,7 @@ import itertools
 import secrets
 import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -46,6 +46,8 @@ class World:
     failing: dict[str, Object] = field(default_factory=dict)
     """Pod statuses by version, instead of ready."""
     shown: set[str] = field(default_factory=set)
+    hand: Callable[[Object], Awaitable[bool]] | None = None
+    """Runs pods that hold several versions and says at every turn whether one is ready; without, every pod is."""
 
     @property
     def namespace(self) -> str:
@@ -139,12 +141,14 @@ class World:
             return
         wanted = self.failing.get(version)
         ready = wanted is None
+        if self.hand is not None and version == names.SHARED:
+            ready = await self.hand(pod)
         # Said again at every turn where it fails: the scheduler has a word to say about a pod that is bound nowhere.
         if ready and name in self.shown:
             return
         number = next(address)
         ip = pod.get("status", {}).get("podIP") or f"10.9.{number // 250}.{number % 250 + 1}"
-        if ready and not pod["spec"].get("nodeName"):
+        if (ready or self.hand is not None) and not pod["spec"].get("nodeName"):
             binding = {
                 "apiVersion": "v1",
                 "kind": "Binding",
@@ -153,7 +157,7 @@ class World:
             }
             await self._quietly(self.cluster.create(self.path("pods", name) + "/binding", binding, fenced=False))
         status: Object = {
-            "phase": "Running" if ready else "Pending",
+            "phase": "Running" if ready or self.hand is not None else "Pending",
             "podIP": ip,
             "podIPs": [{"ip": ip}],
             "conditions": [

@@ -58,4 +58,9 @@ kubernetes:
     config_map: {{ $name }}
     tls_secret: {{ ternary (printf "%s-model-server-tls" (include "millrace.fullname" .)) "" .Values.tls.enabled | quote }}
     resources: {{ $servers.fetchResources | toJson }}
+    {{- if .Values.tls.enabled }}
+    # Loaders answer at the address of their pod.
+    loader_tls_name: model-server.{{ include "millrace.fullname" . }}.{{ .Release.Namespace }}
+    controller_tls_name: {{ $name }}
+    {{- end }}
 {{- end -}}

@@ -43,15 +43,18 @@ def run_service(
     kind: type[T],
     build: Callable[[T], Awaitable[Service]],
     processes: Callable[[T], int] = lambda _settings: 1,
+    adapt: Callable[[T], T] = lambda settings: settings,
 ) -> None:
     """Read the command line, then run the service, in as many processes as `processes` says, until it is told to stop.
+
+    `adapt` is for a program that is given another one's settings file, and has addresses of its own.
 
     Exits with 0 after an orderly stop, 1 when a worker failed or what the start needs does not answer, 2 for a wrong settings file.
     """
     settings = read_arguments(name, kind)
     if own_number() is None and (count := processes(settings)) > 1:
         raise SystemExit(run_processes(count))
-    settings = own_settings(settings)
+    settings = adapt(own_settings(settings))
     probes = Probes()
     start_telemetry(name, settings.telemetry, probes)
 

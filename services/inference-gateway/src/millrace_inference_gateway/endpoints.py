@@ -149,6 +149,16 @@ def _rank(pod: Pod) -> int:
     return _UNUSABLE if pod.terminating else 2
 
 
+def _where_it_is(followed: tuple[Endpoint, ...], arm: Arm) -> tuple[Endpoint, ...]:
+    """Of servers that hold several versions, those of which the route says that they hold this one.
+
+    They are ready when they hold what stable needs, and one that joined may lack room for another version. Where none of those the route
+    knows is left, the controller is late: a server tries everything it should hold before it is ready.
+    """
+    listed = {(endpoint.host, endpoint.port) for endpoint in arm.endpoints}
+    return tuple(one for one in followed if (one.host, one.port) in listed) or followed
+
+
 def near_first(endpoints: tuple[Endpoint, ...], zone: str) -> tuple[Endpoint, ...]:
     """Those of other zones marked as far, when the own zone has its share of them.
 
@@ -193,6 +203,8 @@ class SliceEndpoints:
                 Endpoint(address, pod_port(ports, service.port), zone=zones.get((address, ports), ""))
                 for address, ports in pods
             )
+            if arm.server_version and arm.candidate:
+                followed = _where_it_is(followed, arm)
             found = tuple(dict.fromkeys((*followed, *self._unheard(service.name, arm))))
             return near_first(found, self._own_zone())
         remembered = () if self.synced else self.remembered.get(service, ())

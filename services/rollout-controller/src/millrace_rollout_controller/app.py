@@ -59,7 +59,7 @@ async def build(settings: RolloutSettings, *, clock: Clock | None = None) -> Ser
     figures = Figures(
         settings.gateway_addresses,
         place.hub.figures_addresses,
-        lambda address: _open_gateway(settings, address),
+        lambda address: _open_pod(settings, address, settings.gateway_tls_name),
         drift_channel,
         timeout_s=settings.poll_timeout_s,
     )
@@ -122,14 +122,21 @@ async def _cluster(settings: RolloutSettings, clock: Clock) -> _Place:
     assert settings.kubernetes is not None
     hub = Hub(Table(), {}, forget_s=settings.gateway_forget_s, ack_s=settings.gateway_ack_s)
     hub.serving = False
-    parts = await wiring.connect(settings.kubernetes, hub, clock, limit=settings.max_deployments)
+    name = settings.kubernetes.fetch.loader_tls_name
+    parts = await wiring.connect(
+        settings.kubernetes,
+        hub,
+        clock,
+        lambda address: _open_pod(settings, address, name),
+        limit=settings.max_deployments,
+    )
     return _Place(parts.store, parts.executor, hub, parts.workers, parts.closers, settings.kubernetes.evidence_save_s)
 
 
-def _open_gateway(settings: RolloutSettings, address: str) -> grpc.aio.Channel:
-    if settings.tls is None or not settings.gateway_tls_name:
+def _open_pod(settings: RolloutSettings, address: str, name: str) -> grpc.aio.Channel:
+    """A channel to the address of a pod, whose certificate has another name."""
+    if settings.tls is None or not name:
         return open_channel(address, tls=settings.tls)
-    name = settings.gateway_tls_name
     options = [*target_options(address), ("grpc.ssl_target_name_override", name), ("grpc.default_authority", name)]
     return open_bare_channel(address, options, tls=settings.tls)
 

@@ -219,3 +219,12 @@ async def _bring(folder: Path, files: Sequence[ArtifactRef], source: ArtifactSou
         target = folder / artifact.path
         target.parent.mkdir(parents=True, exist_ok=True)
         await source.fetch(artifact, target)
+
+
+def keep_versions(root: Path, model: str, versions: Sequence[str]) -> bool:
+    """Take all but these versions out of a repository of several; whether there was any."""
+    kept = {server_versions.number(version) for version in versions}
+    others = [path for path in (root / model).glob("[0-9]*") if path.name not in kept]
+    for path in others:
+        shutil.rmtree(path, ignore_errors=True)
+    return bool(others)

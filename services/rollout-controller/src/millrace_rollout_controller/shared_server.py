@@ -1,15 +1,17 @@
-"""A server of one machine that holds several versions of a model: a candidate joins what runs already, and leaves it again.
+"""A server that holds several versions of a model: a candidate joins what runs already, and leaves it again.
 
-It has a repository of its own, which begins empty. Versions are added one after the other, in the order in which they are wanted:
+On one machine the controller does this itself, in a cluster the loader in the server's pod. The server has a repository of its own, which
+begins empty. Versions are added one after the other, in the order in which they are wanted:
 files with their digests proved, memory asked for, loaded by the server, warmed. A server that starts anew gets again what is wanted by then.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import grpc.aio
 from millrace_kit.clock import Clock
@@ -19,7 +21,8 @@ from millrace_rollout_controller import memory, repository
 from millrace_rollout_controller.executor import ArtifactSource, Wanted
 from millrace_rollout_controller.plans import INSUFFICIENT_MEMORY, ArmSeen, Refusal
 from millrace_rollout_controller.probe import Probe
-from millrace_rollout_controller.replica import Replica
+from millrace_rollout_controller.replica import Record
+from millrace_rollout_controller.server_block import Server
 from millrace_rollout_controller.settings import TritonSettings
 
 log = logging.getLogger(__name__)
@@ -28,9 +31,40 @@ LOOK_S = 0.2
 SHARED = "shared"
 """In a server's record, in the place of a version."""
 RETRY_S = 2.0
-"""Wait before a version that could not be loaded is tried again."""
+"""Wait before a version that could not be loaded is tried again; doubles with each failure to load it."""
+RETRY_MAX_S = 60.0
+"""Longest such wait: a load that fails may take the server's process with it, and stable's calls."""
 ARGUMENTS = ("--model-control-mode=explicit", "--strict-readiness=false", "--exit-on-error=false")
 """Of a server whose versions come and go: what cannot be loaded is nobody else's trouble."""
+
+
+class Process(Protocol):
+    """The server's process; on one machine a `Replica`."""
+
+    @property
+    def record(self) -> Record:
+        """Which process it is: `pid` 0 for none."""
+        ...
+
+    @property
+    def endpoint(self) -> str:
+        """`host:port` of its gRPC."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether it answers, whatever it holds."""
+        ...
+
+    @property
+    def retiring(self) -> bool:
+        """Whether it is on its way out."""
+        ...
+
+    @property
+    def trouble(self) -> str:
+        """Why it does not run."""
+        ...
 
 
 @dataclass
@@ -47,11 +81,13 @@ class _Held:
     """Since when no gateway may send calls for it here."""
     refusal: Refusal | None = None
     loaded: bool = False
+    attempts: int = 0
+    """Failed loads in a row."""
 
 
 @dataclass
 class SharedServer:
-    """One server and what it holds; `run` is its life beside the process's own, which is `replica`'s.
+    """One server and what it holds; `run` is its life beside the process's own.
 
     Args:
         replica: the process.
@@ -61,15 +97,17 @@ class SharedServer:
         settings: limits.
         clock: for waits.
         drain_s: how long a version stays after the last gateway forgot it.
+        free_bytes: memory that one more version may take, asked in a thread; None measures the process, its limit and the machine.
     """
 
-    replica: Replica
+    replica: Process
     root: Path
     source: ArtifactSource
     flavour: repository.Flavour
     settings: TritonSettings
     clock: Clock
     drain_s: float
+    free_bytes: Callable[[Server], int] | None = None
     wanted: Mapping[str, Wanted] = field(default_factory=dict)
     """By version, stable first."""
     in_use: frozenset[str] | None = None
@@ -113,17 +151,37 @@ class SharedServer:
                 await self._unload(version, one)
 
     async def _begin(self, process: tuple[int, float]) -> None:
-        """Another process than before: what it holds is what it says, which after a start is nothing."""
-        for one in self.held.values():
-            await one.probe.close()
-        self.held = {}
+        """Another process than before: what it holds is what it says, which after a start is nothing.
+
+        What could not be loaded waits on: it may be what ended the process before.
+        """
+        for version, one in list(self.held.items()):
+            if one.refusal is None:
+                await one.probe.close()
+                del self.held[version]
         for version, want in self.wanted.items():
-            probe = self._probe(want)
-            if await probe.ready(self.settings.probe_s):
-                self.held[version] = _Held(want, probe, ready=True, loaded=True)
-            else:
-                await probe.close()
+            if version not in self.held:
+                await self._adopt(version, want)
+        if self.wanted:
+            await self._tidy()
         self._process = process
+
+    async def _adopt(self, version: str, want: Wanted) -> None:
+        probe = self._probe(want)
+        try:
+            if await probe.held(self.settings.probe_s):
+                ready = await probe.ready(self.settings.probe_s)
+                self.held[version] = _Held(want, probe, ready=ready, loaded=True)
+        finally:
+            if version not in self.held:
+                await probe.close()
+
+    async def _tidy(self) -> None:
+        """Nothing may lie in the repository that the server does not hold: it would be loaded with the next version, unasked for."""
+        here = {version: one for version, one in self.held.items() if one.loaded}
+        model = next(iter(self.wanted.values())).ref.model
+        if await asyncio.to_thread(repository.keep_versions, self.root, model, list(here)) and here:
+            await next(iter(here.values())).probe.load(self.settings.start_timeout_s)
 
     def _probe(self, want: Wanted) -> Probe:
         return Probe(self.replica.endpoint, want.ref, shared=True)
@@ -154,12 +212,13 @@ class SharedServer:
             one.refusal = Refusal("RepositoryFailed", str(error)[:800], permanent=False)
         except grpc.aio.AioRpcError as error:
             one.refusal = Refusal("LoadFailed", " ".join((error.details() or "").split())[:800], permanent=False)
+            one.attempts += 1
             log.warning("%s of %s is not loaded: %s", want.ref.version, want.ref.model, one.refusal.message)
             await self._take_out(one)
         else:
-            one.refusal, one.loaded, one.ready, one.failures = None, True, True, 0
+            one.refusal, one.loaded, one.ready, one.failures, one.attempts = None, True, True, 0, 0
             log.info("server %s holds %s %s", self.replica.endpoint, want.ref.model, want.ref.version)
-        one.retry_at = self.clock.monotonic() + RETRY_S
+        one.retry_at = self.clock.monotonic() + min(RETRY_S * 2 ** max(0, one.attempts - 1), RETRY_MAX_S)
 
     def _check_memory(self, want: Wanted) -> None:
         """Nothing is asked of a server that holds nothing yet: it was started to hold this."""
@@ -168,7 +227,10 @@ class SharedServer:
         needed = memory.needed_bytes(
             want.ref, want.server, factor=self.settings.memory_factor, base_mib=self.settings.memory_base_mib
         )
-        free = memory.free_bytes(self.replica.record.pid, want.server.resources.limits.get("memory"))
+        if self.free_bytes is not None:
+            free = self.free_bytes(want.server)
+        else:
+            free = memory.free_bytes(self.replica.record.pid, want.server.resources.limits.get("memory"))
         if free < needed:
             version, mib = want.ref.version, memory.MIB
             message = (
@@ -223,6 +285,12 @@ class SharedServer:
         """Whether it holds what is wanted most, which is stable."""
         first = self.held.get(next(iter(self.wanted), ""))
         return self.replica.ready and first is not None and first.ready
+
+    @property
+    def settled(self) -> bool:
+        """Whether it holds every version that is wanted, or said of it why not."""
+        held = (self.held.get(version) for version in self.wanted)
+        return all(one is not None and (one.ready or one.refusal is not None) for one in held)
 
 
 def arms(servers: Sequence[SharedServer], wanted: Sequence[str]) -> dict[str, ArmSeen]:

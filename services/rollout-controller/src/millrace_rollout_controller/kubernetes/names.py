@@ -17,6 +17,12 @@ LEADER_LABEL = f"{GROUP}/leader"
 SELECTOR = "app.kubernetes.io/name=triton,app.kubernetes.io/managed-by=millrace"
 """Label selector of every object of ours that belongs to a model version."""
 HTTP, GRPC, METRICS = 8000, 8001, 8002
+LOADER, LOADER_PROBES = 8003, 8004
+"""Of the loader beside a server of several versions: what the controller tells it, and whether it is ready."""
+SHARED = "shared"
+"""In the place of a version, of objects whose pods hold several."""
+CONFIGURATION_ANNOTATION = f"{GROUP}/configuration"
+"""Of a pod that holds several versions: digest of what is common to them, so that another one makes other pods."""
 MAX_NAME = 52
 """Room for what a ReplicaSet and a Pod add to a Deployment's name within 63 characters."""
 

@@ -1,33 +1,39 @@
-"""The objects of one model version: Deployment, headless Service, PodDisruptionBudget, HorizontalPodAutoscaler. Pure.
+"""The objects of one model version, or of all versions that share their servers: Deployment, headless Service, PodDisruptionBudget,
+HorizontalPodAutoscaler, and a ConfigMap with what shared servers should hold. Pure.
 
 Exactly the fields that this controller owns, as server-side apply wants them; everything else is left to the API server and to people.
 """
 
 from typing import Any
 
-from millrace_rollout_controller import capacity, triton_options
+from millrace_rollout_controller import capacity, repository
 from millrace_rollout_controller.executor import Wanted
-from millrace_rollout_controller.kubernetes import names, order
+from millrace_rollout_controller.kubernetes import containers, names, order
 from millrace_rollout_controller.kubernetes.api import Object
+from millrace_rollout_controller.kubernetes.containers import extended_resources
+from millrace_rollout_controller.kubernetes.order import Orders
 from millrace_rollout_controller.kubernetes.settings import KubernetesSettings, ModelServerSettings
 from millrace_rollout_controller.server_block import Server
 
+__all__ = ["build", "extended_resources", "scaled", "starting_replicas"]
 QUEUE_METRIC = "millrace_queue_time_us"
 """Mean time a request waited in a pod's queue, in microseconds; a metrics adapter serves it (docs in the chart)."""
-PROBE_S = 2
 
 
-def build(want: Wanted, owner: Object, settings: KubernetesSettings) -> list[Object]:
+def build(want: Wanted, owner: Object, settings: KubernetesSettings, orders: Orders | None = None) -> list[Object]:
     """Everything a version needs, in the order in which it is applied.
 
     Args:
         want: the version, its manifest's server block and how many servers it should have.
         owner: the ModelDeployment (`metadata.name` and `metadata.uid` are read).
         settings: defaults and images.
+        orders: of servers that hold several versions; the one in `want` is named `names.SHARED` then.
     """
     objects = [_service(want), _workload(want, settings), _budget(want, settings.servers)]
     if scaled(want.server):
         objects.append(_autoscaler(want))
+    if orders is not None:
+        objects.insert(0, _orders(orders))
     name = names.object_name(want.deployment, want.ref.version)
     for item in objects:
         item["metadata"] = {
@@ -58,12 +64,6 @@ def starting_replicas(want: Wanted) -> int | None:
     return max(want.replicas, capacity.least(want.server)) if scaled(want.server) and want.replicas else None
 
 
-def extended_resources(server: Server) -> set[str]:
-    """Accelerators the manifest asks for."""
-    asked = {**server.resources.requests, **server.resources.limits}
-    return {name for name, amount in asked.items() if ("gpu" in name or "mig" in name) and str(amount) not in {"0", ""}}
-
-
 def _service(want: Wanted) -> Object:
     ports = (("grpc", names.GRPC), ("http", names.HTTP), ("metrics", names.METRICS))
     return {
@@ -79,6 +79,10 @@ def _service(want: Wanted) -> Object:
             ],
         },
     }
+
+
+def _orders(orders: Orders) -> Object:
+    return {"apiVersion": "v1", "kind": "ConfigMap", "data": {order.ORDERS_FILE: orders.model_dump_json()}}
 
 
 def _budget(want: Wanted, servers: ModelServerSettings) -> Object:
@@ -130,7 +134,11 @@ def _workload(want: Wanted, settings: KubernetesSettings) -> Object:
         "template": {
             "metadata": {
                 "labels": {**settings.servers.pod_labels, **labels},
-                "annotations": {**settings.servers.pod_annotations, names.VERSION_ANNOTATION: want.ref.version},
+                "annotations": {
+                    **settings.servers.pod_annotations,
+                    names.VERSION_ANNOTATION: want.ref.version,
+                    **_configuration_mark(want, settings),
+                },
             },
             "spec": _pod(want, settings),
         },
@@ -138,6 +146,18 @@ def _workload(want: Wanted, settings: KubernetesSettings) -> Object:
     if starting_replicas(want) is None:
         spec["replicas"] = want.replicas
     return {"apiVersion": "apps/v1", "kind": "Deployment", "spec": spec}
+
+
+def _configuration_mark(want: Wanted, settings: KubernetesSettings) -> dict[str, str]:
+    """A server of several versions reads its configuration once in its life, so that another one needs another pod."""
+    if not _shared(want):
+        return {}
+    told = containers.order_of(want, settings.servers)
+    return {names.CONFIGURATION_ANNOTATION: repository.key(told.ref, told.server, told.flavour)}
+
+
+def _shared(want: Wanted) -> bool:
+    return want.server.placement == "Shared"
 
 
 def _pod(want: Wanted, settings: KubernetesSettings) -> Object:
@@ -159,10 +179,16 @@ def _pod(want: Wanted, settings: KubernetesSettings) -> Object:
             "fsGroup": servers.run_as_group,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "initContainers": [_fetch(want, settings)],
-        "containers": [_triton(want, servers)],
         "volumes": volumes,
     }
+    if _shared(want):
+        name = names.object_name(want.deployment, want.ref.version)
+        volumes += [{"name": "loader-tmp", "emptyDir": {}}, {"name": "orders", "configMap": {"name": name}}]
+        pod["shareProcessNamespace"] = True
+        pod["containers"] = [containers.triton(want, servers), containers.loader(settings)]
+    else:
+        pod["initContainers"] = [containers.fetch(want, settings)]
+        pod["containers"] = [containers.triton(want, servers)]
     placement = _placement(want, settings.servers)
     if servers.service_account_name:
         placement["serviceAccountName"] = servers.service_account_name
@@ -198,88 +224,3 @@ def _placement(want: Wanted, servers: ModelServerSettings) -> Object:
         or (gpu.priority_class_name if on_gpu else "")
         or servers.priority_class_name,
     }
-
-
-def _fetch(want: Wanted, settings: KubernetesSettings) -> Object:
-    server, servers = want.server, settings.servers
-    told = order.Order(
-        # Features and Predict are the gateway's business, and there may be thousands of names.
-        ref=want.ref.model_copy(update={"feature_names": (), "feature_service": "", "predict": ""}),
-        max_batch_size=server.max_batch_size,
-        instances=server.instances,
-        queue_delay_us=server.queue_delay_us,
-        backend=servers.platform,
-        threads=servers.onnx_threads,
-        gpu=bool(extended_resources(server)) and servers.platform == "onnxruntime",
-        warmup=servers.warmup_requests,
-        options=server.model_dump_json(by_alias=True, include=order.OPTIONS, exclude_none=True, exclude_defaults=True),
-    )
-    mounts = [
-        {"name": "models", "mountPath": order.MODELS},
-        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - a volume of the pod's own
-        {"name": "config", "mountPath": "/etc/millrace", "readOnly": True},
-    ]
-    own = {name: {"fieldRef": {"fieldPath": f"metadata.{field}"}} for name, field in _FIELDS.items()}
-    return {
-        "name": "fetch",
-        "image": settings.fetch.image,
-        "imagePullPolicy": servers.image_pull_policy,
-        "command": ["millrace-model-fetch", "--config", "/etc/millrace/config.yaml"],
-        "env": [
-            {"name": order.ENVIRONMENT, "value": told.model_dump_json()},
-            *({"name": name, "valueFrom": source} for name, source in own.items()),
-        ],
-        "resources": settings.fetch.resources,
-        "securityContext": _LOCKED,
-        "terminationMessagePath": order.TERMINATION_LOG,
-        "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": mounts,
-    }
-
-
-def _triton(want: Wanted, servers: ModelServerSettings) -> Object:
-    given = want.server.resources
-    resources = (
-        {kind: amounts for kind, amounts in (("requests", given.requests), ("limits", given.limits)) if amounts}
-        if given.requests or given.limits
-        else servers.resources
-    )
-    ready = {"httpGet": {"path": "/v2/health/ready", "port": "http"}, "timeoutSeconds": PROBE_S}
-    live = {"httpGet": {"path": "/v2/health/live", "port": "http"}, "timeoutSeconds": 5}
-    container: Object = {
-        "name": "triton",
-        "image": servers.image,
-        "imagePullPolicy": servers.image_pull_policy,
-        "command": list(servers.command),
-        "args": [*servers.args, *triton_options.arguments(want.server)],
-        "env": [{"name": name, "value": value} for name, value in sorted(servers.env.items())],
-        "ports": [
-            {"name": "grpc", "containerPort": names.GRPC, "protocol": "TCP"},
-            {"name": "http", "containerPort": names.HTTP, "protocol": "TCP"},
-            {"name": "metrics", "containerPort": names.METRICS, "protocol": "TCP"},
-        ],
-        "resources": resources,
-        # Ready means loaded and warm: the configuration has Triton answer requests to itself first.
-        "startupProbe": ready | {"periodSeconds": 1, "failureThreshold": servers.startup_s},
-        "readinessProbe": ready | {"periodSeconds": PROBE_S, "failureThreshold": 2},
-        "livenessProbe": live | {"periodSeconds": 10, "failureThreshold": 3},
-        "securityContext": _LOCKED,
-        "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": [
-            {"name": "models", "mountPath": order.MODELS, "readOnly": True},
-            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - a volume of the pod's own
-            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - where the Python backend passes tensors
-        ],
-    }
-    if servers.pre_stop_s:
-        # Endpoints go while the server still answers: who had the old list loses nothing.
-        container["lifecycle"] = {"preStop": {"sleep": {"seconds": servers.pre_stop_s}}}
-    return container
-
-
-_FIELDS = {"POD_NAME": "name", "POD_NAMESPACE": "namespace"}
-_LOCKED: Object = {
-    "allowPrivilegeEscalation": False,
-    "readOnlyRootFilesystem": True,
-    "capabilities": {"drop": ["ALL"]},
-}

@@ -4,7 +4,7 @@ Reasons are the cluster's own words: what `kubectl describe pod` would show is w
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,6 +16,8 @@ from millrace_rollout_controller.plans import ArmSeen, Refusal
 
 _PULL = {"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError"}
 Name = tuple[str, str]
+Pods = Mapping[str, str]
+"""Names of pods by `host:port`."""
 
 
 def arms(
@@ -31,17 +33,17 @@ def arms(
     """
     found: dict[Name, list[Object]] = {}
     for item in workloads.values():
-        if (name := _name(item)) is not None:
+        if (name := name_of(item)) is not None:
             found.setdefault(name, [])
     for pod in pods.values():
-        name = _name(pod)
+        name = name_of(pod)
         if name is not None and pod.get("status", {}).get("phase") not in {"Succeeded", "Failed"}:
             found.setdefault(name, []).append(pod)
-    ready = _ready(slices.values(), _leaving(workloads, pods))
-    by_name = {_name(item): item for item in workloads.values()}
+    ready = ready_pods(workloads, pods, slices)
+    by_name = {name_of(item): item for item in workloads.values()}
     result = {}
     for name, own in found.items():
-        endpoints = ready.get(names.object_name(*name), ())
+        endpoints = tuple(sorted(ready.get(names.object_name(*name), ())))
         workload = by_name.get(name)
         # A Deployment that is there may make a pod at any moment.
         servers = max(len(own), 1 if workload is not None else 0)
@@ -49,7 +51,8 @@ def arms(
     return result
 
 
-def _name(item: Object) -> Name | None:
+def name_of(item: Object) -> Name | None:
+    """Deployment and version of an object of ours."""
     metadata = item["metadata"]
     deployment = metadata.get("labels", {}).get(names.DEPLOYMENT_LABEL)
     version = metadata.get("annotations", {}).get(names.VERSION_ANNOTATION)
@@ -64,33 +67,38 @@ def _leaving(workloads: Mapping[str, Object], pods: Mapping[str, Object]) -> set
     began = {
         name: item["metadata"].get("creationTimestamp", "")
         for item in workloads.values()
-        if not item["metadata"].get("deletionTimestamp") and (name := _name(item)) is not None
+        if not item["metadata"].get("deletionTimestamp") and (name := name_of(item)) is not None
     }
     leaving = set()
     for pod in pods.values():
         metadata = pod["metadata"]
-        since = began.get(_name(pod) or ("", ""))
+        since = began.get(name_of(pod) or ("", ""))
         if metadata.get("deletionTimestamp") or since is None or metadata.get("creationTimestamp", since) < since:
             leaving.add(metadata["name"])
     return leaving
 
 
-def _ready(slices: Iterable[Object], leaving: set[str]) -> dict[str, tuple[str, ...]]:
-    """Ready addresses by Service; a slice without a condition is ready, says the API."""
-    found: dict[str, set[str]] = {}
-    for item in slices:
+def ready_pods(
+    workloads: Mapping[str, Object], pods: Mapping[str, Object], slices: Mapping[str, Object]
+) -> dict[str, dict[str, str]]:
+    """Names of ready pods by Service and endpoint; a slice without a condition is ready, says the API."""
+    leaving = _leaving(workloads, pods)
+    found: dict[str, dict[str, str]] = {}
+    for item in slices.values():
         service = item["metadata"].get("labels", {}).get("kubernetes.io/service-name", "")
         port = next((p["port"] for p in item.get("ports") or () if p.get("name") == "grpc"), names.GRPC)
         for endpoint in item.get("endpoints") or ():
             conditions = endpoint.get("conditions") or {}
-            if (endpoint.get("targetRef") or {}).get("name") in leaving:
+            pod = (endpoint.get("targetRef") or {}).get("name", "")
+            if pod in leaving:
                 continue
             if conditions.get("ready", True) and not conditions.get("terminating", False):
-                found.setdefault(service, set()).update(f"{_host(one)}:{port}" for one in endpoint["addresses"])
-    return {service: tuple(sorted(endpoints)) for service, endpoints in found.items()}
+                found.setdefault(service, {}).update({f"{host(one)}:{port}": pod for one in endpoint["addresses"]})
+    return found
 
 
-def _host(address: str) -> str:
+def host(address: str) -> str:
+    """An address in front of a port."""
     return f"[{address}]" if ":" in address else address
 
 

@@ -22,6 +22,7 @@ STARTER = f"{MANAGER}-start"
 RETRY_S = 2.0
 """Wait before an object that was refused is applied again."""
 PATHS = {
+    "ConfigMap": "/api/v1/namespaces/{}/configmaps",
     "Deployment": "/apis/apps/v1/namespaces/{}/deployments",
     "Service": "/api/v1/namespaces/{}/services",
     "PodDisruptionBudget": "/apis/policy/v1/namespaces/{}/poddisruptionbudgets",

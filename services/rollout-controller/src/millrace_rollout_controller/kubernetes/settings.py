@@ -121,10 +121,10 @@ class ModelServerSettings(Settings):
 
 
 class FetchSettings(Settings):
-    """The init container that brings a version's files."""
+    """What brings versions' files into the pods: an init container, or in a server of several versions (placement Shared) a loader beside it."""
 
     image: str = "millrace/rollout-controller:0.1.0"
-    """Image with `millrace-model-fetch`."""
+    """Image with `millrace-model-fetch` and `millrace-model-loader`."""
     config_map: str = "millrace-rollout-controller"
     """ConfigMap whose key `config.yaml` is the controller's settings file; its registry_address and tls are used."""
     tls_secret: str = ""
@@ -135,6 +135,14 @@ class FetchSettings(Settings):
     """Raw."""
     attempt_s: float = Field(default=120.0, gt=0, le=7200)
     """How long one container tries while the registry does not answer; then the kubelet starts it anew."""
+    loader_tls_name: str = ""
+    """Name expected in the certificate of `tls_secret`, by which loaders answer at the address of their pod; empty takes the address."""
+    controller_tls_name: str = ""
+    """Name in this controller's own certificate, whose holder alone may tell loaders anything; empty admits every client with a certificate."""
+    loader_poll_s: float = Field(default=1.0, gt=0, le=60)
+    """Time between two questions to a loader what its server holds; news are told at once."""
+    loader_timeout_s: float = Field(default=2.0, gt=0, le=60)
+    """Deadline of such a question."""
 
 
 class KubernetesSettings(Settings):

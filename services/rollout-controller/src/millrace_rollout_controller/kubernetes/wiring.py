@@ -6,6 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
+import grpc.aio
 from millrace_kit.clock import Clock
 from millrace_kit.errors import UnavailableError
 from millrace_kit.server import Worker
@@ -38,7 +39,14 @@ class Parts:
     closers: Sequence[Callable[[], Awaitable[None]]]
 
 
-async def connect(settings: KubernetesSettings, hub: Hub, clock: Clock, *, limit: int) -> Parts:
+async def connect(
+    settings: KubernetesSettings,
+    hub: Hub,
+    clock: Clock,
+    open_loader: Callable[[str], grpc.aio.Channel],
+    *,
+    limit: int,
+) -> Parts:
     """Connect and put the parts together; nothing is asked of the API server before the workers run."""
     cluster = await Cluster.connect(settings)
     leader = Leader(cluster, settings.lease, settings.pod_name, settings.pod_name if settings.label_own_pod else "")
@@ -46,7 +54,7 @@ async def connect(settings: KubernetesSettings, hub: Hub, clock: Clock, *, limit
     waker = _Waker()
     path = f"/apis/{names.API_VERSION}/namespaces/{cluster.namespace}/{names.PLURAL}"
     mirror = Mirror(cluster, path, changed=waker.changed)
-    executor = KubernetesExecutor(cluster, settings, mirror.get, waker.now)
+    executor = KubernetesExecutor(cluster, settings, mirror.get, waker.now, open_loader=open_loader, clock=clock)
     events = Events(cluster, settings.pod_name)
     store = KubernetesStore(
         cluster, mirror, events, check=executor.check, clock=clock, routes=settings.routes_config_map, limit=limit
