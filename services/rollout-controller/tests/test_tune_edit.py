@@ -9,19 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from millrace_kit.clock import SystemClock
+from millrace_kit.clock import FakeClock, SystemClock
 from millrace_kit.errors import FailedPreconditionError, InvalidArgumentError
 from millrace_rollout_controller.manifest import parse
 from millrace_rollout_controller.probe import sample_request
 from millrace_rollout_controller.server_block import Server
-from millrace_rollout_controller.settings import RolloutSettings
+from millrace_rollout_controller.settings import RolloutSettings, TritonSettings
 from millrace_rollout_controller.tuning import command, edit, report, requests
-from millrace_rollout_controller.tuning.bench import measured
+from millrace_rollout_controller.tuning.bench import Bench, Method, measured, private_executor
 from millrace_rollout_controller.tuning.configuration import Configuration
 from millrace_rollout_controller.tuning.decision import ROUNDS, decide
+from millrace_rollout_controller.warm_gate import Window
 from tritonclient.grpc import service_pb2
 
-from .support import version_ref
+from .support import Files, version_ref
 from .test_tune_search import Modelled, search
 
 BLOCK = """\
@@ -296,3 +297,16 @@ async def test_a_manifest_that_was_changed_meanwhile_is_not_overwritten(
     assert "was changed while it was measured" in made.problem
     assert made.decision.verdict == "better", "what was measured is still told"
     assert "replicas: 3" in path.read_text()
+
+
+def test_a_point_is_broken_off_when_the_time_is_over(tmp_path: Path) -> None:
+    clock, method, ref = FakeClock(), Method(), version_ref("1.0.0", b"x")
+    executor = private_executor(tmp_path, TritonSettings(), Files(), clock)
+    bench = Bench(
+        executor, tmp_path, ref, Server(), [], bound_ms=50.0, method=method, clock=clock, ready_s=1.0, until=10.0
+    )  # fmt: skip
+    unsteady = [Window((1.0,), 1.0), Window((2.0,), 1.0), Window((1.0,), 1.0)]
+    assert not bench._enough([])
+    assert not bench._enough(unsteady)
+    clock.advance(10.0)
+    assert bench._enough(unsteady)

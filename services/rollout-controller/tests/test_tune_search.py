@@ -167,6 +167,29 @@ async def test_what_held_the_bound_by_luck_gives_way_to_less_load() -> None:
     assert decision.chosen.point.concurrency == 4
 
 
+async def test_more_load_alone_is_no_gain() -> None:
+    """In the search the manifest was steady under little load only; the rounds give it the finalist's load as well."""
+    model = Modelled(cores=1, fixed_ms=4.0, row_ms=0.01)
+    made = search(model, trials=2)
+    await made.run()
+    present, other = made.trials
+    present.points[:] = present.points[:2]
+    (best, *_) = ranking([other], 50.0, 1)
+    assert best.point.per_s > 5 * present.points[-1].per_s
+    sides: list[Side] = []
+
+    async def play(wanted: Sequence[Side]) -> list[list[Window]]:
+        sides.extend(wanted)
+        return await model.play(wanted)
+
+    rounds = await compare(best, present, 50.0, play)
+    assert sides[1:] == [(present.configuration, 2), (present.configuration, best.point.concurrency)]
+    assert rounds.present is not None
+    assert rounds.present.concurrency == best.point.concurrency
+    assert rounds.gain < 0.05
+    assert judge(rounds, present, 50.0).verdict == "keep"
+
+
 async def test_a_manifest_that_broke_the_bound_for_once_still_has_to_be_beaten() -> None:
     model = Modelled(cores=1, fixed_ms=1.0, row_ms=1.0)
     made = search(model, p99_ms=50.0, trials=2)
@@ -209,11 +232,11 @@ async def test_equal_configurations_are_rarely_called_better() -> None:
     present.points[:] = [replace(present.points[0], per_s=500.0)]
     model.noise, called = 0.1, 0
     assert ranking(made.trials, 50.0, 1)[0].configuration == other.configuration
-    for seed in range(1000):
+    for seed in range(400):
         model.random.seed(seed)
         rounds = await compare(ranking(made.trials, 50.0, 1)[0], present, 50.0, model.play)
         called += judge(rounds, present, 50.0).verdict == "better"
-    assert 10 <= called <= 50
+    assert 4 <= called <= 20
 
 
 async def test_configurations_without_a_server_are_passed_over() -> None:

@@ -85,6 +85,7 @@ class Bench:
         method: how.
         clock: for latencies and deadlines.
         ready_s: longest time until a server is ready.
+        until: monotonic time at which a point is broken off; it is not steady then.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Bench:
         method: Method,
         clock: Clock,
         ready_s: float,
+        until: float,
     ) -> None:
         self._executor = executor
         self._folder = folder
@@ -109,6 +111,7 @@ class Bench:
         self._method = method
         self._clock = clock
         self._ready_s = ready_s
+        self._until = until
         self._up: dict[Configuration, str] = {}
         self.triton = ""
         """Version of the servers; known once one was up."""
@@ -123,20 +126,28 @@ class Bench:
         before, began = self._times(endpoint), self._clock.monotonic()
         windows: list[Window] = []
         async with self._loop(endpoint, concurrency) as loop:
-            while not windows or not enough(windows, self._bound_ms, self._method.share, self._method.max_windows):
+            while not self._enough(windows):
                 windows.append(await loop.window(self._method.window_s, self._method.min_requests))
             after, passed = self._times(endpoint), self._clock.monotonic() - began
         usage = Usage((after[0] - before[0]) / passed, (after[1] - before[1]) / passed, after[2])
         return summarize(concurrency, windows, share=self._method.share, usage=usage)
 
+    def _enough(self, windows: Sequence[Window]) -> bool:
+        if not windows:
+            return False
+        over = self._clock.monotonic() >= self._until
+        return over or enough(windows, self._bound_ms, self._method.share, self._method.max_windows)
+
     async def play(self, sides: Sequence[Side]) -> list[list[Window]]:
         """Each side once a round, in turn, while all their servers are up; who is first changes from round to round."""
-        endpoints = await self._servers([configuration for configuration, _ in sides])
+        configurations = list(dict.fromkeys(configuration for configuration, _ in sides))
+        endpoints = dict(zip(configurations, await self._servers(configurations), strict=True))
         played: list[list[Window]] = [[] for _ in sides]
         for number in range(ROUNDS):
             order = list(range(len(sides)))
             for index in order if number % 2 == 0 else reversed(order):
-                async with self._loop(endpoints[index], sides[index][1]) as loop:
+                configuration, concurrency = sides[index]
+                async with self._loop(endpoints[configuration], concurrency) as loop:
                     played[index].append(await loop.window(self._method.window_s, self._method.min_requests))
         return played
 

@@ -148,11 +148,12 @@ async def _measure(
         stack.enter_context(_alone(folder))
         await stack.enter_async_context(running(executor, folder))
         ready_s = settings.triton.start_timeout_s + settings.triton.warmup_s + START_S
+        limits = _limits(options, began)
         bench = Bench(
             executor, folder, ref, server, sent.bodies,
-            bound_ms=options.p99_ms, method=options.method, clock=clock, ready_s=ready_s,
+            bound_ms=options.p99_ms, method=options.method, clock=clock, ready_s=ready_s, until=limits.until,
         )  # fmt: skip
-        search = Search(space, _limits(options, began), bench.measure, clock, _say)
+        search = Search(space, limits, bench.measure, clock, _say)
         decision = await decide(search, options.p99_ms, bench.play)
     return _Measured(ref, replace(machine, triton=bench.triton), sent.source, search, decision)
 
@@ -203,7 +204,7 @@ def _space(options: Options, manifest: Manifest, sent: requests.Requests) -> Spa
 
 
 def _limits(options: Options, began: float) -> Limits:
-    reserve_s = min(MAX_RESERVE * options.budget_s, 2 * ROUNDS * options.method.window_s + START_S)
+    reserve_s = min(MAX_RESERVE * options.budget_s, 3 * ROUNDS * options.method.window_s + START_S)
     return Limits(options.max_concurrency, options.max_trials, began + options.budget_s - reserve_s)
 
 

@@ -31,7 +31,8 @@ class Rounds:
     best: Finalist
     """The chosen configuration; its point is that of the rounds."""
     present: Point | None
-    """The manifest's configuration in the same rounds; None when its server does not start, or when it is the best itself."""
+    """The manifest's configuration in the same rounds, under the load that suits it better; None when its server does not start, or when it is
+    the best itself."""
     ratios: tuple[float, ...]
     """Answers of the best for one of the present, by round."""
     noise: float
@@ -73,20 +74,30 @@ async def decide(search: Search, bound_ms: float, play: Play) -> Decision:
 
 
 async def compare(finalist: Finalist, present: Trial, bound_ms: float, play: Play) -> Rounds:
-    """Play the rounds of a finalist against the manifest's configuration under the load at which that did best."""
-    mine = (finalist.configuration, finalist.point.concurrency)
+    """Play the rounds of a finalist against the manifest's configuration, which plays under the load at which it did best and, where that is
+    another one, under the finalist's too: the better of both counts, so that more load alone is no gain.
+    """
+    load = finalist.point.concurrency
+    sides = [(finalist.configuration, load)]
     known = present.closest(bound_ms)
-    sides = [mine]
     if known is not None and finalist.configuration != present.configuration:
-        sides.append((present.configuration, known.concurrency))
+        sides += [(present.configuration, each) for each in dict.fromkeys((known.concurrency, load))]
     played = await play(sides)
     points = [_summary(side[1], windows) for side, windows in zip(sides, played, strict=True)]
     best = Finalist(finalist.configuration, points[0])
-    rates = [[window.per_s for window in windows] for windows in played]
-    ratios = [a / b for a, b in zip(rates[0], rates[-1], strict=True) if b > 0] if len(sides) > 1 else []
-    middle = statistics.median(rates[-1])
-    noise = (max(rates[-1]) - min(rates[-1])) / middle if middle > 0 else 0.0
-    return Rounds(best, points[1] if len(sides) > 1 else None, tuple(ratios), noise)
+    # The manifest's better side; the finalist's own where it has none.
+    other = min(range(min(1, len(sides) - 1), len(sides)), key=lambda index: _order(points[index], bound_ms))
+    mine, theirs = ([window.per_s for window in played[index]] for index in (0, other))
+    ratios = [a / b for a, b in zip(mine, theirs, strict=True) if b > 0] if other else []
+    middle = statistics.median(theirs)
+    noise = (max(theirs) - min(theirs)) / middle if middle > 0 else 0.0
+    return Rounds(best, points[other] if other else None, tuple(ratios), noise)
+
+
+def _order(point: Point, bound_ms: float) -> tuple[bool, float]:
+    """Less is better: within the bound by throughput, else by how little it misses."""
+    within = point.within(bound_ms)
+    return (not within, -point.per_s if within else point.p99_ms)
 
 
 def judge(rounds: Rounds, present: Trial, bound_ms: float) -> Decision:
