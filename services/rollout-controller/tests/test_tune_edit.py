@@ -124,10 +124,13 @@ def test_a_file_is_replaced_whole_with_its_mode(tmp_path: Path) -> None:
     path = tmp_path / "manifest.yaml"
     path.write_text("before")
     path.chmod(0o640)
-    edit.write(path, "after\r\n")
+    link = tmp_path / "link.yaml"
+    link.symlink_to(path)
+    edit.write(link, "after\r\n")
     assert path.read_bytes() == b"after\r\n"
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
-    assert list(tmp_path.iterdir()) == [path]
+    assert link.is_symlink()
+    assert sorted(tmp_path.iterdir()) == [link, path]
 
 
 async def nobody(model: str, limit: int) -> list[bytes]:
@@ -143,17 +146,18 @@ async def test_requests_are_those_of_a_file_else_of_callers_else_zeros(tmp_path:
     async def samples(model: str, limit: int) -> list[bytes]:
         return [logged.SerializeToString(), sample_request(ref).SerializeToString(), b"\xff no request"]
 
-    of_callers = await requests.load(ref, None, samples)
+    of_callers = await requests.load(ref, None, samples, max_rows=3)
     assert (len(of_callers.bodies), of_callers.rows, of_callers.max_rows) == (2, 2.0, 3)
     assert service_pb2.ModelInferRequest.FromString(of_callers.bodies[0]).model_version == ""
-    zeros = await requests.load(ref, None, nobody)
+    assert len((await requests.load(ref, None, samples, max_rows=2)).bodies) == 1, "no server answers three rows then"
+    zeros = await requests.load(ref, None, nobody, max_rows=64)
     assert (len(zeros.bodies), zeros.max_rows) == (1, 1)
     assert "zeros" in zeros.source
     path = tmp_path / "requests.json"
     path.write_text(
         json.dumps({"data": [{"features": [1, 2, 3, 4]}, {"features": {"content": [5, 6, 7, 8], "shape": [4]}}]})
     )
-    of_file = await requests.load(ref, path, samples)
+    of_file = await requests.load(ref, path, samples, max_rows=3)
     made = [service_pb2.ModelInferRequest.FromString(body) for body in of_file.bodies]
     assert [list(one.inputs[0].shape) for one in made] == [[1, 4], [1, 4]]
     assert np.frombuffer(made[1].raw_input_contents[0], np.float32).tolist() == [5, 6, 7, 8]

@@ -297,6 +297,8 @@ def test_the_reader_is_told_what_the_figures_cannot_say() -> None:
     (best,) = ranking([trial], 10.0, 3)
     (said,) = notes([trial], Decision("keep", "", best), 10.0, 64)
     assert "--max-concurrency" in said
+    larger = Trial(Configuration(1, 128, 0))
+    assert "more than 64 rows are refused" in notes([larger, trial], Decision("better", "", best), 10.0, 128)[0]
 
 
 @pytest.mark.parametrize(("text", "expected"), [("20ms", 20.0), ("1.5s", 1500.0), ("800us", 0.8)])

@@ -55,7 +55,7 @@ def settings(folder: Path, peers: Peers) -> dict[str, object]:
 def options(folder: Path) -> command.Options:
     path = folder / "manifest.yaml"
     path.write_text(BAD)
-    return command.Options(path, BOUND_MS, max_concurrency=4, max_instances=1, max_trials=2, method=QUICK, write=True)
+    return command.Options(path, BOUND_MS, max_concurrency=2, max_instances=1, max_trials=2, method=QUICK, write=True)
 
 
 def left(folder: Path) -> list[psutil.Process]:

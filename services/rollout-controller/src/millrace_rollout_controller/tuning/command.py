@@ -142,7 +142,7 @@ async def _measure(
             settings.gateway_addresses, lambda: (), opened, opened(settings.drift_address),
             timeout_s=settings.poll_timeout_s,
         )  # fmt: skip
-        sent = await requests.load(ref, options.requests, figures.samples)
+        sent = await requests.load(ref, options.requests, figures.samples, max_rows=server.max_batch_size)
         space = _space(options, manifest, sent)
         machine = report.this_machine("")
         stack.enter_context(_alone(folder))
@@ -194,9 +194,6 @@ async def _version(registry: Registry, manifest: Manifest) -> VersionRef:
 
 def _space(options: Options, manifest: Manifest, sent: requests.Requests) -> Space:
     server = manifest.spec.server
-    if sent.max_rows > server.max_batch_size:
-        message = f"{sent.max_rows} rows are more than spec.server.maxBatchSize ({server.max_batch_size})"
-        raise InvalidArgumentError("--requests", message)
     cores = len(os.sched_getaffinity(0))
     most = options.max_instances or min(MAX_INSTANCES, max(2 * cores, server.instances))
     least = max(options.min_batch_size or server.max_batch_size, sent.max_rows)

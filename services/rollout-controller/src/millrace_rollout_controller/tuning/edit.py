@@ -43,7 +43,8 @@ def edited(text: str, configuration: Configuration) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Replace a file whole or not at all; who may read it stays."""
+    """Replace a file (of a link, what it leads to) whole or not at all; who may read it stays."""
+    path = path.resolve()
     mode = path.stat().st_mode & 0o7777 if path.exists() else 0o644
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

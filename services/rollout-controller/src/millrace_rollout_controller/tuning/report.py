@@ -135,6 +135,10 @@ def notes(trials: Sequence[Trial], decision: Decision, bound_ms: float, max_conc
         found.append("at some points the generator used its whole core: the servers may answer more than it could ask")
     if chosen is not None and chosen.point.concurrency == max_concurrency and chosen.point.within(bound_ms):
         found.append(f"the bound was not reached with {max_concurrency} calls at once (--max-concurrency)")
+    if decision.verdict == "better" and chosen is not None:
+        rows = chosen.configuration.max_batch_size
+        if rows < trials[0].configuration.max_batch_size:
+            found.append(f"maxBatchSize gets smaller: requests of more than {rows} rows are refused then")
     rounds, first = decision.rounds, trials[0].closest(bound_ms) if trials else None
     again = rounds.present or rounds.best.point if rounds is not None else None
     if rounds is not None and first is not None and again is not None and first.per_s > 0:

@@ -35,16 +35,16 @@ class Requests:
 
 
 async def load(
-    ref: VersionRef, path: Path | None, samples: Callable[[str, int], Awaitable[list[bytes]]]
+    ref: VersionRef, path: Path | None, samples: Callable[[str, int], Awaitable[list[bytes]]], *, max_rows: int
 ) -> Requests:  # fmt: skip
-    """Those of the file if there is one, else what the model's callers sent lately, else zeros.
+    """Those of the file if there is one, else what the model's callers sent lately in at most `max_rows` rows, else zeros.
 
     Raises:
         InvalidArgumentError: the file is no such file, or does not fit the signature; names the place in it.
     """
     if path is not None:
         return _made(from_file(ref, path), f"of {path.name}")
-    logged = [_cleaned(ref, body) for body in await samples(ref.model, MAX_SAMPLES)]
+    logged = [_cleaned(ref, body, max_rows) for body in await samples(ref.model, MAX_SAMPLES)]
     if kept := [request for request in logged if request is not None]:
         return _made(kept, "that callers sent lately, as the gateway kept them")
     return _made([sample_request(ref)], "of zeros by the signature, for no gateway had any (--requests gives others)")
@@ -58,13 +58,13 @@ def _made(found: list[Any], words: str) -> Requests:
     )  # fmt: skip
 
 
-def _cleaned(ref: VersionRef, body: bytes) -> Any | None:
-    """A logged request for the tuner's own server: it has one version, which has another number there. None when it is not one."""
+def _cleaned(ref: VersionRef, body: bytes, max_rows: int) -> Any | None:
+    """A logged request for the tuner's own server: it has one version, which has another number there. None when it is none to be answered."""
     try:
         request = service_pb2.ModelInferRequest.FromString(body)
     except DecodeError:
         return None
-    if not request.inputs or not request.inputs[0].shape:
+    if not request.inputs or not request.inputs[0].shape or not 1 <= request.inputs[0].shape[0] <= max_rows:
         return None
     request.model_name = ref.model
     request.ClearField("model_version")
