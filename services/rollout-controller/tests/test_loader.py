@@ -2,13 +2,23 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
+import grpc.aio
 import pytest
 import tritonclient.grpc.aio as tritonclient
+from millrace_api.rollout.v1 import loader_pb2, loader_pb2_grpc
+from millrace_kit.errors import FailedPreconditionError
+from millrace_kit.server import running
 from millrace_rollout_controller import memory, triton
+from millrace_rollout_controller.app import open_pod
 from millrace_rollout_controller.kept_files import KeptFiles
+from millrace_rollout_controller.kubernetes import loader
 from millrace_rollout_controller.kubernetes.order import Order, Orders
+from millrace_rollout_controller.kubernetes.settings import FetchSettings, KubernetesSettings
+from millrace_rollout_controller.settings import RolloutSettings
+from parts.certificates import Authority, write
 
 from . import pods
 from .peers import Peers, serving
@@ -116,6 +126,31 @@ async def _not(condition: Callable[[], object]) -> bool:
     return not (await found if asyncio.iscoroutine(found) else found)
 
 
+async def test_only_the_controller_tells_a_loader(tmp_path: Path, peers: Peers) -> None:
+    authority = Authority.new()
+
+    def settings(name: str) -> RolloutSettings:
+        fetch = FetchSettings(controller_tls_name="millrace-rollout-controller")
+        tls = write(tmp_path / name, authority, name)
+        return RolloutSettings(tls=tls, kubernetes=KubernetesSettings(fetch=fetch), drain_s=0.0)
+
+    place = loader.Place(tmp_path / "orders.json", tmp_path / "models", server_port=1, listen_port=0, probes_port=0)
+    place.orders.write_text(orders(1, order("1.0.0", peers)).model_dump_json())
+    mine = loader.adapted(settings("model-server.millrace.ml"), place)
+    service = await loader.build(mine, place)
+    # Its answer is of interest, not its server.
+    async with running(replace(service, workers=[]), mine) as address:
+        answers = {}
+        for name in ("millrace-rollout-controller", "millrace-console"):
+            async with open_pod(settings(name), address, "model-server.millrace.ml") as channel:
+                try:
+                    found = await loader_pb2_grpc.LoaderServiceStub(channel).Hold(loader_pb2.HoldRequest(), timeout=5)
+                    answers[name] = str(found.revision)
+                except grpc.aio.AioRpcError as error:
+                    answers[name] = error.code().name
+    assert answers == {"millrace-rollout-controller": "1", "millrace-console": "PERMISSION_DENIED"}
+
+
 async def test_kept_files_are_proved_each_time(tmp_path: Path) -> None:
     content = onnx_model(0.1)
     (artifact,) = version_ref("1.0.0", content).artifacts
@@ -149,7 +184,19 @@ nv_gpu_utilization{gpu_uuid="GPU-1c5bd7f4-5c9b-4f7d-a1c0-0e2f6f7f0a11"} 0.000000
 """
 
 
-def test_memory_of_the_fullest_gpu_counts() -> None:
-    assert memory.gpu_free_bytes(METRICS) == 10_000_000_000
-    with pytest.raises(ValueError, match="nv_gpu_memory_total_bytes"):
-        memory.gpu_free_bytes("# TYPE nv_inference_count counter\n")
+async def test_memory_of_the_fullest_gpu_counts() -> None:
+    page = METRICS
+
+    async def metrics(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"GET /metrics ")
+        writer.write(b"HTTP/1.0 200 OK\r\n\r\n" + page.encode())
+        writer.close()
+
+    async with await asyncio.start_server(metrics, "127.0.0.1", 0) as server:
+        place = loader.Place(server_port=server.sockets[0].getsockname()[1] - 1)
+        assert await asyncio.to_thread(loader.free_bytes, 0, place, gpu=True) == 10_000_000_000
+        page = "# TYPE nv_inference_count counter\n"
+        with pytest.raises(FailedPreconditionError, match="have no nv_gpu_memory_total_bytes") as caught:
+            await asyncio.to_thread(loader.free_bytes, 0, place, gpu=True)
+    assert caught.value.reason == "InsufficientMemory"
+    assert memory.gpu_free_bytes(METRICS.replace("GPU-9", "MIG-9")) == 10_000_000_000

@@ -59,7 +59,7 @@ async def build(settings: RolloutSettings, *, clock: Clock | None = None) -> Ser
     figures = Figures(
         settings.gateway_addresses,
         place.hub.figures_addresses,
-        lambda address: _open_pod(settings, address, settings.gateway_tls_name),
+        lambda address: open_pod(settings, address, settings.gateway_tls_name),
         drift_channel,
         timeout_s=settings.poll_timeout_s,
     )
@@ -127,13 +127,13 @@ async def _cluster(settings: RolloutSettings, clock: Clock) -> _Place:
         settings.kubernetes,
         hub,
         clock,
-        lambda address: _open_pod(settings, address, name),
+        lambda address: open_pod(settings, address, name),
         limit=settings.max_deployments,
     )
     return _Place(parts.store, parts.executor, hub, parts.workers, parts.closers, settings.kubernetes.evidence_save_s)
 
 
-def _open_pod(settings: RolloutSettings, address: str, name: str) -> grpc.aio.Channel:
+def open_pod(settings: RolloutSettings, address: str, name: str) -> grpc.aio.Channel:
     """A channel to the address of a pod, whose certificate has another name."""
     if settings.tls is None or not name:
         return open_channel(address, tls=settings.tls)

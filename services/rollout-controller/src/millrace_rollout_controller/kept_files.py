@@ -35,7 +35,8 @@ class KeptFiles:
     def forget_all_but(self, digests: Collection[str]) -> None:
         """Remove the files nobody needs any more."""
         for path in self._folder.glob("*"):
-            if path.name not in digests:
+            # One that is being kept right now has a dot.
+            if path.name not in digests and not path.name.startswith("."):
                 path.unlink(missing_ok=True)
 
 

@@ -32,7 +32,6 @@ from millrace_rollout_controller.peers import Registry
 from millrace_rollout_controller.plans import INSUFFICIENT_MEMORY
 from millrace_rollout_controller.probe import Probe
 from millrace_rollout_controller.replica import Record
-from millrace_rollout_controller.server_block import Server
 from millrace_rollout_controller.settings import RolloutSettings
 from millrace_rollout_controller.shared_server import LOOK_S, SharedServer
 
@@ -250,17 +249,21 @@ def begin_repository(root: Path, order: Order) -> None:
         repository.write_shared(root, order.ref, order.server, order.flavour)
 
 
-def _free_bytes(process: Neighbour, place: Place, order: Order, server: Server) -> int:
-    """Of the GPUs where the server runs on them; else of the container's limit and the node."""
-    if not order.gpu:
-        return memory.free_bytes(process.record.pid, place.memory_limit, own_container=False)
+def free_bytes(pid: int, place: Place, *, gpu: bool) -> int:
+    """Memory for one more version: of the fullest GPU where the server `pid` runs on them, else of its container's limit and the node.
+
+    Raises:
+        FailedPreconditionError: the server says nothing of its GPUs; no version joins another one then.
+    """
+    if not gpu:
+        return memory.free_bytes(pid, place.memory_limit, own_container=False)
     try:
         url = f"http://127.0.0.1:{place.server_port + 1}/metrics"
         with urllib.request.urlopen(url, timeout=METRICS_TIMEOUT_S) as page:
             return memory.gpu_free_bytes(page.read().decode(errors="replace"))
     except (OSError, ValueError) as error:
         message = f"the free memory of the server's GPUs is not known: {error}"
-        raise FailedPreconditionError(INSUFFICIENT_MEMORY, message, {"memoryMib": str(server.memory_mib)}) from error
+        raise FailedPreconditionError(INSUFFICIENT_MEMORY, message) from error
 
 
 async def build(settings: RolloutSettings, place: Place, clock: Clock | None = None) -> Service:
@@ -288,7 +291,7 @@ async def build(settings: RolloutSettings, place: Place, clock: Clock | None = N
         clock,
         # Who orders a version away has waited for the gateways already.
         drain_s=0.0,
-        free_bytes=lambda block: _free_bytes(process, place, first, block),
+        free_bytes=lambda _server: free_bytes(process.record.pid, place, gpu=first.gpu),
         in_use=frozenset(),
     )
     loader = Loader(place, orders, server, process, files)
