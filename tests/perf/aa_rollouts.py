@@ -27,7 +27,7 @@ from millrace_api.rollout.v1 import rollout_pb2
 from millrace_api.rollout.v1.rollout_pb2_grpc import RolloutServiceStub
 from millrace_kit.server import running
 from millrace_rollout_controller import app
-from millrace_rollout_controller.executor import Wanted
+from millrace_rollout_controller.executor import PoolSeen, Wanted
 from millrace_rollout_controller.manifest import Spec
 from millrace_rollout_controller.plans import ArmSeen
 from millrace_rollout_controller.settings import RolloutSettings
@@ -78,6 +78,10 @@ class StandIns:
     def seen(self) -> Mapping[tuple[str, str], ArmSeen]:
         """Every server is ready."""
         return {name: ArmSeen((at,), 1) for name, at in self._given.items()}
+
+    def pools(self) -> Mapping[str, PoolSeen]:
+        """There are none."""
+        return {}
 
     async def close(self) -> None:
         """They are not ours to end."""

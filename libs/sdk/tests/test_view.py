@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 
 import pytest
-from millrace.view import COLUMNS, WIDE_COLUMNS, age, comparison_words, deployment_row, table
+from millrace.view import COLUMNS, WIDE_COLUMNS, age, comparison_words, deployment_row, pool_lines, table
 from millrace_api.rollout.v1 import rollout_pb2 as rollout
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -31,7 +31,20 @@ def test_row_of_a_moving_rollout() -> None:
         created_at="2026-01-01T23:59:18Z", phase="Progressing", generation=2, gates=[gate],
     )  # fmt: skip
     assert deployment_row(deployment, NOW) == ("m", "True", "1.0.0", "1.1.0", "20%", "2/4", "42s")
-    assert deployment_row(deployment, NOW, wide=True)[-3:] == ("Progressing", "2", "errorRate <= 0.05: undecided")
+    assert deployment_row(deployment, NOW, wide=True)[-4:] == ("Progressing", "2", "-", "errorRate <= 0.05: undecided")
+    deployment.pool.CopyFrom(
+        rollout.PoolPlace(pool="small", resident=2, waiting=1, set_aside_mib=600, capacity_mib=700)
+    )
+    deployment.pool.versions.add(version="1.0.0", state="Resident", memory_mib=300)
+    assert deployment_row(deployment, NOW, wide=True)[-2] == "small: Resident"
+    deployment.pool.versions.add(version="1.1.0", state="Waiting", memory_mib=300, waiting="needs 300 MiB")
+    assert deployment_row(deployment, NOW, wide=True)[-2] == "small: 1.0.0 Resident, 1.1.0 Waiting"
+    assert pool_lines(deployment.pool) == [
+        "small        2 resident, 1 waiting, 600 of 700 MiB set aside",
+        "1.0.0        Resident, 300 MiB",
+        "1.1.0        Waiting, 300 MiB: needs 300 MiB",
+    ]
+    assert pool_lines(rollout.PoolPlace()) == []
 
 
 def test_row_at_rest_has_no_weight_and_step() -> None:
@@ -52,4 +65,4 @@ def test_a_comparison_in_words() -> None:
 def test_columns_line_up() -> None:
     text = table(("A", "LONG"), [("xxx", "1"), ("y", "")])
     assert text.splitlines() == ["A     LONG", "xxx   1", "y"]
-    assert len(WIDE_COLUMNS) == len(COLUMNS) + 3
+    assert len(WIDE_COLUMNS) == len(COLUMNS) + 4

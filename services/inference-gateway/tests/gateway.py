@@ -67,12 +67,13 @@ class Rollout(rollout_pb2_grpc.RolloutServiceServicer):
         # Versions that the gateway asked to wake, and what happens then.
         self.wakes: list[tuple[str, str]] = []
         self.on_wake: Callable[[], None] = lambda: None
+        self.wake_waits_for = ""
         self._changed = asyncio.Event()
 
     async def WakeVersion(self, request, context):
         self.wakes.append((request.model, request.version))
         self.on_wake()
-        return rollout_pb2.WakeVersionResponse(asleep=True)
+        return rollout_pb2.WakeVersionResponse(asleep=True, waiting=self.wake_waits_for)
 
     def set(self, *models: rollout_pb2.ModelRoute) -> int:
         self.generation += 1

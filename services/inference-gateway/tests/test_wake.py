@@ -62,7 +62,8 @@ class Servers:
 
     async def _all_held(self) -> bool:
         found = await self._g.figures()
-        return found is not None and sum(one.running for one in found.activity) >= self.held
+        assert found is None or all(one.held <= one.running for one in found.activity)
+        return found is not None and sum(one.held for one in found.activity) >= self.held
 
 
 @contextlib.asynccontextmanager
@@ -130,6 +131,18 @@ async def test_calls_of_a_version_that_is_asleep_are_held_and_answered() -> None
         found = await g.figures()
         assert found is not None
         assert not found.activity
+
+
+async def test_a_wake_that_takes_too_long_says_what_it_waits_for() -> None:
+    async with gateway(wake={"max_wait_s": 1.0, "retry_after_s": 7}) as (g, rollout):
+        rollout.wake_waits_for = "needs 300 MiB; what could give way has calls under way"
+        await rollout.in_force(rollout.set(asleep()))
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(g.public_channel)
+        with pytest.raises(grpc.aio.AioRpcError) as late:
+            await stub.ModelInfer(infer_request(), timeout=60)
+        assert late.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert f"did not wake within 1 s; retry later ({rollout.wake_waits_for})" in (late.value.details() or "")
+        assert dict(late.value.trailing_metadata() or ())["retry-after"] == "7"
 
 
 async def _named(stub: service_pb2_grpc.GRPCInferenceServiceStub) -> None:

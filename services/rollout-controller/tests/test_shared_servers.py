@@ -119,10 +119,12 @@ async def test_a_candidate_comes_and_goes_beside_stable(tmp_path: Path) -> None:
             assert counted.keys() == {server_versions.number(version) for version in ("1.0.0", "1.1.0")}
 
             # Back: while a gateway may still send to it there it stays, and then its memory goes.
-            place = frozenset({endpoint, f"{endpoint}/1.1.0"})
+            place = frozenset({endpoint, f"{endpoint}/flight-delay/1.1.0"})
             await seen(made, wanted("1.0.0"), {"1.0.0", "1.1.0"}, in_use=place)
             await seen(made, wanted("1.0.0"), {"1.0.0", "1.1.0"}, in_use=None)
-            found = await seen(made, wanted("1.0.0"), {"1.0.0"}, in_use=frozenset({endpoint, f"{endpoint}/1.0.0"}))
+            found = await seen(
+                made, wanted("1.0.0"), {"1.0.0"}, in_use=frozenset({endpoint, f"{endpoint}/flight-delay/1.0.0"})
+            )
             await until(lambda: stubs(made) == before, what="the candidate's process is gone")
 
             # What cannot be loaded is said, is not left behind and disturbs nobody.

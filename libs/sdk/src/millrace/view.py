@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from google.protobuf.json_format import MessageToDict
-from millrace_api.rollout.v1.rollout_pb2 import ComparisonResult, Decision, Deployment, Verdict
+from millrace_api.rollout.v1.rollout_pb2 import ComparisonResult, Decision, Deployment, PoolPlace, Verdict
 
 COLUMNS = ("NAME", "READY", "STABLE", "CANDIDATE", "WEIGHT", "STEP", "AGE")
-WIDE_COLUMNS = (*COLUMNS, "PHASE", "GENERATION", "GATES")
+WIDE_COLUMNS = (*COLUMNS, "PHASE", "GENERATION", "POOL", "GATES")
 
 
 def age(created_at: str, now: datetime) -> str:
@@ -74,7 +74,29 @@ def deployment_row(deployment: Deployment, now: datetime, *, wide: bool = False)
     if not wide:
         return row
     gates = ", ".join(f"{gate.gate}: {verdict_word(gate.verdict)}" for gate in deployment.gates) or "-"
-    return (*row, deployment.phase, str(deployment.generation), gates)
+    return (*row, deployment.phase, str(deployment.generation), _pool_words(deployment.pool), gates)
+
+
+def _pool_words(place: PoolPlace) -> str:
+    """For example "small: Resident"; of several versions each with its own state."""
+    if not place.pool:
+        return "-"
+    several = len(place.versions) > 1
+    states = (f"{one.version} {one.state}" if several else one.state for one in place.versions)
+    return f"{place.pool}: {', '.join(states) or 'Unknown'}"
+
+
+def pool_lines(place: PoolPlace) -> list[str]:
+    """A deployment's place in its pool: the pool as a whole, then each of its own versions. Nothing without a pool."""
+    if not place.pool:
+        return []
+    of = f" of {place.capacity_mib}" if place.capacity_mib else ""
+    whole = f"{place.resident} resident, {place.waiting} waiting, {place.set_aside_mib}{of} MiB set aside"
+    own = [
+        f"{one.version:<12} {one.state}, {one.memory_mib} MiB" + (f": {one.waiting}" if one.waiting else "")
+        for one in place.versions
+    ]
+    return [f"{place.pool:<12} {whole}", *own]
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

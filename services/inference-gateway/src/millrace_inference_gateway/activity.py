@@ -23,6 +23,8 @@ class Activity:
     """Requests sent to its servers since Envoy began."""
     running: int
     """Requests under way, held ones and clients that go around Envoy included."""
+    held: int = 0
+    """Of those, the held ones: nothing of them is with its servers."""
 
 
 async def activity(
@@ -50,7 +52,9 @@ async def activity(
             counts = [(numbers.get(f"{name}_total"), numbers.get(f"{name}_active")) for name in clusters]
             if any(total is None or active is None for total, active in counts):
                 continue
-            running = sum(active or 0 for _total, active in counts) + held.get((arm.model, arm.version), 0)
+            waits = held.get((arm.model, arm.version), 0)
+            running = sum(active or 0 for _total, active in counts) + waits
             running += followers.get(arm.model, 0) if arm.weight else 0
-            found.append(Activity(arm.model, arm.version, sum(total or 0 for total, _active in counts), running))
+            started = sum(total or 0 for total, _active in counts)
+            found.append(Activity(arm.model, arm.version, started, running, waits))
     return found

@@ -35,7 +35,9 @@ def figures_response(
         for segment, shadow in shadows.of(model, version).items():
             message.shadow.append(_shadow(segment, shadow))
     for one in activity:
-        response.activity.add(model=one.model, version=one.version, started=one.started, running=one.running)
+        response.activity.add(
+            model=one.model, version=one.version, started=one.started, running=one.running, held=one.held
+        )
     return response
 
 

@@ -70,6 +70,8 @@ class Waker:
         self._settings = settings
         self._wakes: dict[Name, asyncio.Task[None]] = {}
         self._held: Counts[Name] = Counts()
+        self._reasons: dict[Name, str] = {}
+        """What the controller says a wake waits for."""
 
     @property
     def held(self) -> Mapping[Name, int]:
@@ -97,7 +99,9 @@ class Waker:
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
             REFUSED.labels("timeout").inc()
+            reason = self._reasons.get((model, version), "")
             text = f"{version} of {model} did not wake within {self._settings.max_wait_s:g} s; retry later"
+            text += f" ({reason})" if reason else ""
             raise UnavailableError("WAKE_TIMEOUT", text, {"model": model, "version": version}) from None
         finally:
             HELD.dec()
@@ -142,7 +146,9 @@ class Waker:
     async def _ask(self, name: Name) -> None:
         request = rollout_pb2.WakeVersionRequest(model=name[0], version=name[1])
         try:
-            await self._stub.WakeVersion(request, timeout=ASK_S)
+            answer = await self._stub.WakeVersion(request, timeout=ASK_S)
+            self._reasons = {each: why for each, why in self._reasons.items() if each in self._wakes}
+            self._reasons[name] = answer.waiting
         except grpc.aio.AioRpcError as error:
             log.info("%s of %s cannot be woken now: %s", name[1], name[0], error.details() or error.code().name)
 

@@ -85,9 +85,11 @@ def _admit(d: Draft, ref: VersionRef) -> None:
         s.failed = Failed(version=ref.version, reason="DefinitionsChanged", message=message)
         s.event(d.now, "Warning", "DefinitionsChanged", message)
         return
+    # One that was on its way out of a pool and is wanted again keeps its place.
+    placed = next((gone.placed for gone in s.retiring if gone.ref.version == ref.version), None)
     s.retiring = [gone for gone in s.retiring if gone.ref.version != ref.version]
     seen = d.servers(ref.version)
-    s.candidate = Arm(ref=ref, endpoints=seen.ready, service=seen.service)
+    s.candidate = Arm(ref=ref, endpoints=seen.ready, service=seen.service, placed=placed)
     start_trial(d)
     s.phase, s.waiting = "Preparing", "servers start"
     s.event(
@@ -120,7 +122,9 @@ def send_away(d: Draft) -> None:
     if s.candidate is None:
         return
     gone = s.candidate
-    leaving = Retiring(ref=gone.ref, endpoints=gone.endpoints, served=gone.served, service=gone.service)
+    leaving = Retiring(
+        ref=gone.ref, endpoints=gone.endpoints, served=gone.served, service=gone.service, placed=gone.placed
+    )
     s.retiring = [*s.retiring, leaving]
     s.candidate, s.weight, s.mirror, s.entered, s.held_weight = None, 0.0, 0.0, False, None
     s.step_since, s.forced, s.unready_since, s.undo, s.guarding = None, False, None, "", False

@@ -7,6 +7,7 @@ however little of the traffic is left to them, so that going back needs no new s
 
 import math
 
+from millrace_rollout_controller import pooling
 from millrace_rollout_controller.plans import Draft
 from millrace_rollout_controller.server_block import Server
 from millrace_rollout_controller.state import VersionRef
@@ -43,6 +44,8 @@ def note_stable(d: Draft) -> None:
 def replicas(d: Draft, ref: VersionRef) -> int:
     """Servers a version should have at least now; an autoscaler may add to them."""
     s, server = d.status, d.spec.server
+    if server.pool is not None:
+        return pooling.replicas(d, ref)
     for arm in (s.stable, s.candidate):
         sleep = arm.sleep if arm is not None and arm.ref.version == ref.version else None
         if sleep is not None and sleep.stopped and sleep.waking_since is None:

@@ -28,7 +28,7 @@ def conditions(status: Status, spec: Spec, *, ready: int, settled: bool, now: da
         since = old.last_transition_time if old is not None and old.status == value else now
         return Condition(type=kind, status=value, reason=reason, message=message[:1000], last_transition_time=since)
 
-    sleeps = idle_after(spec) is not None or _sleep(status) is not None
+    sleeps = idle_after(spec) is not None or spec.server.pool is not None or _sleep(status) is not None
     sleep = [condition("Asleep", *_asleep(status)), condition("Waking", *_waking(status))] if sleeps else []
     experiment = [condition("ExperimentValid", *_valid(status))] if spec.rollout.strategy == "ABTest" else []
     return [
@@ -61,6 +61,11 @@ def _asleep(status: Status) -> tuple[bool, str, str]:
         return False, "Awake", "it has servers"
     if sleep.waking_since is not None:
         return False, "Waking", "a call came; its servers start"
+    if sleep.evicted:
+        text = (
+            f"it gave way in its pool; calls are held since {sleep.since:%Y-%m-%dT%H:%M:%SZ}, and the next one wakes it"
+        )
+        return True, "Evicted", text
     return (
         True,
         "Idle",
@@ -72,6 +77,8 @@ def _waking(status: Status) -> tuple[bool, str, str]:
     sleep = _sleep(status)
     if sleep is None or sleep.waking_since is None:
         return False, "Asleep" if sleep is not None else "Awake", "nothing wakes"
+    if status.stable is not None and status.stable.placed is False:
+        return True, "WaitsForRoom", status.waiting
     return True, "ServersStart", f"calls are held while servers start, since {sleep.waking_since:%Y-%m-%dT%H:%M:%SZ}"
 
 

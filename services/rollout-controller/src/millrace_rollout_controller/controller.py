@@ -6,7 +6,7 @@ What is decided is stored before it is done, and everything done is safe to do a
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
@@ -20,6 +20,8 @@ from millrace_rollout_controller.executor import Executor, Wanted
 from millrace_rollout_controller.hub import Hub
 from millrace_rollout_controller.idleness import look, whole
 from millrace_rollout_controller.peers import Figures, Registry
+from millrace_rollout_controller.pool_look import Place, Pooled, PoolWatch, note
+from millrace_rollout_controller.pooling import PoolOrders
 from millrace_rollout_controller.prometheus import Prometheus
 from millrace_rollout_controller.queries import queries
 from millrace_rollout_controller.reconciler import (
@@ -122,6 +124,7 @@ class Controller:
         self._versions: dict[tuple[str, str], VersionRef | Refusal] = {}
         self._lookups: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._saved_gateways: object = None
+        self._pools = PoolWatch()
         self._wake = asyncio.Event()
         self._news = asyncio.Event()
         self._closed = False
@@ -130,6 +133,10 @@ class Controller:
     def closed(self) -> bool:
         """Whether the service is stopping; watches end then."""
         return self._closed
+
+    def place(self, name: str) -> Place | None:
+        """Where a deployment is in its pool; None for one that is in none."""
+        return self._pools.looked.places.get(name)
 
     def wake(self) -> None:
         """Look again soon: something was applied."""
@@ -187,8 +194,10 @@ class Controller:
             if self._models:
                 self._polls = await self._counted(list(self._models))
                 self._wake.set()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), self._poll_s)
+            next_at = self._clock.monotonic() + self._poll_s
+            while not stop.is_set() and (models := await self._pools.pause(stop, next_at, self._clock)):
+                self._polls |= await self._counted(models)
+                self._wake.set()
 
     async def _counted(self, models: list[str]) -> dict[str, Poll]:
         if self._server_figures is None:
@@ -228,6 +237,7 @@ class Controller:
         answers, self._answers = self._answers, {}
         seen = _by_deployment(self._executor.seen())
         published = {route.model: route for route in self._hub.table.routes}
+        self._pools.look(self._pooled(rows, seen), self._executor.pools(), self._clock.now())
         plan, changed = _Plan(), False
         names = {(row.name, row.created_at.isoformat()) for row in rows}
         self._queries = {name: asked for name, asked in self._queries.items() if name in {row.name for row in rows}}
@@ -261,6 +271,14 @@ class Controller:
             self._news.set()
             self._news = asyncio.Event()
         return changed
+
+    def _pooled(self, rows: Sequence[Row], seen: Mapping[str, Mapping[str, ArmSeen]]) -> list[Pooled]:
+        known = [(row, self._known_of(row)) for row in rows]
+        return [
+            Pooled(row.name, one.spec, row.status, one.evidence.quiet, seen.get(row.name, {}))
+            for row, one in known
+            if one.spec.server.pool is not None and not row.deleting
+        ]
 
     def _remember(self, row: Row) -> _Known:
         known = self._known_of(row)
@@ -313,13 +331,14 @@ class Controller:
         known.at_rest = None if changed else _rest(row, known, observed)
         if changed:
             _show(row.name, status, after)
+            note(known.spec, status, after, now)
         return changed
 
     def _quieter(
         self, spec: manifest.Spec, status: Status, evidence: Evidence, poll: Poll, now: datetime
     ) -> tuple[Evidence, bool]:
         """The evidence with how long versions have been quiet, and whether every gateway had its say in this poll."""
-        if idle_after(spec) is None or not poll.activity:
+        if (idle_after(spec) is None and spec.server.pool is None) or not poll.activity:
             return evidence, False
         arms = [arm for arm in (status.stable, status.candidate) if arm is not None]
         gateways = self._figures.addresses
@@ -350,7 +369,8 @@ class Controller:
                 self._lookups[name] = asyncio.create_task(self._look_up(name))
         settled = published == status.route and self._hub.settled(row.model, self._clock.now().timestamp())
         warmup = self._warmer.seen(row.name) if self._warmer is not None else None
-        return Observed(versions, arms, settled, warmup)
+        orders = self._pools.looked.orders.get(row.name, PoolOrders())
+        return Observed(versions, arms, settled, warmup, orders)
 
     async def _look_up(self, name: tuple[str, str]) -> None:
         try:

@@ -14,6 +14,8 @@ from millrace_rollout_controller.conditions import is_ready
 from millrace_rollout_controller.counts import Counts, Sums
 from millrace_rollout_controller.hub import Table
 from millrace_rollout_controller.idleness import GatewayActivity, Used
+from millrace_rollout_controller.pool_look import Place
+from millrace_rollout_controller.pool_plan import MIB
 from millrace_rollout_controller.shadow_pairs import Pairs
 from millrace_rollout_controller.stages import guarded_until, stages
 from millrace_rollout_controller.state import (
@@ -105,7 +107,9 @@ def gateway_counts(answer: prediction_pb2.GetFiguresResponse, model: str) -> dic
 
 def gateway_activity(answer: prediction_pb2.GetFiguresResponse, model: str) -> GatewayActivity:
     """How much one model's versions are used through a gateway."""
-    used = {a.version: Used(started=a.started, running=a.running) for a in answer.activity if a.model == model}
+    used = {
+        a.version: Used(started=a.started, running=a.running, held=a.held) for a in answer.activity if a.model == model
+    }
     return GatewayActivity(answer.instance_id, used)
 
 
@@ -207,8 +211,8 @@ def _arm(arm: RouteArm) -> rollout_pb2.Arm:
     )
 
 
-def deployment(row: Row) -> rollout_pb2.Deployment:
-    """A deployment as clients see it."""
+def deployment(row: Row, place: Place | None = None) -> rollout_pb2.Deployment:
+    """A deployment as clients see it, with its place in a pool where it has one."""
     status, spec = row.status, manifest.parse(row.manifest).spec
     candidate = status.candidate.ref.version if status.candidate else ""
     return rollout_pb2.Deployment(
@@ -248,6 +252,26 @@ def deployment(row: Row) -> rollout_pb2.Deployment:
         requests_per_second=row.evidence.rate,
         history=[decision(one, whole=False) for one in status.history],
         guarded_until=_time(until) if (until := guarded_until(spec, status)) is not None else "",
+        pool=_place(place) if place is not None else None,
+    )
+
+
+def _place(place: Place) -> rollout_pb2.PoolPlace:
+    return rollout_pb2.PoolPlace(
+        pool=place.pool,
+        versions=[
+            rollout_pb2.PoolModel(
+                version=member.name[1],
+                state=member.state,
+                memory_mib=member.size_bytes // MIB,
+                waiting=place.waits.get(member.name, ""),
+            )
+            for member in place.versions
+        ],
+        capacity_mib=place.capacity_bytes // MIB,
+        set_aside_mib=place.set_aside_bytes // MIB,
+        resident=place.resident,
+        waiting=place.waiting,
     )
 
 

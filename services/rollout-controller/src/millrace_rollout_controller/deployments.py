@@ -65,6 +65,10 @@ class Deployments:
         if before.spec.server.placement != wanted.spec.server.placement:
             message = f"cannot change from {before.spec.server.placement}; delete the deployment first"
             raise InvalidArgumentError("spec.server.placement", message)
+        pools = [m.spec.server.pool.name if m.spec.server.pool is not None else "" for m in (before, wanted)]
+        if pools[0] != pools[1]:
+            message = f"cannot change from {pools[0] or 'servers of its own'}; delete the deployment first"
+            raise InvalidArgumentError("spec.server.pool", message)
         if before == wanted:
             return row, "unchanged"
         return self._store.update(_changed(row, manifest=text, generation=row.generation + 1)), "configured"
@@ -94,10 +98,10 @@ class Deployments:
         """
         return self._change(name, lambda row: self._acted(row, verb, weight, to))
 
-    def wake(self, model: str, version: str) -> bool:
+    def wake(self, model: str, version: str) -> Status:
         """Wish that a version which is asleep has servers; asking again is free.
 
-        Returns: whether it is asleep still.
+        Returns: the deployment's status with the wish.
 
         Raises:
             NotFoundError: nobody deploys the model.
@@ -110,9 +114,7 @@ class Deployments:
             after = sleeping.wake(row.status, version, self._clock.now())
             return row if after is None or row.deleting else _changed(row, status=after)
 
-        status = self._change(name, changed).status
-        arms = [arm for arm in (status.stable, status.candidate) if arm is not None]
-        return any(arm.sleep is not None for arm in arms if arm.ref.version == version)
+        return self._change(name, changed).status
 
     def _acted(self, row: Row, verb: Verb, weight: float | None, to: str) -> Row:
         if row.deleting:

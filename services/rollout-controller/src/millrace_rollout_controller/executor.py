@@ -4,7 +4,7 @@ An implementation is told again and again what should run and reports what does.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +22,20 @@ class Wanted:
     ref: VersionRef
     replicas: int
     server: Server
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSeen:
+    """One pool's server."""
+
+    sizes: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """Bytes that each wanted version takes or will take, by deployment and version."""
+    used_bytes: int = 0
+    """What the models in the server really take now."""
+    free_bytes: int = 0
+    """What the machine could still give it."""
+    fresh: bool = False
+    """Whether both were measured since a model was last loaded or unloaded."""
 
 
 class Executor(Protocol):
@@ -50,6 +64,10 @@ class Executor(Protocol):
 
     def seen(self) -> Mapping[tuple[str, str], ArmSeen]:
         """What runs now, by deployment and version."""
+        ...
+
+    def pools(self) -> Mapping[str, PoolSeen]:
+        """Every pool's server, by the pool's name."""
         ...
 
     async def close(self) -> None:

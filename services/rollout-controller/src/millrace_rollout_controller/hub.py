@@ -35,10 +35,10 @@ class Table:
 
     @property
     def endpoints(self) -> frozenset[str]:
-        """Every endpoint named; one that holds several versions also as `host:port/version`."""
-        arms = [arm for route in self.routes for arm in route.arms]
-        inside = (f"{e}/{arm.version}" for arm in arms if arm.server_version for e in arm.endpoints)
-        return frozenset((*inside, *(e for arm in arms for e in arm.endpoints)))
+        """Every endpoint named; one that holds several versions also as `host:port/model/version`."""
+        arms = [(route.model, arm) for route in self.routes for arm in route.arms]
+        inside = (f"{e}/{model}/{arm.version}" for model, arm in arms if arm.server_version for e in arm.endpoints)
+        return frozenset((*inside, *(e for _model, arm in arms for e in arm.endpoints)))
 
 
 class Hub:

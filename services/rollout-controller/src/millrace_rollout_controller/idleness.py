@@ -17,6 +17,8 @@ class Used(BaseModel):
     started: int
     """Requests so far."""
     running: int
+    held: int = 0
+    """Of those, how many wait because the version is asleep: its servers know nothing of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,10 @@ class Quiet(BaseModel):
     marks: dict[str, Mark] = {}
     """By gateway."""
     since: dict[str, datetime] = {}
+    calm: dict[str, datetime] = {}
+    """Since when nothing has been with the servers of each version; held calls are not."""
+    running: list[str] = []
+    """Versions whose servers had something under way at the last look, or may have had."""
 
 
 def whole(answers: Mapping[str, GatewayActivity], gateways: Sequence[str]) -> bool:
@@ -66,22 +72,32 @@ def look(
     if not answers and quiet.marks.keys() <= set(gateways):
         return quiet
     busy: set[str] = set()
+    served: set[str] = set()
+    running: set[str] = set()
     if quiet.marks.keys() - set(gateways):
         busy.update(versions)
+        served.update(versions)
     marks = {address: mark for address, mark in quiet.marks.items() if address in gateways}
     for address in gateways:
         answer = answers.get(address)
         if answer is None:
+            running.update(versions)
             continue
         mark = marks.get(address)
         known = mark.started if mark is not None and mark.instance_id == answer.instance_id else {}
         for version in versions:
             used = answer.versions.get(version)
-            if used is None or used.running or used.started != known.get(version):
+            moved = used is None or used.started != known.get(version)
+            if moved or used is None or used.running:
                 busy.add(version)
+            if used is None or used.running > used.held:
+                running.add(version)
+            if moved or version in running:
+                served.add(version)
         marks[address] = Mark(
             instance_id=answer.instance_id,
             started={version: used.started for version, used in answer.versions.items() if version in versions},
         )
     since = {version: now if version in busy else quiet.since.get(version, now) for version in versions}
-    return Quiet(marks=marks, since=since)
+    calm = {version: now if version in served else quiet.calm.get(version, now) for version in versions}
+    return Quiet(marks=marks, since=since, calm=calm, running=sorted(running))

@@ -17,8 +17,9 @@ from pydantic.alias_generators import to_camel
 
 from millrace_rollout_controller import repository, shared_server, triton
 from millrace_rollout_controller.capacity import most
-from millrace_rollout_controller.executor import ArtifactSource, Wanted
+from millrace_rollout_controller.executor import ArtifactSource, PoolSeen, Wanted
 from millrace_rollout_controller.manifest import Spec
+from millrace_rollout_controller.pool_servers import PoolServers
 from millrace_rollout_controller.reconciler import ArmSeen, Refusal
 from millrace_rollout_controller.replica import Record, Replica
 from millrace_rollout_controller.settings import TritonSettings
@@ -72,6 +73,15 @@ class LocalExecutor:
         self._left: list[Record] = []
         self._kept: frozenset[str] = frozenset()
         """Repositories of what is wanted, be it with no servers for now: a wake needs no registry."""
+        self._pools = PoolServers(
+            self._folder / "pools",
+            settings,
+            source,
+            self._flavour,
+            clock,
+            drain_s=drain_s,
+            taken=lambda: [replica.record.port for replica in list(self._replicas.values())],
+        )
 
     def check(self, spec: Spec) -> None:
         """Refuse GPUs, autoscaling but to none and back, nodes, and more servers than the limit."""
@@ -100,10 +110,13 @@ class LocalExecutor:
         self._parts = await asyncio.to_thread(triton.Triton.prepare, self._folder / "triton")
         paths = sorted((self._folder / "servers").glob("*.json"))
         self._left = [record for path in paths if (record := Record.read(path)) is not None]
+        await asyncio.to_thread(self._pools.start, self._parts)
 
     async def converge(self, wanted: Sequence[Wanted], in_use: frozenset[str] | None) -> None:
         """See `Executor.converge`."""
         self._reap()
+        self._pools.converge([want for want in wanted if want.server.pool is not None], in_use)
+        wanted = [want for want in wanted if want.server.pool is None]
         self._wanted = [want for want in wanted if want.replicas]
         names = {(want.deployment, _place(want)) for want in wanted}
         keys = await asyncio.to_thread(self._keys, wanted)
@@ -141,10 +154,15 @@ class LocalExecutor:
             if refusal is None and trouble:
                 refusal = Refusal("ServerFailed", trouble, permanent=False)
             found[name] = ArmSeen(ready, len(replicas), refusal)
-        return found
+        return found | self._pools.seen()
+
+    def pools(self) -> Mapping[str, PoolSeen]:
+        """See `Executor.pools`."""
+        return self._pools.pools()
 
     async def close(self) -> None:
         """End the background work; the servers too, unless they are to go on."""
+        await self._pools.close(stop=self._stop_on_close)
         if self._stop_on_close:
             for replica in self._replicas.values():
                 replica.stop()
@@ -243,8 +261,8 @@ class LocalExecutor:
         return replica.ready if server is None else server.complete
 
     def _choose_port(self, server_id: str, wanted: int) -> int:
-        taken = frozenset(r.record.port for r in list(self._replicas.values()) if r.record.id != server_id)
-        return triton.free_port(self._settings.host, taken, wanted)
+        taken = [r.record.port for r in list(self._replicas.values()) if r.record.id != server_id]
+        return triton.free_port(self._settings.host, frozenset([*taken, *self._pools.ports]), wanted)
 
     async def _prepare_shared(self, want: Wanted | None, server_id: str) -> Path:
         """An empty repository; versions are added while the server runs."""

@@ -54,6 +54,8 @@ def check_spec(spec: "Spec") -> None:
     check_server(spec.server)
     if (scaling := spec.server.autoscaling) is not None and scaling.idle_after is not None:
         seconds(scaling.idle_after, "spec.server.autoscaling.idleAfter")
+    if spec.server.pool is not None:
+        seconds(spec.server.pool.min_residence, "spec.server.pool.minResidence")
     for index, rule in enumerate(spec.routing.rules):
         cel_rules.check_rule(rule.when, f"spec.routing.rules[{index}].when")
         if rule.to == "candidate" and spec.rollout.strategy == "Shadow":
@@ -68,8 +70,8 @@ def check_spec(spec: "Spec") -> None:
         raise InvalidArgumentError(
             "spec.rollout.countedBy", f"cannot be Servers with routing.{field}: servers know nothing of it"
         )
-    if spec.rollout.counted_by == "Servers" and spec.server.placement == "Shared":
-        message = "cannot be Servers with server.placement Shared: nobody reaches such servers but by the gateways"
+    if spec.rollout.counted_by == "Servers" and spec.server.holds_several:
+        message = "cannot be Servers with server.placement Shared or server.pool: nobody reaches such servers but by the gateways"
         raise InvalidArgumentError("spec.rollout.countedBy", message)
     _check_strategy(spec)
     for index, gate in enumerate(spec.rollout.gates):

@@ -6,6 +6,7 @@ from datetime import datetime
 
 from millrace_rollout_controller.evidence import Evidence
 from millrace_rollout_controller.manifest import Spec, Warmup
+from millrace_rollout_controller.pooling import PoolOrders
 from millrace_rollout_controller.stages import Stage, stages
 from millrace_rollout_controller.state import Route, Status, Verdict, VersionRef
 
@@ -71,6 +72,8 @@ class Observed:
     """The last wanted route is in force at every live gateway."""
     warmup: WarmSeen | None = None
     """Absent while none is under way."""
+    pool: PoolOrders = field(default_factory=PoolOrders)
+    """Without meaning outside of a pool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,12 @@ class Limits:
 
     drain_s: float = 5.0
     """How long a version stays up after its weight of 0 is in force."""
+    evict_drain_s: float = 0.5
+    """How long nothing may have been with a pooled version's server before it is unloaded, by the word of every gateway."""
+    evict_s: float = 15.0
+    """How long the calls of a version that gives way may take to end; then it stays, and others are chosen."""
+    wish_s: float = 10.0
+    """How long a version waits for a place in its pool after the last question for it; gateways ask once a second while callers wait."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,15 +84,24 @@ class Probe:
             service_pb2.RepositoryModelLoadRequest(model_name=self._ref.model), timeout=timeout_s
         )
 
-    async def unload(self, timeout_s: float) -> None:
-        """Have the server let go of all of the model's versions.
+    async def unload(self, timeout_s: float, *, model: str = "") -> None:
+        """Have the server let go of all of the model's versions, or of another `model`'s.
 
         Raises:
             grpc.aio.AioRpcError: it does not.
         """
         await self._stub.RepositoryModelUnload(
-            service_pb2.RepositoryModelUnloadRequest(model_name=self._ref.model), timeout=timeout_s
+            service_pb2.RepositoryModelUnloadRequest(model_name=model or self._ref.model), timeout=timeout_s
         )
+
+    async def models(self, timeout_s: float) -> set[str]:
+        """Every model that the server has anything of in its memory.
+
+        Raises:
+            grpc.aio.AioRpcError: the server does not answer.
+        """
+        index = await self._stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(), timeout=timeout_s)
+        return {model.name for model in index.models if model.state not in {"UNAVAILABLE", ""}}
 
     async def held(self, timeout_s: float) -> bool:
         """Whether anything of the version is in the server's memory.

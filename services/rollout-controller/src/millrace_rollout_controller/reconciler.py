@@ -28,6 +28,7 @@ from millrace_rollout_controller.plans import (
     StopServers,
     WarmServers,
 )
+from millrace_rollout_controller.pooling import settle_places
 from millrace_rollout_controller.retirement import retire
 from millrace_rollout_controller.routing import wanted_route
 from millrace_rollout_controller.sleeping import look_at_sleep
@@ -58,6 +59,7 @@ def reconcile(
     accept_spec(draft)
     _refresh_endpoints(draft)
     choose_candidate(draft)
+    settle_places(draft)
     note_stable(draft)
     look_at_candidate(draft)
     retire(draft)

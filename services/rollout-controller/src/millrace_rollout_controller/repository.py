@@ -109,7 +109,7 @@ def config(ref: VersionRef, server: Server, flavour: Flavour) -> str:
 
 def is_shared(server: Server) -> bool:
     """Whether its servers hold several versions."""
-    return server.placement == "Shared"
+    return server.holds_several
 
 
 def _digests(ref: VersionRef) -> str:
@@ -183,6 +183,15 @@ def write_shared(root: Path, ref: VersionRef, server: Server, flavour: Flavour) 
     shutil.rmtree(root, ignore_errors=True)
     (root / ref.model).mkdir(parents=True)
     (root / ref.model / "config.pbtxt").write_text(config(ref, server, flavour), encoding="utf-8")
+
+
+def open_model(root: Path, ref: VersionRef, server: Server, flavour: Flavour) -> None:
+    """Make a model's place in a repository of many, where it has no version there yet; else it stays as its versions were loaded with it."""
+    model = root / ref.model
+    if any(model.glob("[0-9]*")):
+        return
+    model.mkdir(parents=True, exist_ok=True)
+    (model / "config.pbtxt").write_text(config(ref, server, flavour), encoding="utf-8")
 
 
 async def add_version(root: Path, ref: VersionRef, flavour: Flavour, source: ArtifactSource, *, max_bytes: int) -> None:

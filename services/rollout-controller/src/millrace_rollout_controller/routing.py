@@ -17,7 +17,7 @@ def wanted_route(spec: Spec, status: Status, *, candidate_ready: bool) -> Route 
         return None
     on_trial = candidate is not None and status.entered and candidate_ready
     weight = status.weight if on_trial else 0.0
-    shared = spec.server.placement == "Shared"
+    shared = spec.server.holds_several
     arms = [_arm(stable, 100.0 - weight)]
     if candidate is not None and (candidate.endpoints or candidate.sleep is not None):
         arms.append(_arm(candidate, weight, candidate=True, mirror=status.mirror if on_trial else 0.0))
@@ -45,7 +45,7 @@ def wanted_route(spec: Spec, status: Status, *, candidate_ready: bool) -> Route 
         hedge_after_ms=spec.routing.hedge_after_ms or 0,
         callers=spec.routing.callers or (),
         testers=spec.routing.testers or (),
-        may_sleep=idle_after(spec) is not None,
+        may_sleep=idle_after(spec) is not None or spec.server.pool is not None,
     )
 
 

@@ -13,6 +13,7 @@ QUANTITY = r"^([0-9]{1,15})(\.[0-9]{1,9})?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 LABEL_KEY = r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$"
 LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$"
 DURATION = r"^([0-9]{1,6}h)?([0-9]{1,6}m)?([0-9]{1,6}s)?$"
+POOL_NAME = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
 OBJECT_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
 TARGET = r"^[1-9][0-9]{0,6}(us|ms|s|%)$"
 _UNITS_US = {"us": 1, "ms": 1000, "s": 1_000_000}
@@ -124,6 +125,21 @@ class ModelWarmup(Block):
     """Requests of each kind."""
 
 
+class Pool(Block):
+    """One server for the models of many deployments, with room for fewer than there are: they are loaded and unloaded by use."""
+
+    name: Annotated[str, Field(pattern=POOL_NAME, max_length=40)]
+    """Deployments that name the same pool share its server."""
+    capacity_mib: Annotated[int, Field(ge=1, le=4_194_304)] | None = None
+    """Memory that all models in the server may take together; of several deployments that name one the smallest counts. None takes what the
+    machine has free."""
+    pinned: bool = False
+    """Once loaded it is never unloaded for another model."""
+    min_residence: Annotated[str, Field(min_length=2, max_length=21, pattern=DURATION)] = "10s"
+    """Shortest time from loaded to unloaded for another model: at least that long its callers have it to themselves, and no pool loads and
+    unloads more often."""
+
+
 class Server(Block):
     """The model servers of each version."""
 
@@ -131,8 +147,10 @@ class Server(Block):
     """Separate: each version has servers of its own. Shared: a candidate is loaded into the servers that stable runs in, so that one GPU is
     enough; `replicas` is the number of these servers. Cannot be changed."""
     memory_mib: Annotated[int, Field(ge=1, le=4_194_304)] | None = None
-    """Of Shared only: memory that one version needs in a server. Loading waits until so much is free; None takes the size of its files, times
-    a factor of the controller's settings."""
+    """Of Shared and pools only: memory that one version needs in a server. Loading waits until so much is free; None takes the size of its
+    files, times a factor of the controller's settings."""
+    pool: Pool | None = None
+    """Instead of servers of its own: a place in a server shared with other deployments. Cannot be changed to another pool, or to none."""
     replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS)
     """Ready servers a version needs before it gets traffic; with autoscaling the number to begin with."""
     resources: Resources = Resources()
@@ -168,6 +186,11 @@ class Server(Block):
     priority_class_name: Annotated[str, Field(pattern=OBJECT_NAME, max_length=253)] | None = None
     """Instead of the controller's own."""
 
+    @property
+    def holds_several(self) -> bool:
+        """Whether its servers hold more than one version, told apart by numbers."""
+        return self.placement == "Shared" or self.pool is not None
+
 
 def check_server(server: Server) -> None:
     """Rules of more than one field.
@@ -183,8 +206,9 @@ def check_server(server: Server) -> None:
             raise InvalidArgumentError(f"{where}.value", "belongs to operator Equal")
         if toleration.operator == "Equal" and toleration.key is None:
             raise InvalidArgumentError(f"{where}.key", "is needed by operator Equal")
-    if server.memory_mib is not None and server.placement != "Shared":
-        raise InvalidArgumentError("spec.server.memoryMib", "belongs to placement Shared")
+    if server.memory_mib is not None and not server.holds_several:
+        raise InvalidArgumentError("spec.server.memoryMib", "belongs to placement Shared and to pool")
+    _check_pool(server)
     _check_batches(server)
     scaling = server.autoscaling
     if scaling is None:
@@ -201,6 +225,21 @@ def check_server(server: Server) -> None:
         raise InvalidArgumentError(f"{where}.maxReplicas", "must be at least minReplicas and spec.server.replicas")
     if (scaling.metric == "cpu") != scaling.target.endswith("%"):
         raise InvalidArgumentError(f"{where}.target", "needs a percentage with cpu and a time like 5ms with queueTime")
+
+
+def _check_pool(server: Server) -> None:
+    if (pool := server.pool) is None:
+        return
+    beside = {
+        "placement": server.placement == "Shared", "replicas": server.replicas != 1, "resources": server.resources != Resources(),
+        "rateLimit": server.rate_limit is not None, "responseCacheMib": server.response_cache_mib > 0,
+    }  # fmt: skip
+    if field := next((name for name, given in beside.items() if given), ""):
+        raise InvalidArgumentError(f"spec.server.{field}", "does not fit pool: the server is not this deployment's own")
+    if pool.pinned and server.autoscaling is not None:
+        raise InvalidArgumentError("spec.server.autoscaling", "does not fit pool.pinned, which never sleeps")
+    if pool.capacity_mib is not None and server.memory_mib is not None and server.memory_mib > pool.capacity_mib:
+        raise InvalidArgumentError("spec.server.memoryMib", "must be at most pool.capacityMib, or it is never loaded")
 
 
 def _check_batches(server: Server) -> None:

@@ -9,11 +9,12 @@ from millrace_kit import check
 from millrace_kit.clock import Clock
 from millrace_kit.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError, UnavailableError
 
-from millrace_rollout_controller import convert
+from millrace_rollout_controller import convert, pooling
 from millrace_rollout_controller.actions import Verb
 from millrace_rollout_controller.controller import Controller
 from millrace_rollout_controller.deployments import Deployments
 from millrace_rollout_controller.hub import Hub
+from millrace_rollout_controller.store import Row
 
 WATCH_CHECK_S = 1.0
 """Longest time between two looks at a watched deployment."""
@@ -41,24 +42,27 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         self._max_gateways = max_gateways
         self._streams = 0
 
+    def _seen(self, row: Row) -> rollout_pb2.Deployment:
+        return convert.deployment(row, self._controller.place(row.name))
+
     async def Apply(
         self, request: rollout_pb2.ApplyRequest, context: grpc.aio.ServicerContext
     ) -> rollout_pb2.ApplyResponse:
         row, result = await asyncio.to_thread(self._deployments.apply, request.manifest_yaml)
         self._controller.wake()
-        return rollout_pb2.ApplyResponse(deployment=convert.deployment(row), result=result)
+        return rollout_pb2.ApplyResponse(deployment=self._seen(row), result=result)
 
     async def GetDeployment(
         self, request: rollout_pb2.GetDeploymentRequest, context: grpc.aio.ServicerContext
     ) -> rollout_pb2.GetDeploymentResponse:
         row = await asyncio.to_thread(self._deployments.get, check.name(request.name, "name"))
-        return rollout_pb2.GetDeploymentResponse(deployment=convert.deployment(row))
+        return rollout_pb2.GetDeploymentResponse(deployment=self._seen(row))
 
     async def ListDeployments(
         self, request: rollout_pb2.ListDeploymentsRequest, context: grpc.aio.ServicerContext
     ) -> rollout_pb2.ListDeploymentsResponse:
         rows = await asyncio.to_thread(self._deployments.rows)
-        return rollout_pb2.ListDeploymentsResponse(deployments=[convert.deployment(row) for row in rows])
+        return rollout_pb2.ListDeploymentsResponse(deployments=[self._seen(row) for row in rows])
 
     async def WatchDeployment(
         self, request: rollout_pb2.WatchDeploymentRequest, context: grpc.aio.ServicerContext
@@ -67,7 +71,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         sent: rollout_pb2.Deployment | None = None
         while True:
             try:
-                now = convert.deployment(await asyncio.to_thread(self._deployments.get, name))
+                now = self._seen(await asyncio.to_thread(self._deployments.get, name))
             except NotFoundError:
                 if sent is None:
                     raise
@@ -101,7 +105,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         asked = weight if verb == "set-weight" else None
         row = await asyncio.to_thread(self._deployments.act, name, verb, asked, to)
         self._controller.wake()
-        return rollout_pb2.ActResponse(deployment=convert.deployment(row))
+        return rollout_pb2.ActResponse(deployment=self._seen(row))
 
     async def WakeVersion(
         self, request: rollout_pb2.WakeVersionRequest, context: grpc.aio.ServicerContext
@@ -109,9 +113,12 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         model, version = check.name(request.model, "model"), check.semver(request.version, "version")
         if not self._hub.serving:
             raise UnavailableError("NOT_LEADER", "this replica stands by; versions are the leader's to wake")
-        asleep = await asyncio.to_thread(self._deployments.wake, model, version)
+        status = await asyncio.to_thread(self._deployments.wake, model, version)
         self._controller.wake()
-        return rollout_pb2.WakeVersionResponse(asleep=asleep)
+        arm = next((arm for arm in (status.stable, status.candidate) if arm and arm.ref.version == version), None)
+        asleep = arm is not None and arm.sleep is not None
+        waits = arm is not None and pooling.waits(arm)
+        return rollout_pb2.WakeVersionResponse(asleep=asleep, waiting=status.waiting if waits else "")
 
     async def GetHistory(
         self, request: rollout_pb2.GetHistoryRequest, context: grpc.aio.ServicerContext

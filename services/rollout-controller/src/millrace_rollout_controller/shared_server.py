@@ -8,7 +8,7 @@ files with their digests proved, memory asked for, loaded by the server, warmed.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -112,6 +112,11 @@ class SharedServer:
     """By version, stable first."""
     in_use: frozenset[str] | None = None
     """As `Executor.converge` is told."""
+    asleep: frozenset[str] = frozenset()
+    """Versions that are not wanted now and known to have nothing under way: they need no time to drain."""
+    turn: Callable[[Wanted], contextlib.AbstractAsyncContextManager[None]] | None = None
+    """Of a server that holds other deployments' models too: around each load, instead of the look at its memory. Raises where there is no
+    room."""
     held: dict[str, _Held] = field(default_factory=dict)
     """By version: what is in the server, and what is tried."""
     _process: tuple[int, float] = (0, 0.0)
@@ -197,10 +202,10 @@ class SharedServer:
     async def _load(self, one: _Held) -> None:
         want = one.want
         try:
-            await asyncio.to_thread(self._check_memory, want)
-            limit = self.settings.max_artifact_mib * 1024 * 1024
-            await repository.add_version(self.root, want.ref, self.flavour, self.source, max_bytes=limit)
-            await self._take_in(one)
+            async with self._its_turn(want):
+                limit = self.settings.max_artifact_mib * 1024 * 1024
+                await repository.add_version(self.root, want.ref, self.flavour, self.source, max_bytes=limit)
+                await self._take_in(one)
         except DataLossError as error:
             one.refusal = Refusal("DataLoss", f"DATA_LOSS: {error.message}; not loaded", permanent=True)
         except FailedPreconditionError as error:
@@ -219,6 +224,15 @@ class SharedServer:
             one.refusal, one.loaded, one.ready, one.failures, one.attempts = None, True, True, 0, 0
             log.info("server %s holds %s %s", self.replica.endpoint, want.ref.model, want.ref.version)
         one.retry_at = self.clock.monotonic() + min(RETRY_S * 2 ** max(0, one.attempts - 1), RETRY_MAX_S)
+
+    @contextlib.asynccontextmanager
+    async def _its_turn(self, want: Wanted) -> AsyncIterator[None]:
+        if self.turn is not None:
+            async with self.turn(want):
+                yield
+        else:
+            await asyncio.to_thread(self._check_memory, want)
+            yield
 
     def _check_memory(self, want: Wanted) -> None:
         """Nothing is asked of a server that holds nothing yet: it was started to hold this."""
@@ -258,13 +272,13 @@ class SharedServer:
 
     def _released(self, one: _Held) -> bool:
         """Whether no gateway has sent calls for a version here for long enough."""
-        place = f"{self.replica.endpoint}/{one.want.ref.version}"
+        place = f"{self.replica.endpoint}/{one.want.ref.model}/{one.want.ref.version}"
         if self.in_use is None or place in self.in_use:
             one.idle_since = None
             return False
         now = self.clock.monotonic()
         one.idle_since = now if one.idle_since is None else one.idle_since
-        return not one.loaded or now - one.idle_since >= self.drain_s
+        return not one.loaded or one.want.ref.version in self.asleep or now - one.idle_since >= self.drain_s
 
     async def _unload(self, version: str, one: _Held) -> None:
         """Let the version's last calls end, then its memory go; it counts as held until the server says so."""

@@ -7,11 +7,15 @@ come at any point in between, and twice.
 
 from datetime import datetime, timedelta
 
+from millrace_rollout_controller import pooling
 from millrace_rollout_controller.candidates import fail
 from millrace_rollout_controller.manifest import Spec
 from millrace_rollout_controller.manifest_rules import seconds
 from millrace_rollout_controller.plans import Draft
 from millrace_rollout_controller.state import Arm, Sleep, Status
+
+WISH_RENEWAL = timedelta(seconds=1)
+"""Time between two notes of the same wish."""
 
 
 def idle_after(spec: Spec) -> timedelta | None:
@@ -26,8 +30,16 @@ def wake(status: Status, version: str, now: datetime) -> Status | None:
     """The status with the wish that the version wakes; None where that is no news, because it is awake, wakes, or is no version here."""
     after = status.model_copy(deep=True)
     for arm in (after.stable, after.candidate):
-        if arm is not None and arm.ref.version == version and arm.sleep is not None and arm.sleep.waking_since is None:
-            _begin_to_wake(after, arm, arm.sleep, now, "a call came")
+        if arm is None or arm.ref.version != version or arm.sleep is None:
+            continue
+        sleep, pooled = arm.sleep, arm.placed is not None
+        if sleep.waking_since is None:
+            _begin_to_wake(after, arm, sleep, now, "a call came")
+            sleep.asked_at = now if pooled else None
+            return after
+        # In a pool a wish lasts only as long as somebody has it.
+        if pooled and (sleep.asked_at is None or now - sleep.asked_at >= WISH_RENEWAL):
+            sleep.asked_at = now
             return after
     return None
 
@@ -40,6 +52,11 @@ def look_at_sleep(d: Draft) -> None:
             continue
         if arm.sleep is None:
             _doze(d, arm)
+        elif pooling.leaves(arm):
+            if not pooling.give_up(d, arm):
+                _fall_asleep(d, arm, arm.sleep)
+        elif pooling.waits(arm):
+            pooling.lapse(d, arm)
         elif arm.sleep.waking_since is not None:
             _wake_up(d, arm, arm.sleep)
         elif not _may_sleep(d, arm):
@@ -50,7 +67,9 @@ def look_at_sleep(d: Draft) -> None:
             _fall_asleep(d, arm, arm.sleep)
     if s.candidate is None and s.stable is not None and s.stable.sleep is not None:
         waking = s.stable.sleep.waking_since is not None
-        s.waiting = "servers start, calls are held" if waking else "asleep: it had no requests; the next call wakes it"
+        idle = "it gave way in its pool" if s.stable.sleep.evicted else "it had no requests"
+        s.waiting = "servers start, calls are held" if waking else f"asleep: {idle}; the next call wakes it"
+        s.waiting = pooling.waiting_text(d, s.stable) or s.waiting
 
 
 def candidate_sleeps(d: Draft) -> bool:
@@ -75,11 +94,13 @@ def candidate_sleeps(d: Draft) -> bool:
 
 def _may_sleep(d: Draft, arm: Arm) -> bool:
     """Stable while nothing is on trial; a candidate that gets nothing and waits for a person."""
-    s = d.status
-    if idle_after(d.spec) is None:
+    s, pool = d.status, d.spec.server.pool
+    if idle_after(d.spec) is None and (pool is None or pool.pinned):
         return False
     if s.candidate is None:
         return True
+    if pool is not None:
+        return False
     stage = d.stages[min(s.step, len(d.stages) - 1)]
     waits = s.entered and s.step_since is not None and stage.until_promote and not s.forced and not s.held_weight
     return arm is s.candidate and waits and not s.weight and not s.mirror and not s.guarding
@@ -93,8 +114,23 @@ def _quiet(d: Draft, arm: Arm, at_least: timedelta, after: datetime | None) -> b
     return d.now - (since if after is None else max(since, after)) >= at_least
 
 
+def _drained(d: Draft, arm: Arm, after: datetime) -> bool:
+    return _quiet(d, arm, timedelta(seconds=d.limits.drain_s), after)
+
+
+def _calm(d: Draft, arm: Arm, after: datetime) -> bool:
+    """Whether nothing has been with the version's server for long enough, by the word of every gateway; held calls do not count."""
+    since = d.evidence.quiet.calm.get(arm.ref.version)
+    if since is None or not d.heard_all:
+        return False
+    return d.now - max(since, after) >= timedelta(seconds=d.limits.evict_drain_s)
+
+
 def _doze(d: Draft, arm: Arm) -> None:
     limit = idle_after(d.spec)
+    if arm.ref.version in d.seen.pool.evict and arm.placed and _may_sleep(d, arm):
+        pooling.give_way(d, arm)
+        return
     if limit is None or not _may_sleep(d, arm) or not _quiet(d, arm, limit, arm.awake_since):
         return
     arm.sleep = Sleep(since=d.now)
@@ -109,7 +145,9 @@ def _fall_asleep(d: Draft, arm: Arm, sleep: Sleep) -> None:
     if sleep.in_force_at is None:
         if d.seen.settled and route is not None and any(a.version == version and a.asleep for a in route.arms):
             sleep.in_force_at = d.now
-    elif not sleep.stopped and _quiet(d, arm, timedelta(seconds=d.limits.drain_s), sleep.in_force_at):
+    elif not sleep.stopped and (
+        _calm(d, arm, sleep.in_force_at) if arm.placed else _drained(d, arm, sleep.in_force_at)
+    ):
         sleep.stopped, arm.endpoints = True, ()
 
 

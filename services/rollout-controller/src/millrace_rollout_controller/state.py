@@ -75,6 +75,10 @@ class Sleep(Mutable):
     stopped: bool = False
     """Nothing is under way any more; servers may stop."""
     waking_since: datetime | None = None
+    asked_at: datetime | None = None
+    """In a pool: when callers last wished that it wakes."""
+    evicted: bool = False
+    """In a pool: it gives way to others."""
 
 
 class Arm(Mutable):
@@ -91,6 +95,8 @@ class Arm(Mutable):
     """None while it is awake."""
     awake_since: datetime | None = None
     """When it woke last; a time without requests counts from there at the earliest."""
+    placed: bool | None = None
+    """In a pool: whether memory is set aside for it there. None is no pool."""
 
 
 class Retiring(Mutable):
@@ -100,6 +106,8 @@ class Retiring(Mutable):
     endpoints: tuple[str, ...]
     served: bool
     service: str = ""
+    placed: bool | None = None
+    """As `Arm.placed`."""
     kept_until: datetime | None = None
     """Stays ready with weight 0 until then, so that `undo` is one change of the route."""
     drained_at: datetime | None = None

@@ -8,6 +8,7 @@ from millrace_rollout_controller.capacity import short
 from millrace_rollout_controller.history import record
 from millrace_rollout_controller.judging import first_weight, going_back, judge_gates, missing, undecided_at_last
 from millrace_rollout_controller.plans import INSUFFICIENT_MEMORY, Draft
+from millrace_rollout_controller.pooling import waiting_text, waits
 from millrace_rollout_controller.sleeping import candidate_sleeps
 from millrace_rollout_controller.state import Retiring
 from millrace_rollout_controller.warm_gate import warm
@@ -29,7 +30,10 @@ def look_at_candidate(d: Draft) -> None:
     needed = 1 if s.entered and s.weight > 0 else d.spec.server.replicas
     enough = len(seen.ready) >= needed
     s.held_by = ""
-    if not enough and seen.refusal is not None and seen.refusal.reason == INSUFFICIENT_MEMORY and s.stable is not None:
+    held_back = seen.refusal is not None and seen.refusal.reason == INSUFFICIENT_MEMORY
+    if not enough and waits(s.candidate):
+        s.unready_since, s.held_by, s.waiting = None, INSUFFICIENT_MEMORY, waiting_text(d, s.candidate)
+    elif not enough and seen.refusal is not None and held_back and s.stable is not None:
         # Stable serves on, and room may come: it holds, and no deadline runs.
         s.unready_since, s.held_by, s.waiting = None, INSUFFICIENT_MEMORY, seen.refusal.message
     elif not enough:
@@ -202,7 +206,7 @@ def _complete(d: Draft) -> None:
     old, new = s.stable, s.candidate
     # One old version is enough to go back to.
     s.retiring = [gone.model_copy(update={"kept_until": None}) for gone in s.retiring]
-    leaving = Retiring(ref=old.ref, endpoints=old.endpoints, served=old.served, service=old.service)
+    leaving = Retiring(ref=old.ref, endpoints=old.endpoints, served=old.served, service=old.service, placed=old.placed)
     block = d.spec.rollout.blue_green
     fate = "is drained"
     if d.spec.rollout.strategy == "BlueGreen":

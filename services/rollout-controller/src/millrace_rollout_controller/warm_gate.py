@@ -170,6 +170,6 @@ def warming(d: Draft) -> WarmServers | None:
         return None
     ready = d.servers(s.candidate.ref.version).ready
     beside = d.servers(s.stable.ref.version).ready
-    shared = d.spec.server.placement == "Shared"
+    shared = d.spec.server.holds_several
     mine, theirs = (server_versions.naming(arm.ref.version) if shared else b"" for arm in (s.candidate, s.stable))
     return WarmServers(s.candidate.ref, s.trial, ready, beside, block, mine, theirs)

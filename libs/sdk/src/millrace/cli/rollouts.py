@@ -24,7 +24,16 @@ from millrace_kit.errors import MillraceError
 
 from millrace import linting
 from millrace.cli.local import Context
-from millrace.view import COLUMNS, WIDE_COLUMNS, comparison_words, deployment_row, history_text, table, verdict_word
+from millrace.view import (
+    COLUMNS,
+    WIDE_COLUMNS,
+    comparison_words,
+    deployment_row,
+    history_text,
+    pool_lines,
+    table,
+    verdict_word,
+)
 
 OUTPUT = click.Choice(["table", "wide", "json", "yaml", "name"])
 
@@ -95,6 +104,8 @@ def describe(context: Context, name: str) -> None:
     for arm in deployment.arms:
         copies = f" + copies of {arm.mirror_percent:g} %" if arm.mirror_percent else ""
         click.echo(f"arm        {arm.version:<12} {arm.weight:g} %{copies}  {', '.join(arm.endpoints)}")
+    for line in pool_lines(deployment.pool):
+        click.echo(f"pool       {line}")
     if deployment.waiting:
         click.echo(f"waiting    {deployment.waiting}")
     if deployment.previous_version:

@@ -107,6 +107,33 @@ def _placement(spec: str) -> str:
     return f"(has({spec}.server) && has({spec}.server.placement) ? {spec}.server.placement : 'Separate')"
 
 
+def _pool() -> list[Rule]:
+    given = {
+        "placement": "has(self.placement) && self.placement == 'Shared'", "replicas": "has(self.replicas) && self.replicas != 1",
+        "resources": "has(self.resources) && (has(self.resources.limits) && size(self.resources.limits) > 0"
+        " || has(self.resources.requests) && size(self.resources.requests) > 0)",
+        "rateLimit": "has(self.rateLimit)", "responseCacheMib": "has(self.responseCacheMib) && self.responseCacheMib > 0",
+    }  # fmt: skip
+    message = "does not fit pool: the server is not this deployment's own"
+    return [
+        *(_rule(f"!has(self.pool) || !({rule})", message, f".{field}") for field, rule in given.items()),
+        _rule(
+            "!has(self.pool) || !has(self.pool.pinned) || !self.pool.pinned || !has(self.autoscaling)",
+            "does not fit pool.pinned, which never sleeps",
+            ".autoscaling",
+        ),
+        _rule(
+            "!has(self.pool) || !has(self.pool.capacityMib) || !has(self.memoryMib) || self.memoryMib <= self.pool.capacityMib",
+            "must be at most pool.capacityMib, or it is never loaded",
+            ".memoryMib",
+        ),
+    ]
+
+
+def _pool_of(spec: str) -> str:
+    return f"(has({spec}.server) && has({spec}.server.pool) ? {spec}.server.pool.name : '')"
+
+
 CEL: dict[str, list[Rule]] = {
     "spec.model": [_rule("self == oldSelf", "cannot change; delete the deployment first")],
     "spec": [
@@ -114,6 +141,11 @@ CEL: dict[str, list[Rule]] = {
             f"{_placement('self')} == {_placement('oldSelf')}",
             "cannot change; delete the deployment first",
             ".server.placement",
+        ),
+        _rule(
+            f"{_pool_of('self')} == {_pool_of('oldSelf')}",
+            "cannot change; delete the deployment first",
+            ".server.pool",
         ),
         _rule(
             "!has(self.rollout) || !has(self.rollout.strategy) || self.rollout.strategy != 'ABTest'"
@@ -141,8 +173,8 @@ CEL: dict[str, list[Rule]] = {
         ),
         _rule(
             "!has(self.rollout) || !has(self.rollout.countedBy) || self.rollout.countedBy != 'Servers'"
-            f" || {_placement('self')} == 'Separate'",
-            "cannot be Servers with server.placement Shared: nobody reaches such servers but by the gateways",
+            f" || ({_placement('self')} == 'Separate' && {_pool_of('self')} == '')",
+            "cannot be Servers with server.placement Shared or server.pool: nobody reaches such servers but by the gateways",
             ".rollout.countedBy",
         ),
     ],
@@ -335,10 +367,11 @@ CEL: dict[str, list[Rule]] = {
     ],
     "spec.server": [
         _rule(
-            "!has(self.memoryMib) || (has(self.placement) && self.placement == 'Shared')",
-            "belongs to placement Shared",
+            "!has(self.memoryMib) || (has(self.placement) && self.placement == 'Shared') || has(self.pool)",
+            "belongs to placement Shared and to pool",
             ".memoryMib",
         ),
+        *_pool(),
         _rule(
             "!has(self.batching) || !has(self.batching.preferredSizes)"
             " || self.batching.preferredSizes.all(n, n <= (has(self.maxBatchSize) ? self.maxBatchSize : 64))",
@@ -392,6 +425,7 @@ CEL: dict[str, list[Rule]] = {
         ),
     ],
     "spec.server.autoscaling.idleAfter": [_DURATION],
+    "spec.server.pool.minResidence": [_DURATION],
     "spec.server.autoscaling": [
         _rule(
             "(has(self.target) ? self.target : '80%').endsWith('%')"

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import grpc.aio
 from millrace_kit.clock import Clock
+from millrace_kit.errors import InvalidArgumentError
 
-from millrace_rollout_controller.executor import Wanted
+from millrace_rollout_controller.executor import PoolSeen, Wanted
 from millrace_rollout_controller.kubernetes import names, objects, observing, sharing
 from millrace_rollout_controller.kubernetes.api import Cluster, Object
 from millrace_rollout_controller.kubernetes.loaders import Loaders
@@ -80,6 +81,8 @@ class KubernetesExecutor:
 
     def check(self, spec: Spec) -> None:
         """Refuse servers of several models; what no node can give stays Pending, with the scheduler's own words in the conditions."""
+        if spec.server.pool is not None:
+            raise InvalidArgumentError("spec.server.pool", "is available on one machine only")
 
     async def start(self) -> None:
         """List and watch everything that belongs to model versions."""
@@ -150,6 +153,10 @@ class KubernetesExecutor:
             found = self._with_problems(dict(found))
         shared = any(version == names.SHARED for _, version in found)
         return self._versions(found, ready) if shared else found
+
+    def pools(self) -> Mapping[str, PoolSeen]:
+        """See `Executor.pools`; there are none in a cluster."""
+        return {}
 
     def _versions(
         self, found: Mapping[observing.Name, ArmSeen], ready: Mapping[str, observing.Pods]
