@@ -1,7 +1,9 @@
 """`millrace tune`: writing the result into a manifest (comments and everything else stay), reading requests, and refusals."""
 
+import asyncio
 import json
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,12 +257,14 @@ def test_the_cache_and_other_servers_are_left_out_of_what_is_measured() -> None:
     assert measured(block) == Server.model_validate({"maxBatchSize": 8})
 
 
-async def outcome(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object] = lambda: None) -> None:
-    """Have the tuner's measuring say that a shorter wait and more instances are better."""
+async def outcome(
+    monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object] = lambda: None, p99_ms: float = 50.0
+) -> None:
+    """Have the tuner's measuring say that a shorter wait and more instances are better, if anything meets the bound."""
     model = Modelled()
-    made = search(model, parse(BLOCK).spec.server.model_copy(update={"queue_delay_us": 20_000}))
-    decision = await decide(made, 50.0, model.play)
-    assert decision.verdict == "better"
+    made = search(model, parse(BLOCK).spec.server.model_copy(update={"queue_delay_us": 20_000}), p99_ms=p99_ms)
+    decision = await decide(made, p99_ms, model.play)
+    assert decision.verdict == ("better" if p99_ms == 50.0 else "undecided")
 
     async def measure(*_: object, **__: object) -> command._Measured:
         meanwhile()
@@ -301,6 +305,32 @@ async def test_a_manifest_that_was_changed_meanwhile_is_not_overwritten(
     assert "was changed while it was measured" in made.problem
     assert made.decision.verdict == "better", "what was measured is still told"
     assert "replicas: 3" in path.read_text()
+
+
+@pytest.mark.parametrize(("p99_ms", "code"), [(50.0, 0), (1.0, 1)])
+def test_the_exit_code_says_whether_it_was_decided(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], p99_ms: float, code: int
+) -> None:
+    path, config = tmp_path / "manifest.yaml", tmp_path / "config.yaml"
+    path.write_text(BLOCK)
+    config.write_text("{}")
+    asyncio.run(outcome(monkeypatch, p99_ms=p99_ms))
+    words = ["tune", "--config", str(config), "-f", str(path), "--p99", f"{p99_ms}ms", "--write", "--json"]
+    monkeypatch.setattr(sys, "argv", words)
+    ended = 0
+    try:
+        command.main()
+    except SystemExit as end:
+        ended = end.code if isinstance(end.code, int) else -1
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert (ended, found["verdict"]) == (code, "undecided" if code else "better")
+    assert (found["chosen"] is None, found["closest"] is None) == (code == 1, code == 0)
+    assert (path.read_text() == BLOCK) == (code == 1)
+    if code:
+        assert "undecided, nothing is written: nothing meets a p99 of 1 ms; closest: {instances: 1" in printed.err
+    else:
+        assert f"next: millrace apply -f {path}" in printed.err
 
 
 def test_a_point_is_broken_off_when_the_time_is_over(tmp_path: Path) -> None:
