@@ -55,12 +55,12 @@ class Window:
         return len(self.latencies_ms) / self.seconds if self.seconds > 0 else 0.0
 
 
-def steady(windows: Sequence[Window]) -> bool:
-    """Whether the last three windows had no failure and differ by at most 10 % in latency and in throughput."""
+def steady(windows: Sequence[Window], share: float = STEADY_SHARE) -> bool:
+    """Whether the last three windows had no failure and differ by at most `share` (10 %) in latency and in throughput."""
     last = windows[-STEADY_WINDOWS:]
     if len(last) < STEADY_WINDOWS or any(window.failures or not window.latencies_ms for window in last):
         return False
-    return all(max(values) <= (1.0 + STEADY_SHARE) * min(values) for values in _figures(last))
+    return all(max(values) <= (1.0 + share) * min(values) for values in _figures(last))
 
 
 def steady_beside(candidate: Sequence[Window], stable: Sequence[Window]) -> bool:

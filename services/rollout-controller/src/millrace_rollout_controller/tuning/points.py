@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from millrace_rollout_controller.tuning.configuration import Configuration
-from millrace_rollout_controller.warm_gate import STEADY_WINDOWS, Window, p99_ms
+from millrace_rollout_controller.warm_gate import STEADY_WINDOWS, Window, p99_ms, steady
 
 OVER = 2.0
 """Windows whose median is this many times the bound say enough after the first."""
@@ -95,15 +95,6 @@ def summarize(concurrency: int, windows: Sequence[Window], *, share: float, usag
         problem=failed[-1].problem if failed else "",
         usage=usage,
     )
-
-
-def steady(windows: Sequence[Window], share: float) -> bool:
-    """Whether the last three windows had no failure and differ by at most `share` in mean latency and in throughput."""
-    last = windows[-STEADY_WINDOWS:]
-    if len(last) < STEADY_WINDOWS or any(window.failures or not window.latencies_ms for window in last):
-        return False
-    figures = ([window.mean_ms for window in last], [window.per_s for window in last])
-    return all(max(values) <= (1.0 + share) * min(values) for values in figures)
 
 
 def enough(windows: Sequence[Window], bound_ms: float, share: float, limit: int) -> bool:
