@@ -120,6 +120,37 @@ async def test_load_grows_until_the_bound_breaks_and_no_further() -> None:
     assert best.concurrency == 8
 
 
+async def test_one_slow_moment_does_not_end_the_load_on_the_manifest() -> None:
+    model = Modelled(cores=1, fixed_ms=10.0, row_ms=0.01)
+    made = search(model, trials=1)
+    calm = model.window
+
+    def window(one: Configuration, concurrency: int) -> Window:
+        model.slower = 3.0 if concurrency == 2 else 1.0
+        return calm(one, concurrency)
+
+    model.window = window  # type: ignore[method-assign]
+    await made.run()
+    (best, *_) = made.trials[0].usable(50.0)
+    assert best.concurrency == 64
+
+
+async def test_failures_under_much_load_are_answered_by_less() -> None:
+    """A short queue refuses what is too much."""
+    model = Modelled(cores=1, fixed_ms=4.0, row_ms=0.01)
+    made = search(model, trials=3)
+    calm = model.window
+
+    def window(one: Configuration, concurrency: int) -> Window:
+        found = calm(one, concurrency)
+        return replace(found, failures=5) if one.instances > 1 and concurrency > 4 else found
+
+    model.window = window  # type: ignore[method-assign]
+    await made.run()
+    assert made.trials[0].usable(50.0)[0].concurrency == 64
+    assert [point.concurrency for point in made.trials[1].points] == [64, 32, 16, 8, 4]
+
+
 async def test_what_is_as_good_is_chosen_by_its_size_and_the_manifest_before_all() -> None:
     point = Point(8, 1000.0, 5.0, 9.0, steady=True, windows=3)
     large, small = Configuration(4, 64, 0), Configuration(2, 64, 0)

@@ -16,6 +16,8 @@ GAIN = 0.05
 """A configuration is better when it answers so much more; less is noise."""
 GROWTH = 0.03
 """More load goes on while throughput grows by so much; then it only makes queues longer."""
+FIRST_PATIENCE = 2
+"""Doublings without growth that end the load on the first configuration, where all others begin; one of them may be noise. Else one ends it."""
 
 
 class ServerFailedError(Exception):
@@ -102,17 +104,19 @@ class Search:
         bound_ms = self._space.p99_ms
         first = await self._point(trial, start)
         concurrency = start
-        while not first.within(bound_ms) and not first.failures and concurrency > 1 and self._has_time():
+        while not first.within(bound_ms) and concurrency > 1 and self._has_time():
             concurrency //= 2
             if (await self._point(trial, concurrency)).within(bound_ms):
                 return
-        best_per_s, concurrency = first.per_s, start
+        best_per_s, concurrency, flat = first.per_s, start, 0
+        patience = 1 if len(self.trials) > 1 else FIRST_PATIENCE
         while trial.points[-1].within(bound_ms) and concurrency < self._limits.max_concurrency and self._has_time():
             concurrency = min(concurrency * 2, self._limits.max_concurrency)
             point = await self._point(trial, concurrency)
-            if point.per_s < best_per_s * (1.0 + GROWTH):
+            flat = flat + 1 if point.per_s < best_per_s * (1.0 + GROWTH) else 0
+            if flat >= patience:
                 return
-            best_per_s = point.per_s
+            best_per_s = max(best_per_s, point.per_s)
 
     async def _point(self, trial: Trial, concurrency: int) -> Point:
         point = await self._measure(trial.configuration, concurrency)
