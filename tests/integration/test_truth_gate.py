@@ -25,27 +25,32 @@ from millrace_kit.server import Service, running
 from millrace_kit.settings import BusSettings, ServiceSettings
 from millrace_rollout_controller import manifest
 from millrace_rollout_controller.evidence import Evidence, advance
+from millrace_rollout_controller.goals import compared, tracked_values
 from millrace_rollout_controller.peers import Figures
 from millrace_rollout_controller.reconciler import ArmSeen, Item, Limits, Observed, RunServers, reconcile
 from millrace_rollout_controller.state import Status, VersionRef
-from millrace_rollout_controller.value_gates import tracked_values
 
 MODEL = "offers"
 GATE = "{metric: business/revenue, compare: notWorseThanStable, margin: 2, better: Higher, valueRange: [0, 100], required: Never%s}"
+AB_TEST = """
+    strategy: ABTest
+    abTest: {goal: business/revenue, better: Higher, valueRange: [0, 100]%s}
+"""
 CARRIERS = ("UA", "DL", "AA")
 EACH = 40
 """Predictions of one version in one batch."""
 
 
-def spec(version: str, segment: str) -> manifest.Spec:
-    rollout = f"""
+def spec(version: str, segment: str, *, ab_test: bool = False) -> manifest.Spec:
+    steps = f"""
         steps: [{{weight: 50}}, {{weight: 100}}]
         gates: [{GATE % segment}]
         guard: {{window: 1h}}
     """
+    rollout = AB_TEST % segment if ab_test else steps
     document = {
         "apiVersion": "millrace.dev/v1alpha1", "kind": "ModelDeployment", "metadata": {"name": MODEL},
-        "spec": {"model": MODEL, "version": version, "rollout": yaml.safe_load(rollout)},
+        "spec": {"model": MODEL, "version": version, "rollout": yaml.safe_load(rollout), "routing": {"sticky": {"header": "x-user"}}},
     }  # fmt: skip
     return manifest.parse(yaml.safe_dump(document)).spec
 
@@ -88,6 +93,7 @@ class World:
         self.evidence = advance(
             self.evidence, poll, trial=status.trial, step=status.step, candidate=candidate,
             stable=status.stable.ref.version if status.stable is not None else "", wanted=rollout.gates, gateways=(), now=self.now,
+            compared=compared(self.wanted),
         )  # fmt: skip
         versions = {
             version: VersionRef(model=MODEL, version=version, digest=version * 3, platform="onnxruntime_onnx")
@@ -219,3 +225,23 @@ async def test_equal_outcomes_leave_it_where_it_is(world: World) -> None:
     assert world.status.guarding
     assert world.evidence.gates[0].candidate.n == 14 * EACH, "calls of testers and cached answers are no evidence"
     assert set(world.evidence.gates[0].segments) == set(CARRIERS)
+
+
+@pytest.mark.parametrize("world", [BY_CARRIER], indirect=True)
+async def test_an_ab_test_by_revenue_has_a_result_for_each_carrier(world: World) -> None:
+    world.apply(spec("1.1.0", BY_CARRIER, ab_test=True))
+    await world.until(lambda status: status.candidate is not None and status.entered and status.weight == 50)
+    await world.predict(batches=14)
+    await world.counted(lambda v: v.predictions, 14 * EACH)
+    # Outcomes count from the first look at both versions.
+    await world.tick()
+    for _ in range(14):
+        await world.sell(lambda version, carrier: 20.0 if version == "1.0.0" else _worse(carrier, alone=True))
+        await world.tick()
+    found = {one.segment: one for one in world.status.comparisons if one.metric == "business/revenue"}
+    assert list(found) == ["", *sorted(CARRIERS)]
+    assert found[""].candidate_samples == found[""].stable_samples == 14 * EACH
+    assert [found[name].better for name in ("", "UA")] == ["undecided", "stable"], "hidden in the mean of all"
+    assert all(found[name].lower < 12 < found[name].upper for name in ("DL", "AA"))
+    assert found["UA"].lower < -19 < found["UA"].upper < 0
+    assert (world.status.phase, world.status.weight) == ("Paused", 50), "a person decides"

@@ -3,7 +3,17 @@
 from datetime import UTC, datetime
 
 import pytest
-from millrace.view import COLUMNS, WIDE_COLUMNS, age, comparison_words, deployment_row, pool_lines, table
+from millrace.view import (
+    COLUMNS,
+    WIDE_COLUMNS,
+    age,
+    comparison_name,
+    comparison_words,
+    deployment_row,
+    history_text,
+    pool_lines,
+    table,
+)
 from millrace_api.rollout.v1 import rollout_pb2 as rollout
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -60,6 +70,17 @@ def test_a_comparison_in_words() -> None:
     assert comparison_words(result) == (
         "candidate 0.9 over 500, stable 0.8 over 600, difference +0.02 to +0.18 at 95%: candidate"
     )
+
+
+def test_a_comparison_of_a_group_says_which_and_how() -> None:
+    result = rollout.ComparisonResult(
+        metric="business/revenue", segment="UA", candidate=9, stable=8, candidate_samples=500, stable_samples=600, lower=-1, upper=3,
+        confidence=0.95, better="undecided", evidence="exact at every look",
+    )  # fmt: skip
+    assert comparison_name(result) == "business/revenue of 'UA'"
+    assert comparison_words(result).endswith("difference -1 to +3 at 95%: undecided; exact at every look")
+    decision = rollout.Decision(at="2026-01-01T00:00:00Z", version="1.1.0", decision="Promoted", comparisons=[result])
+    assert "    business/revenue of 'UA': candidate 9 over 500" in history_text([decision], "wide")
 
 
 def test_columns_line_up() -> None:

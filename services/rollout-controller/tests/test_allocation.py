@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from millrace_rollout_controller.allocation import chance_better, next_weight
+from millrace_rollout_controller.comparisons import Comparison, difference
 from millrace_rollout_controller.counts import Counts, Sums
-from millrace_rollout_controller.experiments import Comparison, absorb, bounds
+from millrace_rollout_controller.experiments import absorb
 from millrace_rollout_controller.manifest import Bandit
+from millrace_rollout_controller.value_gates import Goal
 
 from .world import World, spec
 
@@ -47,14 +49,14 @@ def play(
         mine = int(chance.binomial(BATCH, weight / 100.0))
         sides = (mine, candidate), (BATCH - mine, stable)
         one, two = (Counts(outcomes=n, correct=int(chance.binomial(n, mean + moved))) for n, mean in sides)
-        known = absorb(known, one, two, ["outcome/accuracy"])
+        known = absorb(known, one, two, [Goal("outcome/accuracy")])
         right, got = right + one.correct + two.correct, got + mine
         now = known["outcome/accuracy"]
         if allocates and min(now.candidate.n, now.stable.n) >= BLOCK.min_samples:
-            weight = next_weight(weight, chance_better(now, "outcome/accuracy"), BLOCK)
+            weight = next_weight(weight, chance_better(now, Goal("outcome/accuracy")), BLOCK)
         weights.append(weight)
         if looks and number % 10 == 9:
-            low, high = bounds(now, 0.95)
+            low, high = difference(now, 0.05) or (-1.0, 1.0)
             wrong = wrong or low > 0 or high < 0
     return Run(got / (BATCH * BATCHES), right, weights, known["outcome/accuracy"], wrong)
 
@@ -105,8 +107,8 @@ def test_the_verdict_stays_valid_while_its_result_moves_the_split() -> None:
     ],
 )
 def test_chance_by_the_metrics_direction(metric: str, total: float, expected: float) -> None:
-    assert chance_better(Comparison(total=total, variance=1.0), metric) == pytest.approx(expected, abs=1e-4)  # type: ignore[arg-type]
-    assert chance_better(Comparison(), "errorRate") == 0.5
+    assert chance_better(Comparison(total=total, variance=1.0), Goal(metric)) == pytest.approx(expected, abs=1e-4)
+    assert chance_better(Comparison(), Goal("errorRate")) == 0.5
 
 
 def test_the_reconciler_moves_one_weight_after_the_other_is_in_force_and_time_goes_on() -> None:

@@ -3,11 +3,19 @@
 import numpy as np
 import pytest
 from millrace_rollout_controller import experiments
+from millrace_rollout_controller.comparisons import Comparison, difference
 from millrace_rollout_controller.counts import Counts
-from millrace_rollout_controller.experiments import Comparison, bounds
 from millrace_rollout_controller.state import ComparisonView
+from millrace_rollout_controller.value_gates import Goal
 
 LOOKS = 60
+ERRORS, ACCURACY = Goal("errorRate"), Goal("outcome/accuracy")
+
+
+def _bounds(known: Comparison, confidence: float) -> tuple[float, float]:
+    found = difference(known, 1.0 - confidence)
+    assert found is not None
+    return found
 
 
 def counts(rng: np.random.Generator, n: int, mean: float) -> Counts:
@@ -25,9 +33,9 @@ def watched(seed: int, candidate: float, stable: float, share: float = 0.5, drif
         shift = drift * np.sin(look / 5)
         n_c, n_s = rng.poisson(40 * share), rng.poisson(40 * (1 - share))
         new, old = counts(rng, n_c, candidate + shift), counts(rng, n_s, stable + shift)
-        known = experiments.absorb(known, new, old, ["outcome/accuracy"])
+        known = experiments.absorb(known, new, old, [ACCURACY])
         if known["outcome/accuracy"].weight:
-            lower, upper = bounds(known["outcome/accuracy"], 0.9)
+            lower, upper = _bounds(known["outcome/accuracy"], 0.9)
             if not lower <= candidate - stable <= upper:
                 return True
     return False
@@ -49,9 +57,9 @@ def simulated(candidate: float, stable: float, looks: int) -> list[ComparisonVie
     total = Counts(), Counts()
     for _ in range(looks):
         new, old = counts(rng, 100, candidate), counts(rng, 100, stable)
-        known = experiments.absorb(known, new, old, ["errorRate", "outcome/accuracy"])
+        known = experiments.absorb(known, new, old, [ERRORS, ACCURACY])
         total = total[0].plus(new), total[1].plus(old)
-    return experiments.results(known, *total, ["errorRate", "outcome/accuracy"], 0.95)
+    return experiments.results(known, *total, [ERRORS, ACCURACY], 0.95)
 
 
 def test_a_difference_is_found_and_said_from_the_right_side() -> None:
@@ -70,11 +78,11 @@ def test_rare_errors_give_narrow_bounds() -> None:
 
 
 def test_without_one_arm_there_is_no_result() -> None:
-    known = experiments.absorb({}, Counts(requests=50), Counts(), ["errorRate"])
-    assert experiments.results(known, Counts(requests=50), Counts(), ["errorRate", "latencyP99Ms"], 0.95) == []
+    known = experiments.absorb({}, Counts(requests=50), Counts(), [ERRORS])
+    assert experiments.results(known, Counts(requests=50), Counts(), [ERRORS, Goal("latencyP99Ms")], 0.95) == []
     # The batch waited for the other arm.
-    known = experiments.absorb(known, Counts(), Counts(requests=50), ["errorRate"])
-    assert experiments.results(known, Counts(), Counts(), ["errorRate"], 0.95)[0].candidate_samples == 50
+    known = experiments.absorb(known, Counts(), Counts(requests=50), [ERRORS])
+    assert experiments.results(known, Counts(), Counts(), [ERRORS], 0.95)[0].candidate_samples == 50
 
 
 EDGES = [0.1 * 1.05**i for i in range(200)]
@@ -100,7 +108,9 @@ def test_percentiles_are_bounded_at_all_looks_together() -> None:
             outside |= not found[0] <= truth <= found[2]
         missed += outside
     assert missed <= 13
-    view = experiments.results({}, latency(rng, 20_000, 20.0), latency(rng, 20_000, 10.0), ["latencyP99Ms"], 0.95)[0]
+    view = experiments.results(
+        {}, latency(rng, 20_000, 20.0), latency(rng, 20_000, 10.0), [Goal("latencyP99Ms")], 0.95
+    )[0]
     assert view.better == "stable"
     assert view.lower > 0
     assert view.stable == pytest.approx(truth, rel=0.15)

@@ -10,10 +10,10 @@ import pytest
 from millrace_kit.group_sequential import planned_boundaries, spent
 from millrace_kit.power import Claim, Plays, draw
 from millrace_kit.sequential import ODDS_ABOVE, ODDS_BELOW, Sample, log_mean, two_arms
-from millrace_rollout_controller import drift_gates, gates
+from millrace_rollout_controller import drift_gates, gates, verdicts
 from millrace_rollout_controller.counts import Counts
 from millrace_rollout_controller.drift_gates import DriftState
-from millrace_rollout_controller.gates import GateState
+from millrace_rollout_controller.gate_state import GateState, begin_step
 from millrace_rollout_controller.manifest import Gate
 
 RUNS = 1000
@@ -100,7 +100,7 @@ def test_the_gate_itself_says_what_the_simulation_says(most: int | None) -> None
     verdicts = set()
     for seed, candidate in enumerate((0.6, 0.7, 0.8, 0.85, 0.9)):
         rng = np.random.default_rng(seed)
-        plays, state, said = Plays(claim, 1), gates.begin_step(GateState()), {"pass": False, "fail": False}
+        plays, state, said = Plays(claim, 1), begin_step(GateState()), {"pass": False, "fail": False}
         for _ in range(60):
             right, others = int(rng.binomial(10, candidate)), int(rng.binomial(40, 0.8))
             state = gates.absorb(wanted, state, Counts(outcomes=10, correct=right), Counts(outcomes=40, correct=others))
@@ -108,7 +108,7 @@ def test_the_gate_itself_says_what_the_simulation_says(most: int | None) -> None
                 Sample(np.array([10.0]), np.array([float(right)]), np.array([float(right)])),
                 Sample(np.array([40.0]), np.array([float(others)]), np.array([float(others)])),
             )
-            verdict = gates.judge(wanted, state, 4).verdict
+            verdict = verdicts.judge(wanted, state, 4).verdict
             said[verdict] = True
             assert plays.failed[0] == said["fail"]
             if not said["fail"] and most is None:
@@ -151,7 +151,7 @@ def test_how_soon_predictions_are_told_apart(shift: float, verdict: str) -> None
         for look in range(1, 120):
             candidate = Counts(scores=_scores(rng, 20, shift))
             state = gates.absorb(wanted, state, candidate, Counts(scores=_scores(rng, 80, 0.0)))
-            view = gates.judge(wanted, state, 4)
+            view = verdicts.judge(wanted, state, 4)
             if view.verdict != "undecided":
                 assert view.verdict == verdict, view.evidence
                 delays.append(look * 20)
@@ -170,13 +170,13 @@ def test_predictions_that_differ_by_less_than_the_bound_never_roll_back() -> Non
 
 def test_a_model_of_one_answer_and_no_data_are_no_trouble() -> None:
     wanted, state = Gate(metric="drift/prediction", max=0.1), GateState()
-    assert gates.judge(wanted, state, 4).verdict == "undecided"
+    assert verdicts.judge(wanted, state, 4).verdict == "undecided"
     for _ in range(300):
         state = gates.absorb(wanted, state, Counts(), Counts(scores={"7": 5}))
-    assert gates.judge(wanted, state, 4).verdict == "undecided"
+    assert verdicts.judge(wanted, state, 4).verdict == "undecided"
     for _ in range(30):
         state = gates.absorb(wanted, state, Counts(scores={"9": 5}), Counts(scores={"7": 5}))
-    assert gates.judge(wanted, state, 4).verdict == "fail"
+    assert verdicts.judge(wanted, state, 4).verdict == "fail"
 
 
 LATENCY = Gate(metric="latencyP95Ms", compare="notWorseThanStable", margin=0.2)
@@ -193,11 +193,11 @@ def _latency(rng: np.random.Generator, n: int, factor: float) -> dict[str, int]:
 @pytest.mark.parametrize(("factor", "verdict"), [(1.0, "pass"), (1.6, "fail")])
 def test_latency_is_compared_at_the_percentile_of_stable(factor: float, verdict: str) -> None:
     for seed in range(5):
-        rng, state, view = np.random.default_rng(seed), gates.begin_step(GateState()), None
+        rng, state, view = np.random.default_rng(seed), begin_step(GateState()), None
         for _ in range(200):
             candidate, stable = Counts(latency=_latency(rng, 20, factor)), Counts(latency=_latency(rng, 60, 1.0))
             state = gates.absorb(LATENCY, state, candidate, stable)
-            view = gates.judge(LATENCY, state, 4)
+            view = verdicts.judge(LATENCY, state, 4)
             if view.verdict != "undecided":
                 break
         assert state.threshold is not None
@@ -208,17 +208,17 @@ def test_latency_is_compared_at_the_percentile_of_stable(factor: float, verdict:
 
 def test_a_throughput_is_judged_by_whole_windows() -> None:
     wanted = Gate(metric="throughput", min=5, failureLimit=2)
-    state = gates.begin_step(GateState())
+    state = begin_step(GateState())
     for _ in range(10):
         state = gates.fill(wanted, state, 1.0, 6)
-    assert gates.judge(wanted, state, 4).verdict == "pass"
+    assert verdicts.judge(wanted, state, 4).verdict == "pass"
     for _ in range(10):
         state = gates.fill(wanted, state, 1.0, 3)
-    assert gates.judge(wanted, state, 4).verdict == "undecided"
+    assert verdicts.judge(wanted, state, 4).verdict == "undecided"
     for _ in range(20):
         state = gates.fill(wanted, state, 1.0, 0)
-    assert gates.judge(wanted, state, 4).verdict == "undecided", "nothing asked is nothing answered"
-    assert gates.judge(wanted, gates.fill(wanted, state, None, 0), 4).verdict == "undecided"
+    assert verdicts.judge(wanted, state, 4).verdict == "undecided", "nothing asked is nothing answered"
+    assert verdicts.judge(wanted, gates.fill(wanted, state, None, 0), 4).verdict == "undecided"
     for _ in range(10):
         state = gates.fill(wanted, state, 1.0, 3)
-    assert gates.judge(wanted, state, 4).verdict == "fail"
+    assert verdicts.judge(wanted, state, 4).verdict == "fail"

@@ -16,9 +16,9 @@ from millrace_kit.sequential import (
     one_arm,
     two_arms,
 )
-from millrace_rollout_controller import gates, measures
+from millrace_rollout_controller import gates, measures, verdicts
 from millrace_rollout_controller.counts import Counts
-from millrace_rollout_controller.gates import GateState
+from millrace_rollout_controller.gate_state import GateState, begin_step, log_fail
 from millrace_rollout_controller.manifest import Gate
 
 NEEDED = math.log(20)
@@ -119,7 +119,7 @@ def test_the_bound_for_values_between_0_and_1_is_a_lower_bound() -> None:
 def play(wanted: Gate, seed: int, candidate: float, stable: float, looks: int = 600) -> tuple[str, int]:
     """One rollout at 5 %: 5 candidate and 95 stable values a look, four steps in the manifest; verdict and candidate values."""
     rng = np.random.default_rng(seed)
-    state, view = gates.begin_step(GateState()), None
+    state, view = begin_step(GateState()), None
     for _ in range(looks):
         batch = []
         for n, mean in ((5, candidate), (95, stable)):
@@ -129,7 +129,7 @@ def play(wanted: Gate, seed: int, candidate: float, stable: float, looks: int = 
             else:
                 batch.append(Counts(outcomes=n, correct=int(rng.binomial(n, mean))))
         state = gates.absorb(wanted, state, *batch)
-        view = gates.judge(wanted, state, 4)
+        view = verdicts.judge(wanted, state, 4)
         if view.verdict != "undecided":
             return view.verdict, view.candidate_samples
     return "undecided", 0
@@ -161,17 +161,17 @@ def test_no_false_rollback_of_an_equal_version_by_the_whole_gate() -> None:
 
 def test_what_breaks_only_at_a_later_step_is_found_quickly() -> None:
     wanted = gate(metric="errorRate", max=0.05)
-    state = gates.begin_step(GateState())
+    state = begin_step(GateState())
     for _ in range(100):
         state = gates.absorb(wanted, state, Counts(requests=50), Counts())
-    assert gates.judge(wanted, state, 4).verdict == "pass"
-    state = gates.begin_step(state)
+    assert verdicts.judge(wanted, state, 4).verdict == "pass"
+    state = begin_step(state)
     for look in range(1, 40):
         state = gates.absorb(wanted, state, Counts(requests=10, errors=3), Counts())
-        view = gates.judge(wanted, state, 4)
+        view = verdicts.judge(wanted, state, 4)
         if view.verdict == "fail":
             break
-        if look * 10 >= gates.STEP_SAMPLES:
+        if look * 10 >= verdicts.STEP_SAMPLES:
             assert view.verdict == "undecided", "a step that looks bad does not pass on the credit of the one before"
     assert look <= 4
 
@@ -187,15 +187,15 @@ def test_latency_near_the_bound_counts_against_both_verdicts() -> None:
 
 def test_slow_versions_fail_within_few_requests_and_fast_ones_pass() -> None:
     wanted = gate(metric="latencyP99Ms", max=100)
-    state = gates.begin_step(GateState())
+    state = begin_step(GateState())
     state = gates.absorb(wanted, state, Counts(latency={"500.0": 4, "inf": 0}), Counts())
-    assert gates.judge(wanted, state, 4).verdict == "fail"
-    state = gates.begin_step(GateState())
+    assert verdicts.judge(wanted, state, 4).verdict == "fail"
+    state = begin_step(GateState())
     n = 0
     while n < 1000:
         n += 1
         state = gates.absorb(wanted, state, Counts(latency={"100.0": 1, "inf": 0}), Counts())
-        if gates.judge(wanted, state, 4).verdict == "pass":
+        if verdicts.judge(wanted, state, 4).verdict == "pass":
             break
     assert 300 < n < 450
 
@@ -204,18 +204,18 @@ def test_slow_versions_fail_within_few_requests_and_fast_ones_pass() -> None:
     "wanted", [ACCURACY, BRIER, gate(metric="errorRate", max=0.01), gate(metric="latencyP99Ms", max=1)]
 )
 def test_no_data_is_undecided(wanted: Gate) -> None:
-    state = gates.begin_step(GateState())
+    state = begin_step(GateState())
     for _ in range(100):
         state = gates.absorb(wanted, state, Counts(), Counts(requests=9, outcomes=9, correct=9))
-    view = gates.judge(wanted, state, 4)
+    view = verdicts.judge(wanted, state, 4)
     assert (view.verdict, view.candidate_samples) == ("undecided", 0)
     assert "no data" in view.evidence
 
 
 def test_a_difference_inside_the_margin_never_rolls_back() -> None:
     wanted = gate(metric="outcome/accuracy", compare="notWorseThanStable", margin=0.3)
-    state = gates.begin_step(GateState())
+    state = begin_step(GateState())
     for _ in range(300):
         state = gates.absorb(wanted, state, Counts(outcomes=100, correct=70), Counts(outcomes=100, correct=80))
-    assert gates.log_fail(state, 4) > NEEDED
-    assert gates.judge(wanted, state, 4).verdict == "pass"
+    assert log_fail(state, 4) > NEEDED
+    assert verdicts.judge(wanted, state, 4).verdict == "pass"

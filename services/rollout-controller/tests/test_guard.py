@@ -4,7 +4,7 @@ import pytest
 from millrace_kit.errors import InvalidArgumentError
 from millrace_rollout_controller.counts import Counts
 from millrace_rollout_controller.evidence import Evidence
-from millrace_rollout_controller.gates import GateState
+from millrace_rollout_controller.gate_state import GateState
 from millrace_rollout_controller.kubernetes.public_status import public
 from millrace_rollout_controller.stages import guarded_until, stages
 

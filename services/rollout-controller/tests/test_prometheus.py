@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import pytest
 from millrace_kit.clock import FakeClock
-from millrace_rollout_controller import gates
-from millrace_rollout_controller.gates import GateState
+from millrace_rollout_controller import gates, verdicts
+from millrace_rollout_controller.gate_state import GateState, begin_step
 from millrace_rollout_controller.manifest import Gate
 from millrace_rollout_controller.prometheus import Prometheus, PrometheusSettings, single_value
 from millrace_rollout_controller.queries import queries
@@ -29,7 +29,7 @@ SUBJECT = {"model": "flight-delay", "candidate": "1.1.0-rc.1+x", "stable": "1.0.
 
 
 def heard(*answers: float | None, gate: Gate = GATE) -> GateState:
-    state = gates.begin_step(GateState())
+    state = begin_step(GateState())
     for answer in answers:
         state = gates.hear(gate, state, answer)
     return state
@@ -54,20 +54,20 @@ def heard(*answers: float | None, gate: Gate = GATE) -> GateState:
     ],
 )
 def test_verdicts_of_answers(answers: tuple[float | None, ...], verdict: str) -> None:
-    assert gates.judge(GATE, heard(*answers), 3).verdict == verdict
+    assert verdicts.judge(GATE, heard(*answers), 3).verdict == verdict
 
 
 def test_a_lower_bound_and_the_value_in_words() -> None:
     gate = Gate(promql="throughput", min=10.0, failureLimit=1)
-    assert gates.judge(gate, heard(12.0, gate=gate), 1).verdict == "pass"
-    view = gates.judge(gate, heard(3.5, gate=gate), 1)
+    assert verdicts.judge(gate, heard(12.0, gate=gate), 1).verdict == "pass"
+    view = verdicts.judge(gate, heard(3.5, gate=gate), 1)
     assert view.verdict == "fail"
     assert "value 3.5" in view.evidence
     assert view.gate == "promql throughput >= 10"
 
 
 def test_an_answer_of_the_step_before_passes_no_step() -> None:
-    assert gates.judge(GATE, gates.begin_step(heard(0.5)), 2).verdict == "undecided"
+    assert verdicts.judge(GATE, begin_step(heard(0.5)), 2).verdict == "undecided"
 
 
 def test_placeholders() -> None:

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from millrace_rollout_controller import ratio
+from millrace_rollout_controller.comparisons import Comparison
 from millrace_rollout_controller.counts import Counts, Sums
 from millrace_rollout_controller.evidence import Evidence, GatewayFigures, Poll, advance
-from millrace_rollout_controller.experiments import Comparison
 from millrace_rollout_controller.ratio import Ratio
 from millrace_rollout_controller.stages import split_in_force
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from millrace_api.prediction.v1 import prediction_pb2
 from millrace_kit.errors import InvalidArgumentError
-from millrace_rollout_controller import convert, gates
+from millrace_rollout_controller import convert, gates, verdicts
 from millrace_rollout_controller.counts import Counts
 from millrace_rollout_controller.evidence import Evidence, GatewayFigures, Poll, advance
-from millrace_rollout_controller.gates import GateState
+from millrace_rollout_controller.gate_state import GateState, begin_step
 from millrace_rollout_controller.manifest import Gate
 from millrace_rollout_controller.shadow_pairs import Pairs, minus, plus
 
@@ -36,11 +36,11 @@ def rows(n: int, flips: int = 0, shift: float = 0.0, **differences: dict[str, in
 
 
 def judged(gate: Gate, *batches: dict[str, Pairs]) -> Any:
-    state = gates.begin_step(GateState())
+    state = begin_step(GateState())
     for batch in batches:
         state = gates.absorb(gate, state, Counts(shadow=batch), Counts())
     # A restart in between changes nothing.
-    return gates.judge(gate, GateState.model_validate_json(state.model_dump_json()), 3)
+    return verdicts.judge(gate, GateState.model_validate_json(state.model_dump_json()), 3)
 
 
 def test_sums_add_up_and_subtract() -> None:
@@ -106,7 +106,7 @@ def test_false_failures_with_a_look_at_every_batch_stay_below_the_promise(gate: 
     failed = 0
     trials = 120
     for _ in range(trials):
-        state = gates.begin_step(GateState())
+        state = begin_step(GateState())
         for _ in range(40):
             # Exactly at the bound, in all and in every segment.
             batch: dict[str, Pairs] = {}
@@ -118,7 +118,7 @@ def test_false_failures_with_a_look_at_every_batch_stay_below_the_promise(gate: 
                 )
             batch[""] = batch["a"].plus(batch["b"]).plus(batch["c"])
             state = gates.absorb(gate, state, Counts(shadow=batch), Counts())
-            if gates.judge(gate, state, 3).verdict == "fail":
+            if verdicts.judge(gate, state, 3).verdict == "fail":
                 failed += 1
                 break
     assert failed / trials <= 0.05
@@ -137,7 +137,7 @@ def test_a_gateways_figures_become_evidence() -> None:
             evidence, poll, trial=1, step=0, candidate="1.1.0", stable="1.0.0", wanted=[FLIPS, LARGEST], gateways=["g"]
         )
     assert evidence.candidate.shadow[""].flips == 3
-    assert gates.judge(LARGEST, evidence.gates[1], 1).verdict == "fail"
+    assert verdicts.judge(LARGEST, evidence.gates[1], 1).verdict == "fail"
 
 
 def test_a_canary_begins_with_copies_and_waits_for_pairs() -> None:

@@ -7,8 +7,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from millrace_rollout_controller.actions import VERBS, Refused, with_version
+from millrace_rollout_controller.comparisons import Comparison
 from millrace_rollout_controller.counts import Sums
-from millrace_rollout_controller.experiments import Comparison
 from millrace_rollout_controller.state import Status
 
 from .world import World, spec

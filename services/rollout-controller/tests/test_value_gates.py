@@ -9,13 +9,14 @@ from millrace_kit.asymptotic import START, log_evidence, tuned, value_variance
 from millrace_kit.errors import InvalidArgumentError
 from millrace_kit.power import Claim, Plays, draw
 from millrace_kit.sequential import Sample
-from millrace_rollout_controller import gates
+from millrace_rollout_controller import gates, verdicts
 from millrace_rollout_controller.counts import Counts, Sums
 from millrace_rollout_controller.evidence import Evidence, Poll, advance
-from millrace_rollout_controller.gates import GateState
+from millrace_rollout_controller.gate_state import GateState, begin_step
+from millrace_rollout_controller.goals import tracked_values
 from millrace_rollout_controller.manifest import Gate
 from millrace_rollout_controller.segment_gates import GROUPS
-from millrace_rollout_controller.value_gates import Tracked, tracked, tracked_values, values
+from millrace_rollout_controller.value_gates import Tracked, tracked, values
 
 from .world import spec
 
@@ -42,13 +43,13 @@ def counts(gate: Gate, groups: dict[str, np.ndarray]) -> Counts:
 
 def walk(gate: Gate, candidate, stable, *, looks: int = 150, seed: int = 0) -> tuple[str, int, str]:
     """Verdict, candidate values until then, evidence; `candidate` and `stable` draw a batch by group."""
-    rng, state, n = np.random.default_rng(seed), gates.begin_step(GateState()), 0
+    rng, state, n = np.random.default_rng(seed), begin_step(GateState()), 0
     for _ in range(looks):
         mine = candidate(rng)
         n += sum(map(len, mine.values()))
         state = GateState.model_validate_json(state.model_dump_json())
         state = gates.absorb(gate, state, counts(gate, mine), counts(gate, stable(rng)))
-        view = gates.judge(gate, state, 4)
+        view = verdicts.judge(gate, state, 4)
         if view.verdict != "undecided":
             break
     return view.verdict, n, view.evidence
@@ -100,16 +101,16 @@ def test_bounds_and_errors(gate: Gate, mean: float, verdict: str) -> None:
 
 def test_no_values_and_too_few_hold() -> None:
     for gate in (REVENUE, BOUNDED, Gate(metric="business/clicked", min=0.1, segment="client")):
-        state = gates.begin_step(GateState())
+        state = begin_step(GateState())
         for _ in range(50):
             state = gates.absorb(gate, state, Counts(outcomes=10, correct=3), Counts(outcomes=10, correct=9))
-        view = gates.judge(gate, state, 4)
+        view = verdicts.judge(gate, state, 4)
         assert (view.verdict, view.candidate_samples) == ("undecided", 0)
         assert "no values of the candidate yet" in view.evidence
-    state = gates.begin_step(GateState())
+    state = begin_step(GateState())
     few = counts(REVENUE, {"": np.zeros(START - 1)})
     state = gates.absorb(REVENUE, state, few, counts(REVENUE, {"": np.full(START, 50.0)}))
-    assert gates.judge(REVENUE, state, 4).verdict == "undecided"
+    assert verdicts.judge(REVENUE, state, 4).verdict == "undecided"
 
 
 def labels(rng: np.random.Generator, n: int, shares: dict[str, float]) -> dict[str, np.ndarray]:
@@ -129,7 +130,7 @@ def test_a_bad_group_fails_the_gate_and_is_named() -> None:
 
 def test_a_group_that_looks_bad_holds_the_pass_back() -> None:
     good = {"a": 0.95, "b": 0.95}
-    state = gates.begin_step(GateState())
+    state = begin_step(GateState())
     rng = np.random.default_rng(0)
     for _ in range(60):
         state = gates.absorb(
@@ -138,10 +139,10 @@ def test_a_group_that_looks_bad_holds_the_pass_back() -> None:
             counts(BY_CARRIER, labels(rng, 20, good)),
             counts(BY_CARRIER, labels(rng, 40, {"a": 0.85, "b": 0.85})),
         )
-    assert gates.judge(BY_CARRIER, state, 4).verdict == "pass"
+    assert verdicts.judge(BY_CARRIER, state, 4).verdict == "pass"
     rare = counts(BY_CARRIER, {"a": np.ones(5), "rare": np.concatenate([np.ones(24), np.zeros(8)])})
     state = gates.absorb(BY_CARRIER, state, rare, counts(BY_CARRIER, {"a": np.ones(5), "rare": np.ones(40)}))
-    view = gates.judge(BY_CARRIER, state, 4)
+    view = verdicts.judge(BY_CARRIER, state, 4)
     assert view.verdict == "undecided"
     assert "1 of 3 segments look worse than allowed: 'rare'" in view.evidence
 
@@ -284,7 +285,11 @@ GATES = "steps: [{weight: 50}]\ngates: [%s]"
         ("{metric: business/, max: 1}", "metric"),
         ("{metric: business/a-b, max: 1}", "metric"),
         ("{metric: outcome/auc, max: 1}", "metric"),
-        ("{metric: outcome/rmse, compare: notWorseThanStable, margin: 0.1}", "compare"),
+        ("{metric: outcome/rmse, min: 0.1}", "min"),
+        (
+            "{metric: outcome/rmse, compare: notWorseThanStable, margin: 1, valueRange: [0, 9], maxSamples: 1000, required: Promotion}",
+            "maxSamples",
+        ),
         ("{metric: outcome/mae, min: 3}", "min"),
         ("{metric: outcome/mae, max: -3}", "max"),
         ("{metric: business/x, compare: notWorseThanStable, margin: 2}", "better"),

@@ -6,10 +6,10 @@ from datetime import UTC, datetime, timedelta
 import yaml
 from millrace_rollout_controller import manifest
 from millrace_rollout_controller.actions import Refused, Verb, act
+from millrace_rollout_controller.comparisons import Comparison
 from millrace_rollout_controller.counts import Counts, Sums
 from millrace_rollout_controller.evidence import Evidence
-from millrace_rollout_controller.experiments import Comparison
-from millrace_rollout_controller.gates import GateState
+from millrace_rollout_controller.gate_state import GateState
 from millrace_rollout_controller.plans import WarmSeen
 from millrace_rollout_controller.reconciler import (
     Action,

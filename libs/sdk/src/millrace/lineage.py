@@ -110,13 +110,20 @@ def _rollout_link(client: Client, record: RolloutRecord, gaps: list[str]) -> Lin
 
 
 def _decisions(made: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Every decision in a line, with the verdicts behind it."""
+    """Every decision in a line, with the verdicts behind it and what comparisons could tell."""
     lines: dict[str, str] = {}
     for number, one in enumerate(made, 1):
-        verdicts = "; ".join(f"{gate['gate']}: {gate['verdict']}" for gate in one["gates"])
+        said = [f"{gate['gate']}: {gate['verdict']}" for gate in one["gates"]]
+        said += [_better(result) for result in one.get("comparisons", []) if result["better"] != "undecided"]
+        verdicts = "; ".join(said)
         told = f"{one['at']} {one['decision']} at {one['weight']:g} %: {one['message']}"
         lines[f"decision {number}"] = f"{told} ({verdicts})" if verdicts else told
     return lines
+
+
+def _better(result: dict[str, Any]) -> str:
+    group = f" of {result['segment']!r}" if result.get("segment") else ""
+    return f"{result['metric']}{group}: {result['better']} is better ({result['lower']:+.4g} to {result['upper']:+.4g})"
 
 
 def _prediction_link(prediction: GetPredictionResponse) -> Link:

@@ -16,7 +16,7 @@ from millrace_api.rollout.v1.rollout_pb2 import (
     Deployment,
 )
 
-from millrace.view import age
+from millrace.view import age, comparison_name
 
 Tone = Literal["plain", "good", "bad", "moving", "muted"]
 SHOWN_EVENTS = 5
@@ -172,7 +172,7 @@ def _gates(deployment: Deployment) -> Iterator[Node]:
 
 def _comparison(one: ComparisonResult) -> Node:
     text = (
-        f"{one.metric}: candidate {one.candidate:.4g} ({one.candidate_samples}), stable {one.stable:.4g} ({one.stable_samples}), "
+        f"{comparison_name(one)}: candidate {one.candidate:.4g} ({one.candidate_samples}), stable {one.stable:.4g} ({one.stable_samples}), "
         f"difference in [{one.lower:.4g}, {one.upper:.4g}] with {one.confidence:.0%} confidence: "
     )
     return Node(text + (f"{one.better} is better" if one.better in {"candidate", "stable"} else "undecided"))

@@ -27,11 +27,17 @@ def verdict_word(verdict: int) -> str:
     return Verdict.Name(verdict).removeprefix("VERDICT_").lower()  # type: ignore[arg-type]
 
 
+def comparison_name(result: ComparisonResult) -> str:
+    """The metric, and the group of predictions if it is about one."""
+    return f"{result.metric} of {result.segment!r}" if result.segment else result.metric
+
+
 def comparison_words(result: ComparisonResult) -> str:
-    """One comparison as a sentence: both values, the bounds of their difference and what they say."""
+    """One comparison as a sentence: both values, the bounds of their difference, what they say and how they came about."""
+    evidence = f"; {result.evidence}" if result.evidence else ""
     return (
         f"candidate {result.candidate:g} over {result.candidate_samples}, stable {result.stable:g} over {result.stable_samples}, "
-        f"difference {result.lower:+g} to {result.upper:+g} at {result.confidence:.0%}: {result.better}"
+        f"difference {result.lower:+g} to {result.upper:+g} at {result.confidence:.0%}: {result.better}{evidence}"
     )
 
 
@@ -39,7 +45,7 @@ HISTORY_COLUMNS = ("REVISION", "AT", "VERSION", "DECISION", "WEIGHT", "MESSAGE")
 
 
 def history_text(decisions: Sequence[Decision], output: str) -> str:
-    """Decisions as a table, wide with a line for every gate and the evidence bundle under each, or as JSON."""
+    """Decisions as a table, wide with a line for every gate, every comparison and the evidence bundle under each, or as JSON."""
     if output == "json":
         data = [MessageToDict(one, preserving_proto_field_name=True) for one in decisions]
         return json.dumps(data, indent=2, ensure_ascii=False)
@@ -54,6 +60,7 @@ def history_text(decisions: Sequence[Decision], output: str) -> str:
     for line, one in zip(lines[1:], decisions, strict=True):
         shown.append(line)
         shown += [f"    {verdict_word(gate.verdict)}: {gate.gate}: {gate.evidence}" for gate in one.gates]
+        shown += [f"    {comparison_name(result)}: {comparison_words(result)}" for result in one.comparisons]
         if one.bundle_sha256:
             shown.append(f"    evidence: artifact {one.bundle_sha256}")
     return "\n".join(shown)

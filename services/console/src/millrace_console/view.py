@@ -138,11 +138,13 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
         "comparisons": [
             {
                 "metric": c.metric,
+                "segment": c.segment,
                 "candidate": finite(c.candidate),
                 "stable": finite(c.stable),
                 "lower": finite(c.lower),
                 "upper": finite(c.upper),
                 "better": c.better,
+                "evidence": c.evidence,
             }
             for c in deployment.comparisons
         ],

@@ -9,21 +9,26 @@ which totals of each version would do as soon as their shares change.
 import math
 from datetime import timedelta
 
-from millrace_rollout_controller.experiments import Comparison
-from millrace_rollout_controller.manifest import Bandit, Metric
+from millrace_rollout_controller.comparisons import Comparison, variance_in_the_limit
+from millrace_rollout_controller.manifest import Bandit
 from millrace_rollout_controller.manifest_rules import seconds
 from millrace_rollout_controller.plans import Draft
+from millrace_rollout_controller.value_gates import Goal
 
 LEAST_MOVE = 1.0
 """Percent below which a weight stays: callers change sides with every move."""
 
 
-def chance_better(known: Comparison, metric: Metric) -> float:
-    """Chance that the candidate is better, by a flat prior on the difference of the means; 0.5 while nothing varies."""
-    if known.variance <= 0.0:
+def chance_better(known: Comparison, goal: Goal) -> float:
+    """Chance that the candidate is better, by a flat prior on the difference of the means; 0.5 while nothing varies.
+
+    Roots of means are in the order of the means.
+    """
+    variance = variance_in_the_limit(known) if goal.is_asymptotic else known.variance
+    if variance <= 0.0:
         return 0.5
-    deviations = known.total / math.sqrt(known.variance)
-    if metric != "outcome/accuracy":
+    deviations = known.total / math.sqrt(variance)
+    if not goal.higher_is_better:
         deviations = -deviations
     return 0.5 * math.erfc(-deviations / math.sqrt(2.0))
 
@@ -51,7 +56,8 @@ def allocated(d: Draft) -> float | None:
     due = since is not None and d.now - since >= timedelta(seconds=seconds(bandit.interval, "interval"))
     if not due or s.paused or s.mismatch or d.evidence.trial != s.trial:
         return s.weight
-    known = d.evidence.comparisons.get(block.goal, Comparison())
+    goal = block.as_goal
+    known = d.evidence.comparisons.get(goal.key, Comparison())
     if min(known.candidate.n, known.stable.n) < bandit.min_samples:
         return s.weight
-    return next_weight(s.weight, chance_better(known, block.goal), bandit)
+    return next_weight(s.weight, chance_better(known, goal), bandit)

@@ -17,6 +17,7 @@ from millrace_rollout_controller import manifest, metrics
 from millrace_rollout_controller.archive import Archive
 from millrace_rollout_controller.evidence import Evidence, Poll, advance
 from millrace_rollout_controller.executor import Executor, Wanted
+from millrace_rollout_controller.goals import compared, tracked_values
 from millrace_rollout_controller.hub import Hub
 from millrace_rollout_controller.idleness import look, whole
 from millrace_rollout_controller.peers import Figures, Registry
@@ -39,10 +40,9 @@ from millrace_rollout_controller.reconciler import (
 )
 from millrace_rollout_controller.server_figures import ServerFigures, counted_by_servers, sources
 from millrace_rollout_controller.sleeping import idle_after
-from millrace_rollout_controller.stages import compared, split_in_force
+from millrace_rollout_controller.stages import split_in_force
 from millrace_rollout_controller.state import Route, Status, VersionRef
 from millrace_rollout_controller.store import Row, Store
-from millrace_rollout_controller.value_gates import tracked_values
 from millrace_rollout_controller.warming import Warmer
 
 log = logging.getLogger(__name__)

@@ -296,6 +296,8 @@ def _comparison(one: ComparisonView) -> rollout_pb2.ComparisonResult:
         upper=one.upper,
         confidence=one.confidence,
         better=one.better,
+        segment=one.segment,
+        evidence=one.evidence,
     )
 
 

@@ -13,13 +13,13 @@ from datetime import datetime
 from pydantic import BaseModel
 
 from millrace_rollout_controller import experiments, gates, shadow_pairs
+from millrace_rollout_controller.comparisons import Comparison
 from millrace_rollout_controller.counts import Counts
-from millrace_rollout_controller.experiments import Comparison
-from millrace_rollout_controller.gates import GateState
+from millrace_rollout_controller.gate_state import GateState, begin_step
 from millrace_rollout_controller.idleness import GatewayActivity, Quiet
-from millrace_rollout_controller.manifest import Gate, Metric
+from millrace_rollout_controller.manifest import Gate
 from millrace_rollout_controller.ratio import Ratio
-from millrace_rollout_controller.value_gates import values_minus
+from millrace_rollout_controller.value_gates import Goal, values_minus
 
 RATE_MEMORY_S = 60.0
 """Time constant of the traffic's estimate."""
@@ -69,7 +69,7 @@ class Evidence(BaseModel):
     stable: Counts = Counts()
     step_candidate: Counts = Counts()
     comparisons: dict[str, Comparison] = {}
-    """By metric."""
+    """By the goals' keys."""
     ratio: Ratio = Ratio()
     polled_at: datetime | None = None
     """When gateways last answered; stands still for a model without traffic."""
@@ -89,7 +89,7 @@ def advance(
     stable: str,
     wanted: Sequence[Gate],
     gateways: Sequence[str],
-    compared: Sequence[Metric] = (),
+    compared: Sequence[Goal] = (),
     answers: Mapping[int, float | None] | None = None,
     now: datetime | None = None,
     split: float | None = None,
@@ -105,7 +105,7 @@ def advance(
         stable: version it is compared with.
         wanted: the manifest's gates.
         gateways: sources in use, model servers that count too; marks of others are forgotten.
-        compared: metrics whose comparison is wanted.
+        compared: what is to be compared.
         answers: to gates' queries, by the gate's index.
         now: time of the poll; None tells no rates.
         split: the candidate's share while requests have to arrive in that ratio.
@@ -143,13 +143,13 @@ def advance(
             ]
         if split is not None:
             update["ratio"] = evidence.ratio.plus(split, new.requests, old.requests)
+        update["comparisons"] = experiments.absorb(evidence.comparisons, new, old, compared)
         new, old = (counts.model_copy(update={"scores": {}, "values": {}}) for counts in (new, old))
         update |= {
             "candidate": evidence.candidate.plus(new),
             "stable": evidence.stable.plus(old),
             "step_candidate": evidence.step_candidate.plus(new),
             "gates": states,
-            "comparisons": experiments.absorb(evidence.comparisons, new, old, compared),
         }
     return evidence.model_copy(update=update)
 
@@ -177,7 +177,7 @@ def _traffic(
 def _restart(evidence: Evidence, trial: int, step: int, wanted: Sequence[Gate]) -> Evidence:
     key = repr([gate.model_dump() for gate in wanted])
     if evidence.trial != trial or evidence.gates_key != key:
-        states = [gates.begin_step(GateState()) for _ in wanted]
+        states = [begin_step(GateState()) for _ in wanted]
         nothing = {
             "candidate": Counts(),
             "stable": Counts(),
@@ -188,7 +188,7 @@ def _restart(evidence: Evidence, trial: int, step: int, wanted: Sequence[Gate]) 
         update = {"trial": trial, "step": step, "gates_key": key, "gates": states}
         return evidence.model_copy(update=update | nothing)
     if evidence.step != step:
-        states = [gates.begin_step(state) for state in evidence.gates]
+        states = [begin_step(state) for state in evidence.gates]
         return evidence.model_copy(update={"step": step, "gates": states, "step_candidate": Counts()})
     return evidence
 

@@ -1,11 +1,7 @@
-r"""Candidate against stable, metric by metric, with bounds that hold at every look.
+"""Candidate against stable, metric by metric, with bounds that hold at every look.
 
-Difference of means. In a batch with n_c and n_s values the difference of the means, weighted by `w = n_c n_s / (n_c + n_s)`, is
-`sum(a x_i) - sum(b y_j)` with `a = n_s / n` and `b = n_c / n`, both at most 1. Its sum over batches estimates a weighted mean of the
-differences of batches, so whatever moves both arms alike (weather, hour of day) cancels. Deviations of such a sum are bounded at all times
-together by Fan, Grama and Liu's (2015) supermartingale `exp(l S - psi(l) V)`, `psi(l) = -log(1 - l) - l`, where V sums the squares of the
-terms' distances from what was expected of them before; a mixture over l inverts to an interval (Howard, Ramdas, McAuliffe and Sekhon 2021). V
-makes it narrow where values hardly vary, as errors of a good model do.
+Means are `comparisons`. A goal with a segment has bounds of its own for every group of predictions: half of the error is for all predictions together,
+half is split in equal parts over as many groups as can be told apart, as gates do, so all of the goal's bounds hold together.
 
 99th percentiles. A share known to be p under the hypothesis "the percentile is x" is tested by a beta-binomial mixture at every bucket's
 edge; edges that are not refused bound the percentile of an arm (Howard and Ramdas 2022), to a bucket's width. Each arm's bounds take half
@@ -13,160 +9,137 @@ of the error.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
-from pydantic import BaseModel
+from millrace_kit.asymptotic import START
 
-from millrace_rollout_controller.counts import Counts, Sums
-from millrace_rollout_controller.manifest import Metric
+from millrace_rollout_controller import comparisons, measures, segment_gates, value_gates
+from millrace_rollout_controller.comparisons import Comparison
+from millrace_rollout_controller.counts import Counts
+from millrace_rollout_controller.goals import LATENCY
 from millrace_rollout_controller.ratio import log_evidence
-from millrace_rollout_controller.state import ComparisonView
+from millrace_rollout_controller.segment_gates import GROUPS
+from millrace_rollout_controller.state import Better, ComparisonView
+from millrace_rollout_controller.value_gates import Goal
 
 P99 = 0.99
 MAX_LATENCY_MS = 600_000.0
-BETS = 0.95 * 2.0 ** -np.arange(14)
-"""The mixture's l, from bold bets for few values to careful ones for a million."""
-WEIGHTS = np.array([1.0 / ((k + 1) * (k + 2)) for k in range(len(BETS))])
-_LOG_WEIGHTS = np.log(WEIGHTS / WEIGHTS.sum())
-_PSI = -np.log1p(-BETS) - BETS
-_BISECTIONS = 60
-
-
-class Comparison(BaseModel):
-    """What is known of one metric of means."""
-
-    weight: float = 0.0
-    total: float = 0.0
-    """Sum of weighted differences."""
-    variance: float = 0.0
-    candidate: Sums = Sums()
-    stable: Sums = Sums()
-    pending_candidate: Sums = Sums()
-    pending_stable: Sums = Sums()
-    """A batch that still lacks one arm."""
+_NAMED = 6
+"""Groups that are named in a sentence."""
 
 
 def absorb(
-    known: Mapping[str, Comparison], candidate: Counts, stable: Counts, metrics: Sequence[Metric]
+    known: Mapping[str, Comparison], candidate: Counts, stable: Counts, goals: Sequence[Goal]
 ) -> dict[str, Comparison]:
-    """What is known after one more batch."""
+    """What is known after one more batch, by the goals' keys."""
     return {
-        metric: _absorb(known.get(metric, Comparison()), values(metric, candidate), values(metric, stable))
-        for metric in metrics
-        if metric != "latencyP99Ms"
+        goal.key: _absorb(goal, known.get(goal.key, Comparison()), candidate, stable)
+        for goal in goals
+        if goal.metric != LATENCY
     }
 
 
-def values(metric: Metric, counts: Counts) -> Sums:
-    """Values in [0, 1] of a metric of means."""
-    match metric:
-        case "errorRate":
-            return Sums(n=counts.requests, total=counts.errors, square=counts.errors)
-        case "outcome/accuracy":
-            return Sums(n=counts.outcomes, total=counts.correct, square=counts.correct)
-        case "outcome/brier":
-            return Sums(n=counts.outcomes, total=counts.brier_sum, square=counts.brier_square_sum)
-    raise ValueError(metric)
+def _absorb(goal: Goal, known: Comparison, candidate: Counts, stable: Counts) -> Comparison:
+    found = _add(goal, known, candidate, stable)
+    if goal.segment is None:
+        return found
+    segments = dict(known.segments)
+    for name, mine, theirs in segment_gates.groups(goal, candidate, stable):
+        if name in segments or len(segments) < GROUPS:
+            segments[name] = _add(goal, segments.get(name, Comparison()), mine, theirs)
+    return found.model_copy(update={"segments": segments})
 
 
-def _absorb(known: Comparison, candidate: Sums, stable: Sums) -> Comparison:
-    candidate, stable = known.pending_candidate.plus(candidate), known.pending_stable.plus(stable)
-    if candidate.n < 1 or stable.n < 1:
-        return known.model_copy(update={"pending_candidate": candidate, "pending_stable": stable})
-    n = candidate.n + stable.n
-    weight = candidate.n * stable.n / n
-    variance = (stable.n / n) ** 2 * _spread(candidate, _expected(known.candidate))
-    variance += (candidate.n / n) ** 2 * _spread(stable, _expected(known.stable))
-    return Comparison(
-        weight=known.weight + weight,
-        total=known.total + weight * (candidate.mean - stable.mean),
-        variance=known.variance + variance,
-        candidate=known.candidate.plus(candidate),
-        stable=known.stable.plus(stable),
-    )
-
-
-def _expected(before: Sums) -> float:
-    """The mean believed before the batch; half a value of doubt keeps it inside."""
-    return (before.total + 0.5) / (before.n + 1.0)
-
-
-def _spread(sums: Sums, center: float) -> float:
-    """Sum of squared distances from `center`."""
-    return max(0.0, sums.square - 2.0 * center * sums.total + sums.n * center**2)
+def _add(goal: Goal, known: Comparison, candidate: Counts, stable: Counts) -> Comparison:
+    arms = measures.means(goal, candidate), measures.means(goal, stable)
+    return comparisons.add(known, *arms, asymptotic=goal.is_asymptotic)
 
 
 def results(
     known: Mapping[str, Comparison],
     candidate: Counts,
     stable: Counts,
-    metrics: Sequence[Metric],
+    goals: Sequence[Goal],
     confidence: float,
 ) -> list[ComparisonView]:
-    """Every metric with data of both arms.
+    """Every metric with data of both arms; after a goal with a segment its groups.
 
     Args:
         known: means.
         candidate: all figures of the trial, for the percentile.
         stable: of the same time.
-        metrics: which to report.
-        confidence: of each metric by itself.
+        goals: what to report.
+        confidence: of each metric by itself, and of all bounds of one with a segment together.
     """
     found: list[ComparisonView] = []
-    for metric in metrics:
-        view = (
-            _percentile_view(candidate, stable, confidence)
-            if metric == "latencyP99Ms"
-            else _mean_view(metric, known.get(metric, Comparison()), confidence)
-        )
-        if view is not None:
-            found.append(view)
+    for goal in goals:
+        if goal.metric == LATENCY:
+            view = _percentile_view(candidate, stable, confidence)
+            found += [view] if view is not None else []
+        else:
+            found += _mean_views(goal, known.get(goal.key, Comparison()), confidence)
     return found
 
 
-def _mean_view(metric: Metric, known: Comparison, confidence: float) -> ComparisonView | None:
-    if not known.weight:
+def _mean_views(goal: Goal, known: Comparison, confidence: float) -> Iterator[ComparisonView]:
+    alpha = 1.0 - confidence
+    parts: dict[str, ComparisonView] = {}
+    for name, one in sorted(known.segments.items()):
+        if (part := _mean_view(goal, one, alpha / (2.0 * GROUPS), confidence, segment=name)) is not None:
+            parts[name] = part
+    whole = _mean_view(goal, known, alpha / 2.0 if goal.segment is not None else alpha, confidence)
+    if whole is not None:
+        silent = sorted(known.segments.keys() - parts.keys())
+        yield whole.model_copy(update={"evidence": whole.evidence + _silent(silent)}) if silent else whole
+    yield from parts.values()
+
+
+def _silent(names: Sequence[str]) -> str:
+    more = ", …" if len(names) > _NAMED else ""
+    return f"; no claim yet about {len(names)} segment{'s' if len(names) > 1 else ''}: {', '.join(map(repr, names[:_NAMED]))}{more}"
+
+
+def _mean_view(
+    goal: Goal, known: Comparison, alpha: float, confidence: float, segment: str = ""
+) -> ComparisonView | None:
+    bounds = comparisons.roots if value_gates.is_root(goal) else comparisons.difference
+    found = bounds(known, alpha, asymptotic=goal.is_asymptotic)
+    if found is None:
         return None
-    lower, upper = bounds(known, confidence)
-    higher_is_better = metric == "outcome/accuracy"
+    lower, upper = (float(bound) * value_gates.width(goal) for bound in found)
+    above = lower > 0.0
+    better: Better = "undecided"
+    if above or upper < 0.0:
+        better = "candidate" if above == goal.higher_is_better else "stable"
     return ComparisonView(
-        metric=metric,
-        candidate=known.candidate.mean,
-        stable=known.stable.mean,
+        metric=goal.metric,
+        candidate=value_gates.unscaled(goal, known.candidate.mean),
+        stable=value_gates.unscaled(goal, known.stable.mean),
         candidate_samples=int(known.candidate.n),
         stable_samples=int(known.stable.n),
         lower=lower,
         upper=upper,
         confidence=confidence,
-        better="candidate" if (lower > 0 if higher_is_better else upper < 0)
-        else "stable" if (upper < 0 if higher_is_better else lower > 0)
-        else "undecided",
-    )  # fmt: skip
+        better=better,
+        segment=segment,
+        evidence=_words(goal, segment),
+    )
 
 
-def bounds(known: Comparison, confidence: float) -> tuple[float, float]:
-    """Bounds of the weighted mean difference, candidate minus stable, that hold at every look together."""
-    radius = _radius(known.variance, math.log(2.0 / (1.0 - confidence))) / known.weight
-    middle = known.total / known.weight
-    return max(-1.0, middle - radius), min(1.0, middle + radius)
-
-
-def _radius(variance: float, needed: float) -> float:
-    """Smallest deviation whose mixture reaches e^needed; the mixture rises with it."""
-
-    def reached(deviation: float) -> bool:
-        logs = _LOG_WEIGHTS + BETS * deviation - _PSI * variance
-        top = float(np.max(logs))
-        return top + math.log(float(np.sum(np.exp(logs - top)))) >= needed
-
-    low, high = 0.0, 1.0
-    while not reached(high):
-        high *= 2.0
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2.0
-        low, high = (low, middle) if reached(middle) else (middle, high)
-    return high
+def _words(goal: Goal, segment: str) -> str:
+    """How the bounds came about."""
+    if goal.is_asymptotic:
+        words = f"no valueRange, so asymptotic, from {START} values of each version on"
+    else:
+        words = "exact at every look"
+        if goal.value_range is not None:
+            words += f" for values of {goal.value_range[0]:g} to {goal.value_range[1]:g}"
+    if value_gates.is_root(goal):
+        words += "; roots of the bounds of mean squares"
+    if goal.segment is not None:
+        part = f"1/{2 * GROUPS}" if segment else "half"
+        words += f"; {part} of the error, so that the bounds of all predictions and of every segment hold together"
+    return words
 
 
 def _percentile_view(candidate: Counts, stable: Counts, confidence: float) -> ComparisonView | None:
@@ -176,7 +149,7 @@ def _percentile_view(candidate: Counts, stable: Counts, confidence: float) -> Co
         return None
     lower, upper = one[0] - two[2], one[2] - two[0]
     return ComparisonView(
-        metric="latencyP99Ms",
+        metric=LATENCY,
         candidate=one[1],
         stable=two[1],
         candidate_samples=sum(candidate.latency.values()),

@@ -2,27 +2,29 @@
 
 from datetime import timedelta
 
-from millrace_rollout_controller import experiments, gates
+from millrace_rollout_controller import experiments, verdicts
+from millrace_rollout_controller.gate_state import GateState
+from millrace_rollout_controller.goals import compared, confidence
 from millrace_rollout_controller.manifest import Gate
 from millrace_rollout_controller.measures import QUANTILES
 from millrace_rollout_controller.plans import Draft
 from millrace_rollout_controller.ratio import mismatch
 from millrace_rollout_controller.shadow_pairs import WHOLE, Pairs
-from millrace_rollout_controller.stages import Stage, compared, confidence
+from millrace_rollout_controller.stages import Stage
 from millrace_rollout_controller.state import GateView
 
 
 def judge_gates(d: Draft) -> GateView | None:
     """Write the verdicts and comparisons into the status; gives the first gate that sends the candidate back."""
     s, wanted = d.status, d.spec.rollout.gates
-    states = d.evidence.gates if _mine(d) else [gates.GateState() for _ in wanted]
-    s.gates = [gates.judge(gate, state, len(d.stages)) for gate, state in zip(wanted, states, strict=True)]
+    states = d.evidence.gates if _mine(d) else [GateState() for _ in wanted]
+    s.gates = [verdicts.judge(gate, state, len(d.stages)) for gate, state in zip(wanted, states, strict=True)]
     if d.spec.rollout.counted_by == "Servers":
         s.gates = [_without_latencies(gate, view) for gate, view in zip(wanted, s.gates, strict=True)]
-    metrics = compared(d.spec)
-    if metrics and d.evidence.trial == s.trial and d.stages[s.step].weight < 100:
+    goals = compared(d.spec)
+    if goals and d.evidence.trial == s.trial and d.stages[s.step].weight < 100:
         s.comparisons = experiments.results(
-            d.evidence.comparisons, d.evidence.candidate, d.evidence.stable, metrics, confidence(d.spec)
+            d.evidence.comparisons, d.evidence.candidate, d.evidence.stable, goals, confidence(d.spec)
         )
     if not s.mismatch and d.evidence.trial == s.trial and (wrong := mismatch(d.evidence.ratio)):
         s.mismatch = wrong
@@ -104,7 +106,7 @@ def going_back(d: Draft) -> Gate | None:
     if not stage.of_trial or stage.guard or stage.weight <= first_weight(d) or not _mine(d) or d.status.undo:
         return None
     pairs = zip(d.spec.rollout.gates, d.evidence.gates, strict=True)
-    return next((gate for gate, state in pairs if gates.is_close(gate, state, len(d.stages))), None)
+    return next((gate for gate, state in pairs if verdicts.is_close(gate, state, len(d.stages))), None)
 
 
 def undecided_at_last(d: Draft) -> str:
@@ -144,11 +146,14 @@ def _missing_decision(d: Draft, stage: Stage) -> str:
     if stage.goal is not None and d.status.mismatch:
         return f"the result is invalid, a person decides: {d.status.mismatch}"
     if stage.goal is not None:
-        view = next((view for view in d.status.comparisons if view.metric == stage.goal), None)
+        views = [view for view in d.status.comparisons if view.metric == stage.goal]
+        view = next((view for view in views if not view.segment), None)
         if view is None or view.better == "undecided":
             return f"{stage.goal} does not tell the versions apart yet; promote or abort decides now"
         if view.better == "stable":
             return f"{stage.goal} says that stable is better; promote or abort decides"
+        if worse := [repr(one.segment) for one in views if one.segment and one.better == "stable"]:
+            return f"{stage.goal} says that stable is better for {', '.join(worse)}; promote or abort decides"
         return ""
     if stage.until_promote:
         return "the preview waits for promote" if strategy == "BlueGreen" else "the result waits for promote or abort"

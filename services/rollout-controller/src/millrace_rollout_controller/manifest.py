@@ -6,7 +6,7 @@ from millrace_kit import check
 from millrace_kit.errors import InvalidArgumentError
 from pydantic import Field, ValidationError
 
-from millrace_rollout_controller import documents, manifest_rules
+from millrace_rollout_controller import documents, manifest_rules, value_gates
 from millrace_rollout_controller.manifest_rules import seconds
 from millrace_rollout_controller.server_block import Block, Server
 
@@ -27,13 +27,21 @@ Balancing = Literal["LeastRequest", "RoundRobin", "ResponseTime", "ConsistentHas
 """Over the servers of a version: fewest requests under way, in turn, faster ones more, or one server for each value of the sticky header."""
 Caller = Annotated[str, Field(pattern=r"^(\*|[A-Za-z0-9][A-Za-z0-9._@:/-]{0,127})$")]
 Number = Annotated[float, Field(ge=-1e12, le=1e12)]
-Metric = Literal["errorRate", "latencyP99Ms", "outcome/accuracy", "outcome/brier"]
-"""Of a comparison that a strategy reports."""
+GoalMetric = Annotated[str, Field(max_length=80, pattern=(
+    "^(errorRate|latencyP99Ms|outcome/accuracy|outcome/brier|outcome/mae|outcome/rmse|business/[A-Za-z_][A-Za-z0-9_]{0,62})$"
+))]  # fmt: skip
+"""Of a comparison that an A/B test reports."""
 GateMetric = Annotated[str, Field(max_length=80, pattern=(
     "^(errorRate|latencyP50Ms|latencyP95Ms|latencyP99Ms|throughput|outcome/accuracy|outcome/brier|outcome/mae|outcome/rmse|drift/prediction"
     "|shadow/labelFlipRate|shadow/scoreShift|shadow/maxAbsDiff|business/[A-Za-z_][A-Za-z0-9_]{0,62})$"
 ))]  # fmt: skip
 """`business/<column>` is a number or bool in the outcome's record."""
+ValueRange = Annotated[tuple[Number, ...], Field(min_length=2, max_length=2)]
+"""The smallest and the largest value."""
+SegmentBy = Annotated[
+    str, Field(max_length=80, pattern=r"^(client|feature/.{1,64}|outcome/[A-Za-z_][A-Za-z0-9_]{0,62})$")
+]
+"""Tells groups of predictions apart: by the caller, by a feature, or by a column of the outcome's record."""
 DEFAULT_CONFIDENCE = 0.95
 
 
@@ -136,8 +144,16 @@ class ABTest(Block):
     """Candidate requests before the test may end."""
     duration: Duration | None = None
     """Time before the test may end. Without `minRequests` and `duration` only a person ends it."""
-    goal: Metric = "outcome/accuracy"
-    """Metric that decides which version is better."""
+    goal: GoalMetric = "outcome/accuracy"
+    """Metric that decides which version is better; `business/<column>` is a number or bool in the outcome's record."""
+    better: Literal["Higher", "Lower"] | None = None
+    """Of a business/ goal: which values are the good ones."""
+    value_range: ValueRange | None = None
+    """Of a goal business/, outcome/mae or outcome/rmse: the smallest and the largest value; what lies beyond counts as that. With it the result is exact
+    at every look, without it only in the limit of many values."""
+    segment: SegmentBy | None = None
+    """Of a goal outcome/ or business/: also a result for each group of predictions, told apart by a feature, by a column of the outcome's record, or
+    by the caller. The first 16 groups count apart. A group for which stable is better keeps onSuccess: Promote from promoting."""
     confidence: Confidence = DEFAULT_CONFIDENCE
     """Of every comparison in the status."""
     on_success: Literal["Hold", "Promote"] = "Hold"
@@ -147,6 +163,11 @@ class ABTest(Block):
     change sides as the split moves."""
     bandit: Bandit | None = None
     """Bounds of a split by Thompson; None takes the defaults."""
+
+    @property
+    def as_goal(self) -> value_gates.Goal:
+        """The goal with how its values are known."""
+        return value_gates.Goal(self.goal, self.better, self.value_range, self.segment)
 
 
 class Segment(Block):
@@ -221,16 +242,13 @@ class Gate(Block):
     """Of shadow/maxAbsDiff: the output it is about; None is all of them."""
     margin: Annotated[float, Field(gt=0, le=1e12)] | None = None
     """How much worse than stable the candidate may be, in the metric's unit; of a latency the part by which its percentile may be longer. Less than 1
-    but for business/ and outcome/mae."""
+    but for business/, outcome/mae and outcome/rmse."""
     better: Literal["Higher", "Lower"] | None = None
     """Of a business/ metric compared: which values are the good ones."""
-    value_range: Annotated[tuple[Number, ...], Field(min_length=2, max_length=2)] | None = None
+    value_range: ValueRange | None = None
     """Of business/, outcome/mae and outcome/rmse: the smallest and the largest value; what lies beyond counts as that. With it the test is exact at
     every look, without it only in the limit of many values."""
-    segment: (
-        Annotated[str, Field(max_length=80, pattern=r"^(client|feature/.{1,64}|outcome/[A-Za-z_][A-Za-z0-9_]{0,62})$")]
-        | None
-    ) = None
+    segment: SegmentBy | None = None
     """Of outcome/ and business/: also judge groups of predictions by themselves, told apart by a feature, by a column of the outcome's record, or by
     the caller. The first 16 groups count apart."""
     max_samples: Annotated[int, Field(ge=100, le=100_000_000)] | None = None
@@ -251,12 +269,12 @@ class Gate(Block):
     @property
     def higher_is_better(self) -> bool:
         """Whether larger values of the metric are better."""
-        return self.metric == "outcome/accuracy" or self.better == "Higher"
+        return value_gates.higher_is_better(self.metric, self.better)
 
     @property
     def is_value(self) -> bool:
         """About values of any unit, not of 0 to 1."""
-        return (self.metric or "").startswith("business/") or self.metric in {"outcome/mae", "outcome/rmse"}
+        return value_gates.is_value(self.metric)
 
     @property
     def is_asymptotic(self) -> bool:

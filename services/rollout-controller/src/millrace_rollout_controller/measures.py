@@ -5,12 +5,14 @@ above the bound counts as slow where that makes passing harder, and one whose bu
 makes failing easier.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from millrace_rollout_controller import value_gates
 from millrace_rollout_controller.counts import Counts, Sums
 from millrace_rollout_controller.manifest import Gate
-from millrace_rollout_controller.value_gates import tracked, values
+from millrace_rollout_controller.value_gates import Valued, tracked, values
 
 QUANTILES = {"latencyP50Ms": 0.5, "latencyP95Ms": 0.95, "latencyP99Ms": 0.99}
 """Share of requests at or below each latency metric."""
@@ -34,6 +36,31 @@ def slow_share(gate: Gate) -> float:
     return 1.0 - QUANTILES[gate.metric or ""]
 
 
+def bound(gate: Gate) -> float:
+    """What the tests of a gate with `max` or `min` are about."""
+    if gate.metric in QUANTILES:
+        return slow_share(gate)
+    return value_gates.scaled_bound(gate, (gate.max if gate.max is not None else gate.min) or 0.0)
+
+
+def allowed_loss(gate: Gate) -> float:
+    """The loss that must not be exceeded in a comparison; one of latencies has its margin in the threshold."""
+    return 0.0 if gate.metric in QUANTILES else (gate.margin or 0.0) / value_gates.width(gate)
+
+
+def loss(gate: Gate, mean: float, gap: float) -> float:
+    """How much worse than stable the candidate seems to be.
+
+    Args:
+        gate: a comparison.
+        mean: of the candidate's values.
+        gap: by how much it is above stable's at the same time.
+    """
+    if value_gates.is_root(gate):
+        gap = math.sqrt(max(mean, 0.0)) - math.sqrt(max(mean - gap, 0.0))
+    return -gap if gate.higher_is_better else gap
+
+
 def measure(gate: Gate, candidate: Counts, stable: Counts, threshold: float | None = None) -> Measured:
     """The gate's values in one batch.
 
@@ -45,18 +72,19 @@ def measure(gate: Gate, candidate: Counts, stable: Counts, threshold: float | No
     """
     if gate.metric in QUANTILES:
         if gate.compare is None:
-            bound = gate.max or 0.0
-            failing = slower(candidate.latency, bound * BUCKET_WIDTH)
-            return Measured(failing, slower(candidate.latency, bound), slower(stable.latency, bound * BUCKET_WIDTH))
+            limit = gate.max or 0.0
+            failing = slower(candidate.latency, limit * BUCKET_WIDTH)
+            return Measured(failing, slower(candidate.latency, limit), slower(stable.latency, limit * BUCKET_WIDTH))
         if threshold is None:
             return Measured(Sums(), Sums(), Sums())
         passing = slower(candidate.latency, threshold * (1.0 + (gate.margin or 0.0)))
         return Measured(slower(candidate.latency, threshold), passing, slower(stable.latency, threshold))
-    mine = _means(gate, candidate)
-    return Measured(mine, mine, _means(gate, stable))
+    mine = means(gate, candidate)
+    return Measured(mine, mine, means(gate, stable))
 
 
-def _means(gate: Gate, counts: Counts) -> Sums:
+def means(gate: Valued, counts: Counts) -> Sums:
+    """The sums of a metric of means: values in [0, 1], but those of any unit without a range."""
     if (value := tracked(gate)) is not None:
         return values(value, counts)
     match gate.metric:

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Mapping, Sequence
 
+from millrace_rollout_controller.gate_rules import PLACEHOLDERS
 from millrace_rollout_controller.manifest import Gate
-from millrace_rollout_controller.manifest_rules import PLACEHOLDERS
 
 
 def render(promql: str, subject: Mapping[str, str]) -> str:

@@ -13,7 +13,7 @@ from millrace_rollout_controller.counts import Counts, Sums
 from millrace_rollout_controller.manifest import Gate
 from millrace_rollout_controller.shadow_pairs import WHOLE
 from millrace_rollout_controller.state import GateView, Verdict
-from millrace_rollout_controller.value_gates import tracked
+from millrace_rollout_controller.value_gates import Valued, tracked
 
 GROUPS = 18
 """What the drift monitor keeps apart: 16 by name, the others together, and those without a value."""
@@ -23,7 +23,7 @@ _NAMED = 6
 """Groups of one verdict that are named in the evidence."""
 
 
-def groups(gate: Gate, candidate: Counts, stable: Counts) -> Iterator[tuple[str, Counts, Counts]]:
+def groups(gate: Valued, candidate: Counts, stable: Counts) -> Iterator[tuple[str, Counts, Counts]]:
     """Every group with its own figures of both versions."""
     value = tracked(gate)
     if value is None:

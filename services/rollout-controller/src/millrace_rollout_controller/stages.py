@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import accumulate
 
-from millrace_rollout_controller.manifest import ABTest, BlueGreen, Metric, Pause, Shadow, Spec, Step, Strategy
+from millrace_rollout_controller.manifest import ABTest, BlueGreen, Pause, Shadow, Spec, Step
 from millrace_rollout_controller.manifest_rules import seconds
 from millrace_rollout_controller.state import Status
 
@@ -28,7 +28,7 @@ class Stage:
     until_resume: bool = False
     until_promote: bool = False
     """Left by a person's promote only."""
-    goal: Metric | None = None
+    goal: str | None = None
     """Left when this comparison says that the candidate is better."""
     of_trial: bool = False
     """`min_requests` counts the whole trial, and the weight goes back while a gate comes close to failing."""
@@ -96,21 +96,6 @@ def split_in_force(spec: Spec, status: Status) -> float | None:
     if spec.rollout.strategy != "ABTest" or spec.routing.rules or held or status.step_since is None or status.step != 0:
         return None
     return status.weight / 100.0
-
-
-def compared(spec: Spec) -> tuple[Metric, ...]:
-    """Metrics whose comparison the strategy reports."""
-    strategy: Strategy = spec.rollout.strategy
-    if strategy == "ABTest":
-        return "errorRate", "latencyP99Ms", "outcome/accuracy", "outcome/brier"
-    # Nobody acts on a shadow's answers, so they have no outcomes.
-    return ("errorRate", "latencyP99Ms") if strategy == "Shadow" else ()
-
-
-def confidence(spec: Spec) -> float:
-    """Confidence of the comparisons."""
-    block = spec.rollout.ab_test or spec.rollout.shadow
-    return block.confidence if block is not None else ABTest().confidence
 
 
 def _copies_first(block: Shadow) -> Stage:

@@ -9,6 +9,7 @@ Phase = Literal[
     "Idle", "Preparing", "Progressing", "Paused", "Promoting", "RollingBack", "RolledBack", "Promoted", "Degraded"
 ]
 Verdict = Literal["pass", "fail", "undecided"]
+Better = Literal["candidate", "stable", "undecided"]
 MAX_EVENTS = 50
 
 
@@ -224,7 +225,12 @@ class ComparisonView(Frozen):
     upper: float
     """Bounds of candidate minus stable."""
     confidence: float
-    better: Literal["candidate", "stable", "undecided"]
+    """Of all bounds of the metric together."""
+    better: Better
+    segment: str = ""
+    """Group of predictions; empty for all of them."""
+    evidence: str = ""
+    """How the bounds came about, for people."""
 
 
 class Decision(Frozen):

@@ -7,7 +7,8 @@ variance for the candidate where that is larger: rare large values (purchases) a
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from millrace_kit.asymptotic import START, log_evidence, tuned, value_variance
@@ -16,11 +17,48 @@ from pydantic import BaseModel
 from millrace_rollout_controller.counts import Counts, Sums
 from millrace_rollout_controller.shadow_pairs import WHOLE
 
-if TYPE_CHECKING:
-    from millrace_rollout_controller.manifest import Gate, Rollout
-
+ROOT, SQUARE = "outcome/rmse", "outcome/mse"
 _MOST = 600.0
 """Logarithm beyond which evidence decides nothing more."""
+
+
+class Valued(Protocol):
+    """A gate, or the goal of an A/B test: a metric and how its values are known."""
+
+    @property
+    def metric(self) -> str | None:
+        """Its name in manifests."""
+
+    @property
+    def better(self) -> str | None:
+        """Of a business/ metric: Higher or Lower."""
+
+    @property
+    def value_range(self) -> tuple[float, ...] | None:
+        """The smallest and the largest value; None for values of any size."""
+
+    @property
+    def segment(self) -> str | None:
+        """What tells groups of predictions apart."""
+
+    @property
+    def is_value(self) -> bool:
+        """About values of any unit, not of 0 to 1."""
+
+
+def is_value(metric: str | None) -> bool:
+    """Whether a metric has values of any unit, not of 0 to 1."""
+    return (metric or "").startswith("business/") or metric in {"outcome/mae", ROOT}
+
+
+def higher_is_better(metric: str | None, better: str | None) -> bool:
+    """Whether larger values of a metric are better."""
+    return metric == "outcome/accuracy" or better == "Higher"
+
+
+def is_root(gate: Valued) -> bool:
+    """Whether the metric is the root of a mean, which is what is tracked."""
+    return gate.metric == ROOT
 
 
 class Tracked(NamedTuple):
@@ -37,6 +75,38 @@ class Tracked(NamedTuple):
         return json.dumps(self)
 
 
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """One metric that an A/B test or a shadow run compares."""
+
+    metric: str
+    better: str | None = None
+    """Of a business/ metric: Higher or Lower."""
+    value_range: tuple[float, ...] | None = None
+    segment: str | None = None
+
+    @property
+    def is_value(self) -> bool:
+        """About values of any unit, not of 0 to 1."""
+        return is_value(self.metric)
+
+    @property
+    def is_asymptotic(self) -> bool:
+        """Compared in the limit of many values: nobody said how large they may be."""
+        return self.is_value and self.value_range is None
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether larger values are better."""
+        return higher_is_better(self.metric, self.better)
+
+    @property
+    def key(self) -> str:
+        """Tells it from another goal, and from the same one with other bounds or segments."""
+        value = tracked(self)
+        return self.metric if value is None else value.key
+
+
 class Limit(BaseModel):
     """What a test in the limit says; both are logarithms of evidence, 0 before it starts."""
 
@@ -46,20 +116,15 @@ class Limit(BaseModel):
     for_it: float = 0.0
 
 
-def tracked(gate: "Gate") -> Tracked | None:
+def tracked(gate: Valued) -> Tracked | None:
     """What a gate needs to be tracked; None for one that needs nothing."""
     if not gate.is_value and gate.segment is None:
         return None
     lower, upper = gate.value_range if gate.value_range is not None else (None, None)
     metric = gate.metric or ""
-    if metric == "outcome/rmse":
-        metric, upper = "outcome/mse", None if upper is None else upper**2
+    if metric == ROOT:
+        metric, upper = SQUARE, None if upper is None else upper**2
     return Tracked(metric, lower, upper, gate.segment or "")
-
-
-def tracked_values(rollout: "Rollout") -> frozenset[Tracked]:
-    """What the gates of a rollout need to be tracked."""
-    return frozenset(value for gate in rollout.gates if (value := tracked(gate)) is not None)
 
 
 def values(value: Tracked, counts: Counts) -> Sums:
@@ -84,29 +149,29 @@ def values_minus(now: Mapping[str, Sums], before: Mapping[str, Sums]) -> dict[st
     return found
 
 
-def width(gate: "Gate") -> float:
+def width(gate: Valued) -> float:
     """Width of the range; 1 for what is not moved."""
     return 1.0 if gate.value_range is None else gate.value_range[1] - gate.value_range[0]
 
 
-def scaled_bound(gate: "Gate", bound: float) -> float:
+def scaled_bound(gate: Valued, bound: float) -> float:
     """A bound where the values were moved to; of a root mean square, of the squares."""
-    power = 2 if gate.metric == "outcome/rmse" else 1
+    power = 2 if is_root(gate) else 1
     lowest = gate.value_range[0] if gate.value_range is not None else 0.0
     return float(((bound - lowest) / width(gate)) ** power)
 
 
-def unscaled(gate: "Gate", mean: float) -> float:
+def unscaled(gate: Valued, mean: float) -> float:
     """A mean in the metric's own unit."""
-    if gate.metric == "outcome/rmse":
+    if is_root(gate):
         mean = max(mean, 0.0) ** 0.5
     lowest = gate.value_range[0] if gate.value_range is not None else 0.0
     return mean * width(gate) + lowest
 
 
-def kind(gate: "Gate", limit: Limit | None) -> str:
+def kind(limit: Limit | None, *, asymptotic: bool) -> str:
     """What is to be known of the test besides, for people; empty for the exact one."""
-    if not gate.is_asymptotic:
+    if not asymptotic:
         return ""
     started = limit is not None and limit.sharpest > 0.0
     return f"; no valueRange, so asymptotic{'' if started else f', from {START} values of each version on'}"

@@ -27,6 +27,7 @@ from millrace.cli.local import Context
 from millrace.view import (
     COLUMNS,
     WIDE_COLUMNS,
+    comparison_name,
     comparison_words,
     deployment_row,
     history_text,
@@ -115,7 +116,7 @@ def describe(context: Context, name: str) -> None:
     for gate in deployment.gates:
         click.echo(f"gate       {verdict_word(gate.verdict):<12} {gate.gate}: {gate.evidence}")
     for result in deployment.comparisons:
-        click.echo(f"comparison {result.metric:<17} {comparison_words(result)}")
+        click.echo(f"comparison {comparison_name(result):<17} {comparison_words(result)}")
     for event in deployment.events:
         click.echo(f"event      {event.at}  {event.type:<8} {event.reason}: {event.message}")
     if deployment.phase == "Degraded":

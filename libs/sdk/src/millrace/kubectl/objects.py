@@ -67,20 +67,7 @@ def deployment(item: Mapping[str, Any]) -> rollout.Deployment:
         previous_version=status.get("previousVersion", ""),
         waiting=status.get("waiting", ""),
         strategy=status.get("strategy") or (spec.get("rollout") or {}).get("strategy", "Canary"),
-        comparisons=[
-            rollout.ComparisonResult(
-                metric=one["metric"],
-                candidate=one.get("candidate", 0),
-                stable=one.get("stable", 0),
-                candidate_samples=one.get("candidateSamples", 0),
-                stable_samples=one.get("stableSamples", 0),
-                lower=one.get("lower", 0),
-                upper=one.get("upper", 0),
-                confidence=one.get("confidence", 0),
-                better=one.get("better", ""),
-            )
-            for one in status.get("comparisons", [])
-        ],
+        comparisons=[_comparison(one) for one in status.get("comparisons", [])],
         requests_per_second=status.get("requestsPerSecond", 0),
         history=[
             rollout.Decision(
@@ -92,11 +79,28 @@ def deployment(item: Mapping[str, Any]) -> rollout.Deployment:
                 message=one.get("message", ""),
                 weight=one.get("weight", 0),
                 gates=[_gate(gate) for gate in one.get("gates", [])],
+                comparisons=[_comparison(result) for result in one.get("comparisons", [])],
                 bundle_sha256=one.get("bundleSha256", ""),
             )
             for one in status.get("history", [])
         ],
         guarded_until=status.get("guardedUntil", ""),
+    )
+
+
+def _comparison(one: Mapping[str, Any]) -> rollout.ComparisonResult:
+    return rollout.ComparisonResult(
+        metric=one["metric"],
+        candidate=one.get("candidate", 0),
+        stable=one.get("stable", 0),
+        candidate_samples=one.get("candidateSamples", 0),
+        stable_samples=one.get("stableSamples", 0),
+        lower=one.get("lower", 0),
+        upper=one.get("upper", 0),
+        confidence=one.get("confidence", 0),
+        better=one.get("better", ""),
+        segment=one.get("segment", ""),
+        evidence=one.get("evidence", ""),
     )
 
 

@@ -101,7 +101,7 @@ function rollout(deployment, figures) {
   const rows = figures.map((f) => [f.version, number(f.requests), number(f.errors), decimal(f.p99_ms, 1), number(f.outcomes), decimal(f.accuracy)]);
   const gates = deployment.gates.map((g) => [g.gate, word(g.verdict), g.evidence]);
   const events = deployment.events.slice(0, 8).map((e) => [e.at.slice(11, 19), word(e.reason, e.type), e.message]);
-  const results = deployment.comparisons.map((c) => [c.metric, decimal(c.candidate), decimal(c.stable), `${decimal(c.lower)} to ${decimal(c.upper)}`, word(c.better)]);
+  const results = deployment.comparisons.map((c) => [c.segment ? `${c.metric} of ${c.segment}` : c.metric, decimal(c.candidate), decimal(c.stable), `${decimal(c.lower)} to ${decimal(c.upper)}`, element("span", { class: c.better, title: c.evidence }, c.better)]);
   const compared = results.length ? [table([["metric"], ["candidate", "number"], ["stable", "number"], ["difference"], ["better"]], results, ""), element("p", {})] : [];
   const left = element("div", {}, table([["gate"], ["verdict"], ["evidence"]], gates, "no gate is being weighed"), element("p", {}), ...compared,
     table([["version"], ["requests", "number"], ["errors", "number"], ["p99 ms", "number"], ["outcomes", "number"], ["accuracy", "number"]], rows, "no requests yet"));

@@ -64,8 +64,10 @@ _COMPARISON = _object(
     stableSamples=_whole("Samples of stable."),
     lower=_number("Lower bound of candidate minus stable."),
     upper=_number("Upper bound of candidate minus stable."),
-    confidence=_number("Chance that the bounds hold at every look."),
+    confidence=_number("Chance that the bounds hold at every look, those of all segments together."),
     better=_text("candidate, stable or undecided."),
+    segment=_text("Group of predictions; absent for all of them."),
+    evidence=_text("How the bounds came about."),
 )
 _EVENT = _object(
     "Something that happened.",
@@ -84,6 +86,7 @@ _DECISION = _object(
     message=_text("For people."),
     weight=_number("Percent of the candidate at that time."),
     gates=_list("Verdicts at that time.", _GATE),
+    comparisons=_list("Results of an A/B test or a shadow run at that time.", _COMPARISON),
     bundleSha256=_text("Artifact of the registry with all evidence of the finished rollout."),
 )
 STATUS: Schema = _object(

@@ -12,7 +12,7 @@ from millrace_rollout_controller.evidence import Evidence
 from millrace_rollout_controller.kubernetes.api import Object
 from millrace_rollout_controller.manifest import Spec
 from millrace_rollout_controller.stages import guarded_until, stages
-from millrace_rollout_controller.state import Condition, Decision, Status
+from millrace_rollout_controller.state import ComparisonView, Condition, Decision, Status
 
 FORMAT = 1
 """Of `internal`; a controller that does not know a format keeps its hands off."""
@@ -132,20 +132,7 @@ def public(
             }
             for gate in status.verdicts
         ],
-        "comparisons": [
-            {
-                "metric": one.metric,
-                "candidate": one.candidate,
-                "stable": one.stable,
-                "candidateSamples": one.candidate_samples,
-                "stableSamples": one.stable_samples,
-                "lower": one.lower,
-                "upper": one.upper,
-                "confidence": one.confidence,
-                "better": one.better,
-            }
-            for one in status.comparisons
-        ],
+        "comparisons": [_comparison(one) for one in status.comparisons],
         "events": [
             {"at": time(event.at), "type": event.type, "reason": event.reason, "message": event.message}
             for event in status.events[-SHOWN_EVENTS:]
@@ -172,6 +159,22 @@ SHOWN_DECISIONS = 10
 """Decisions in the public status; GetHistory has them all."""
 
 
+def _comparison(one: ComparisonView) -> Object:
+    shown: Object = {
+        "metric": one.metric,
+        "candidate": one.candidate,
+        "stable": one.stable,
+        "candidateSamples": one.candidate_samples,
+        "stableSamples": one.stable_samples,
+        "lower": one.lower,
+        "upper": one.upper,
+        "confidence": one.confidence,
+        "better": one.better,
+    }
+    more = {"segment": one.segment, "evidence": one.evidence}
+    return shown | {key: value for key, value in more.items() if value}
+
+
 def _decision(one: Decision) -> Object:
     shown: Object = {
         "at": time(one.at),
@@ -181,7 +184,12 @@ def _decision(one: Decision) -> Object:
         "weight": _number(one.weight),
         "gates": [{"gate": gate.gate, "verdict": gate.verdict, "evidence": gate.evidence} for gate in one.gates],
     }
-    more = {"revision": one.revision, "against": one.against, "bundleSha256": one.bundle}
+    more = {
+        "revision": one.revision,
+        "against": one.against,
+        "bundleSha256": one.bundle,
+        "comparisons": [_comparison(result) for result in one.comparisons],
+    }
     return shown | {key: value for key, value in more.items() if value}
 
 
