@@ -18,8 +18,8 @@ from millrace_api.events.v1 import events_pb2
 from millrace_api.prediction.v1 import prediction_pb2
 from millrace_api.rollout.v1 import rollout_pb2
 from millrace_inference_gateway import grpc_http1
+from millrace_inference_gateway.predict_rows import Caller
 from millrace_inference_gateway.predict_steps import checked_plan
-from millrace_inference_gateway.predictor import Caller
 from millrace_inference_gateway.routes import check_routes
 from millrace_kit.bus import PREDICTIONS, open_bus
 from millrace_kit.errors import InvalidArgumentError, MillraceError, NotFoundError, ResourceExhaustedError

@@ -23,6 +23,8 @@ MAX_LABEL = 256
 MAX_DEFAULTS = 10_000
 MAX_CACHE_AGE_MS = 86_400_000
 MAX_CACHE_INPUTS = 256
+MAX_MEMBERS = 8
+MAX_PART_TIMEOUT_MS = 600_000
 
 
 def read_plan(text: str, where: str) -> rollout_pb2.PredictPlan:
@@ -66,11 +68,67 @@ def check_plan(plan: rollout_pb2.PredictPlan, where: str) -> None:
         before = before if kind in passing and before else kind
     if plan.definitions_hash:
         check.sha256(plan.definitions_hash, f"{where}.definitions_hash")
+    _check_graph(plan, where)
     if plan.HasField("cache"):
         if not 1 <= plan.cache.max_age_ms <= MAX_CACHE_AGE_MS:
             raise InvalidArgumentError(f"{where}.cache.max_age_ms", f"must be 1 to {MAX_CACHE_AGE_MS}")
         if len(plan.cache.inputs) > MAX_CACHE_INPUTS:
             raise InvalidArgumentError(f"{where}.cache.inputs", f"has more than {MAX_CACHE_INPUTS} entries")
+
+
+def _check_graph(plan: rollout_pb2.PredictPlan, where: str) -> None:
+    """Other models that have a part in the answer."""
+    kind = plan.WhichOneof("graph")
+    if kind is None:
+        return
+    if plan.HasField("cache"):
+        problem = (
+            f"cannot stand beside {kind}: an answer would outlive the other models' versions; let those declare it"
+        )
+        raise InvalidArgumentError(f"{where}.cache", problem)
+    if kind == "cascade":
+        cascade, place = plan.cascade, f"{where}.cascade"
+        _check_part(cascade.model, cascade.timeout_ms, place)
+        match cascade.WhichOneof("when"):
+            case None:
+                raise InvalidArgumentError(place, "needs between, topBelow or marginBelow")
+            case "between":
+                check.finite(cascade.between.min, f"{place}.between.min")
+                check.finite(cascade.between.max, f"{place}.between.max")
+                if cascade.between.min > cascade.between.max:
+                    raise InvalidArgumentError(f"{place}.between", "has a min above its max")
+            case "top_below":
+                check.finite(cascade.top_below, f"{place}.top_below")
+            case _:
+                check.finite(cascade.margin_below, f"{place}.margin_below")
+        return
+    ensemble, place = plan.ensemble, f"{where}.ensemble"
+    if not 1 <= len(ensemble.members) <= MAX_MEMBERS:
+        raise InvalidArgumentError(f"{place}.members", f"needs 1 to {MAX_MEMBERS} models")
+    if ensemble.combination not in rollout_pb2.Combination.values():
+        raise InvalidArgumentError(f"{place}.combination", "is no known combination")
+    _check_weight(ensemble.own_weight, f"{place}.own_weight")
+    seen: set[str] = set()
+    for index, member in enumerate(ensemble.members):
+        _check_part(member.model, member.timeout_ms, f"{place}.members[{index}]")
+        _check_weight(member.weight, f"{place}.members[{index}].weight")
+        if member.model in seen:
+            raise InvalidArgumentError(f"{place}.members[{index}].model", f"{member.model!r} is there twice")
+        if member.optional and ensemble.combination == rollout_pb2.COMBINATION_CONCATENATION:
+            raise InvalidArgumentError(f"{place}.members[{index}].optional", "would change what the outputs mean")
+        seen.add(member.model)
+
+
+def _check_part(model: str, timeout_ms: int, where: str) -> None:
+    check.name(model, f"{where}.model")
+    if not 0 <= timeout_ms <= MAX_PART_TIMEOUT_MS:
+        raise InvalidArgumentError(f"{where}.timeout_ms", f"must be 0 to {MAX_PART_TIMEOUT_MS}")
+
+
+def _check_weight(weight: float, where: str) -> None:
+    check.finite(weight, where)
+    if weight < 0:
+        raise InvalidArgumentError(where, "must not be negative")
 
 
 def _check_step(step: rollout_pb2.PostStep, before: str, where: str) -> None:

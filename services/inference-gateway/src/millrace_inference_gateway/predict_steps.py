@@ -13,6 +13,8 @@ import numpy.typing as npt
 from millrace_api.rollout.v1 import rollout_pb2
 from millrace_kit.predict_plan import CHOICES, check_plan
 
+from millrace_inference_gateway.graphs import Graph, graph_of
+
 _BY_PLACE = CHOICES - {"argmax", "threshold"}
 
 Values = npt.NDArray[np.float64]
@@ -64,6 +66,8 @@ class Plan:
     cache: CacheRule | None = None
     definitions: str = ""
     """Hash of the definitions that features are read with; empty takes those in force."""
+    graph: Graph | None = None
+    """Other models that have a part in the answer."""
 
     def filled(self, names: Sequence[str], values: tuple[float, ...]) -> tuple[tuple[float, ...], list[str]]:
         """`values` (of features `names`) with defaults where they are NaN, and the features that got one."""
@@ -118,6 +122,7 @@ def checked_plan(message: rollout_pb2.PredictPlan, where: str) -> Plan:
         if message.HasField("cache")
         else None,
         definitions=message.definitions_hash,
+        graph=graph_of(message),
     )
 
 

@@ -7,7 +7,8 @@ from millrace_api.prediction.v1 import prediction_pb2
 from millrace_kit.errors import MillraceError
 
 from millrace_inference_gateway.convert import failure_of
-from millrace_inference_gateway.predictor import Caller, Predictor
+from millrace_inference_gateway.predict_rows import Caller
+from millrace_inference_gateway.predictor import Predictor
 
 
 async def predict_stream(

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -15,67 +14,21 @@ from millrace_kit.telemetry import current_trace_id
 from millrace_inference_gateway.answers import Answers
 from millrace_inference_gateway.client_refusals import INVALID, count_client
 from millrace_inference_gateway.convert import failure_of
-from millrace_inference_gateway.envoy_access import CLIENT_HEADER
 from millrace_inference_gateway.feature_reads import FeatureReads
-from millrace_inference_gateway.predict import Vector, from_inputs, request_bytes, request_head, response_rows
+from millrace_inference_gateway.graphs import Joined, Part, check_trail
+from millrace_inference_gateway.predict import from_inputs, request_bytes, request_head, response_rows
 from millrace_inference_gateway.predict_requests import check_row, route_of
+from millrace_inference_gateway.predict_rows import Caller, Row, messages
 from millrace_inference_gateway.prediction_log import PredictionLog
 from millrace_inference_gateway.result_cache import Kept, ResultCache, only_arm
-from millrace_inference_gateway.routes import ANYBODY, Route, RouteTable
+from millrace_inference_gateway.routes import Route, RouteTable
 from millrace_inference_gateway.settings import GatewaySettings
 from millrace_inference_gateway.upstream import ModelAnswer, ModelCaller
 from millrace_inference_gateway.value_checks import Findings
 
 _MIN_CALL_S = 0.001
-_CLIENT, _VERSION = CLIENT_HEADER.encode(), b"x-millrace-version"
-
 Table = Callable[[], RouteTable]
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks: what its deadline leaves (None without one), and its headers that rules and rights go by."""
-
-    remaining_s: float | None
-    headers: Mapping[bytes, bytes] = field(default_factory=dict)
-
-    @property
-    def client(self) -> str:
-        """Its name, as the gateway's authentication gave it."""
-        return self.headers.get(_CLIENT, b"").decode("utf-8", "replace")
-
-    @property
-    def pinned(self) -> bool:
-        """Whether it chooses the version itself."""
-        return _VERSION in self.headers
-
-    @property
-    def version(self) -> str:
-        """The version it chooses; empty for none."""
-        return self.headers.get(_VERSION, b"").decode("ascii", "replace")
-
-    def may_share(self, route: Route) -> bool:
-        """Whether it may get an answer that was made for somebody else."""
-        allowed = not route.callers or ANYBODY in route.callers or self.client in route.callers
-        return allowed and not self.pinned
-
-
-@dataclass(slots=True)
-class _Row:
-    """One prediction on its way."""
-
-    request: prediction_pb2.PredictRequest
-    caller: Caller
-    started: float
-    vector: Vector
-    values: tuple[float, ...]
-    defaulted: Sequence[str]
-    findings: Findings
-
-    @property
-    def sticky(self) -> str:
-        """What keeps the caller on one version."""
-        return self.request.sticky_key or self.request.subject
+_Answer = prediction_pb2.PredictResponse | MillraceError
 
 
 class Predictor:
@@ -120,6 +73,7 @@ class Predictor:
     async def _predicted(
         self, request: prediction_pb2.PredictRequest, caller: Caller
     ) -> prediction_pb2.PredictResponse:
+        check_trail(caller.trail, request.model)
         route = route_of(request.model, self._table())
         findings = check_row(request, self._settings.max_inputs, route.asked(caller.version).checks)
         if (known := self._known(route, request, caller)) is not None:
@@ -127,6 +81,8 @@ class Predictor:
         until = self._until(route, caller)
         row = await self._looked_up(route, request, caller, until, findings)
         (response,) = await self._answered(route, [row], until)
+        if isinstance(response, MillraceError):
+            raise response
         return response
 
     async def predict_batch(
@@ -143,7 +99,7 @@ class Predictor:
         until = self._until(route, caller)
         results: dict[int, prediction_pb2.PredictResult] = {}
 
-        async def look_up(index: int, message: prediction_pb2.PredictRow) -> _Row | None:
+        async def look_up(index: int, message: prediction_pb2.PredictRow) -> Row | None:
             one = _single(request.model, message)
             try:
                 findings = check_row(one, self._settings.max_inputs, route.asked(caller.version).checks)
@@ -169,17 +125,23 @@ class Predictor:
                     return
                 results.update(dict.fromkeys(indices, failure_of(error)))
                 return
-            results.update({i: prediction_pb2.PredictResult(response=a) for i, a in zip(indices, answers, strict=True)})
+            for index, answer in zip(indices, answers, strict=True):
+                if isinstance(answer, MillraceError):
+                    results[index] = failure_of(answer, row=index)
+                else:
+                    results[index] = prediction_pb2.PredictResult(response=answer)
 
         await asyncio.gather(*(ask(part) for part in self._parts(route, found)))
         return prediction_pb2.PredictBatchResponse(results=[results[i] for i in range(len(request.rows))])
 
-    def _parts(self, route: Route, rows: Mapping[int, _Row]) -> Iterable[Sequence[int]]:
+    def _parts(self, route: Route, rows: Mapping[int, Row]) -> Iterable[Sequence[int]]:
         """Rows that may share a model call: those that one version answers for sure."""
-        groups: dict[str, list[int]] = {}
+        groups: dict[object, list[int]] = {}
         together = only_arm(route) is not None
         for index, row in rows.items():
-            groups.setdefault("" if together else row.sticky or f"\n{index}", []).append(index)
+            # Rules may send rows of one caller to different versions.
+            apart = row.sticky or index, route.attributes.outcomes(row.request.inputs, row.vector.values)
+            groups.setdefault(None if together else apart, []).append(index)
         size = self._settings.batch_rows_together
         for indices in groups.values():
             for start in range(0, len(indices), size):
@@ -198,7 +160,7 @@ class Predictor:
 
     async def _looked_up(
         self, route: Route, request: prediction_pb2.PredictRequest, caller: Caller, until: float, findings: Findings
-    ) -> _Row:
+    ) -> Row:
         started = self._clock.monotonic()
         arm = route.asked(caller.version)
         checks = arm.checks
@@ -213,66 +175,73 @@ class Predictor:
             vector = from_inputs(route, request.inputs, checks)
         values, defaulted = route.plan.filled(route.feature_names, vector.values)
         values, more = checks.features(values)
-        return _Row(request, caller, started, vector, values, defaulted, [*findings, *more])
+        return Row(request, caller, started, vector, values, defaulted, [*findings, *more])
 
-    async def _answered(self, route: Route, rows: Sequence[_Row], until: float) -> list[prediction_pb2.PredictResponse]:
+    async def _answered(self, route: Route, rows: Sequence[Row], until: float) -> list[_Answer]:
+        """An answer for each row, or why other models' parts of it are missing.
+
+        Raises:
+            MillraceError: the model's call failed.
+        """
         longest_s = route.timeout_ms / 1000 + self._wake_s(route, rows[0].caller)
         left_s = max(_MIN_CALL_S, min(until - self._clock.monotonic(), longest_s))
         prediction_id = self._new_id()
         body = request_bytes(self._head(route, len(rows)), [row.values for row in rows], route)
-        answer = await self._models.infer(
-            route, body, prediction_id, rows[0].sticky, headers=rows[0].caller.headers, timeout_s=left_s
-        )
+        first = rows[0]
+        headers = route.attributes.with_outcomes(first.caller.headers, first.request.inputs, first.vector.values)
+        answer = await self._models.infer(route, body, prediction_id, first.sticky, headers=headers, timeout_s=left_s)
         self._answers.predicted(prediction_id, route.model, answer.version, body, answer.body)
         outputs = response_rows(answer.body, route.output_tensor, len(rows))
-        return [
-            self._finished(route, row, answer, output, f"{prediction_id}.{index}" if index else prediction_id)
-            for index, (row, output) in enumerate(zip(rows, outputs, strict=True))
-        ]
+        ids = [f"{prediction_id}.{index}" if index else prediction_id for index in range(len(rows))]
+        graph = route.plan_of(answer.version).graph
+        if graph is None:
+            return [
+                self._finished(route, row, answer, output, prediction_id=each)
+                for row, output, each in zip(rows, outputs, ids, strict=True)
+            ]
+
+        async def one(row: Row, output: list[float], each: str) -> _Answer:
+            try:
+                joined = await graph.joined(output, lambda part: self._part(route, row, part, each, until))
+            except MillraceError as error:
+                return error
+            return self._finished(route, row, answer, output, prediction_id=each, joined=joined)
+
+        return await asyncio.gather(*map(one, rows, outputs, ids))
+
+    async def _part(
+        self, route: Route, row: Row, part: Part, prediction_id: str, until: float
+    ) -> prediction_pb2.PredictResponse:
+        """Another model's prediction for the same row.
+
+        Raises:
+            MillraceError: as for any prediction.
+        """
+        remaining_s = max(_MIN_CALL_S, until - self._clock.monotonic())
+        if part.timeout_ms:
+            remaining_s = min(remaining_s, part.timeout_ms / 1000)
+        asked = prediction_pb2.PredictRequest(
+            model=part.model, inputs=row.request.inputs, subject=row.request.subject, sticky_key=row.sticky
+        )
+        if row.request.HasField("event_time"):
+            asked.event_time.CopyFrom(row.request.event_time)
+        return await self._predicted(asked, row.caller.for_part(route.model, prediction_id, remaining_s))
 
     def _finished(
-        self, route: Route, row: _Row, answer: ModelAnswer, outputs: list[float], prediction_id: str
+        self,
+        route: Route,
+        row: Row,
+        answer: ModelAnswer,
+        outputs: list[float],
+        *,
+        prediction_id: str,
+        joined: Joined | None = None,
     ) -> prediction_pb2.PredictResponse:
-        plan = route.plan_of(answer.version)
-        answered, labels, places = plan.finished(outputs)
-        prediction = events_pb2.Prediction(
-            prediction_id=prediction_id,
-            model=route.model,
-            version=answer.version,
-            digest=answer.digest,
-            subject=row.request.subject,
-            features=row.values,
-            outputs=outputs,
-            answered=answered if plan.steps else (),
-            labels=labels,
-            answered_places=places,
-            definitions_hash=row.vector.definitions_hash,
-            latency_ms=(self._clock.monotonic() - row.started) * 1000,
-            trace_id=current_trace_id(),
-            path="predict",
-            client=row.caller.client,
-            pinned=row.caller.pinned,
-            findings=row.findings,
-            feature_ages=row.vector.ages,
+        latency_ms = (self._clock.monotonic() - row.started) * 1000
+        prediction, response = messages(
+            route, row, answer, outputs, joined=joined, prediction_id=prediction_id, latency_ms=latency_ms
         )
         self._written(prediction, row.request)
-        missing = row.vector.missing(route.feature_names)
-        response = prediction_pb2.PredictResponse(
-            prediction_id=prediction_id,
-            model=route.model,
-            version=answer.version,
-            digest=answer.digest,
-            outputs=answered,
-            model_outputs=outputs if plan.steps and not plan.hidden else (),
-            labels=labels,
-            output_places=places,
-            missing_features=missing,
-            defaulted_features=row.defaulted,
-            expired_features=[name for name in missing if name in row.vector.expired],
-            max_feature_age_ms=row.vector.max_age_ms,
-            feature_ages=row.vector.ages if row.request.with_feature_ages else (),
-            findings=row.findings,
-        )
         if row.caller.may_share(route) and (key := self._cache.key(route, row.request)) is not None:
             self._cache.keep(key, Kept(prediction, response, self._clock.monotonic()))
         return response
@@ -292,7 +261,7 @@ class Predictor:
         prediction.CopyFrom(kept.prediction)
         response.CopyFrom(kept.response)
         prediction.prediction_id = response.prediction_id = self._new_id()
-        prediction.client = caller.client
+        prediction.client, prediction.parent_id = caller.client, caller.parent
         prediction.subject, prediction.trace_id = request.subject, current_trace_id()
         prediction.cached = response.cached = True
         # Whoever asked first may have wanted them, or not.

@@ -13,9 +13,10 @@ from millrace_inference_gateway.activity import Activity
 from millrace_inference_gateway.call_door import DoorCall, Method
 from millrace_inference_gateway.convert import figures_response
 from millrace_inference_gateway.figures import Figures
+from millrace_inference_gateway.predict_rows import Caller
 from millrace_inference_gateway.predict_stream import predict_stream
 from millrace_inference_gateway.prediction_log import PredictionLog
-from millrace_inference_gateway.predictor import Caller, Predictor
+from millrace_inference_gateway.predictor import Predictor
 from millrace_inference_gateway.request_samples import RequestSamples
 from millrace_inference_gateway.routes import RouteTable
 from millrace_inference_gateway.shadow_figures import ShadowFigures
