@@ -1,83 +1,57 @@
-"""CEL (cel.dev) expressions over request headers: parse and type-check the part of the language that routes may use.
+"""CEL (cel.dev) expressions over a request: parse and type-check the part of the language that routes may use.
 
-The same check runs where a manifest is accepted and where a route is put in force. The meaning is CEL's own: a test of an absent
-header is an error, an error is not a match, `!` of an error is an error, and `||` holds when one side does whatever the other is.
+The same check runs where a manifest is accepted and where a route is put in force; `cel_nodes` has what is made of it, and its meaning.
 
-Accepted: `request.headers['name']` compared with string literals by `==` and `!=`, `in ['a', 'b']`, `'name' in request.headers`,
-`.startsWith('a')`, `.endsWith('a')`, `.contains('a')`, `.matches('regex')`, `true`, `false`, `&&`, `||`, `!` and parentheses.
+Accepted: `request.headers['name']`, `request.inputs['name']` and `features['name']`, compared by `==` and `!=`, `in ['a', 'b']`, and
+`'name' in request.headers` (`request.inputs`, `features`). Headers are compared with strings, features with numbers, inputs with strings,
+numbers or `true` and `false`; numbers also by `<`, `<=`, `>` and `>=`. Headers and inputs have `.startsWith('a')`, `.endsWith('a')` and
+`.contains('a')`, headers also `.matches('regex')`. Then `true`, `false`, `&&`, `||`, `!` and parentheses.
 Everything else is refused with the position of the problem.
 """
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
+from millrace_kit.cel_nodes import (
+    And,
+    AttributePresent,
+    AttributeTest,
+    Constant,
+    Kind,
+    Node,
+    Not,
+    Operator,
+    Or,
+    Present,
+    Source,
+    Test,
+    Value,
+    kind_of,
+)
 from millrace_kit.errors import InvalidArgumentError
 
 MAX_LENGTH = 2048
 MAX_DEPTH = 32
-
-Operator = Literal["equals", "startsWith", "endsWith", "contains", "matches"]
+MAX_ATTRIBUTES = 16
+"""Tests of inputs and features in one rule; their outcomes travel with a call."""
+MAX_NAME = 256
+"""Length of the name of an input or a feature."""
 
 _TOKEN = re.compile(
     r"(?P<space>\s+)|(?P<string>'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\")|(?P<name>[A-Za-z_]\w*)"
-    r"|(?P<mark>&&|\|\||==|!=|[!()\[\].,])"
+    r"|(?P<number>-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?(?![\w.]))"
+    r"|(?P<mark>&&|\|\||==|!=|<=|>=|[<>!()\[\].,])"
 )
 _ESCAPES = {"\\": "\\", "'": "'", '"': '"', "n": "\n", "r": "\r", "t": "\t", "`": "`", "?": "?"}
 _METHODS: dict[str, Operator] = {
     "startsWith": "startsWith", "endsWith": "endsWith", "contains": "contains", "matches": "matches",
 }  # fmt: skip
 _HEADER = re.compile(r"[A-Za-z0-9_-]{1,128}")
-
-
-@dataclass(frozen=True, slots=True)
-class Constant:
-    """`true` or `false`."""
-
-    value: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Present:
-    """`'header' in request.headers`; never an error."""
-
-    header: str
-
-
-@dataclass(frozen=True, slots=True)
-class Test:
-    """One header against literals: holds when `operator` holds for one of `values`; an error when the header is absent."""
-
-    header: str
-    operator: Operator
-    values: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Not:
-    """`!`."""
-
-    operand: "Node"
-
-
-@dataclass(frozen=True, slots=True)
-class And:
-    """`&&`."""
-
-    left: "Node"
-    right: "Node"
-
-
-@dataclass(frozen=True, slots=True)
-class Or:
-    """`||`."""
-
-    left: "Node"
-    right: "Node"
-
-
-Node = Constant | Present | Test | Not | And | Or
+_ORDER: dict[str, Operator] = {"<": "<", "<=": "<=", ">": ">", ">=": ">="}
+_FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
+_RELATIONS = ("==", "!=", "in", *_ORDER)
 
 
 def check_rule(expression: str, field: str) -> Node:
@@ -94,41 +68,6 @@ def check_rule(expression: str, field: str) -> Node:
         return _Parser(expression).parse()
     except _ParseError as error:
         raise InvalidArgumentError(field, str(error), "INVALID_RULE") from None
-
-
-def evaluate(node: Node, headers: Mapping[str, str]) -> bool | None:
-    """What the rule says about `headers` (names in lower case); None is CEL's error."""
-    match node:
-        case Constant(value=value):
-            return value
-        case Present(header=header):
-            return header in headers
-        case Test(header=header, operator=operator, values=values):
-            found = headers.get(header)
-            return None if found is None else any(_holds(operator, found, value) for value in values)
-        case Not(operand=operand):
-            inner = evaluate(operand, headers)
-            return None if inner is None else not inner
-        case And(left=left, right=right):
-            sides = (evaluate(left, headers), evaluate(right, headers))
-            return False if False in sides else (None if None in sides else True)
-        case Or(left=left, right=right):
-            sides = (evaluate(left, headers), evaluate(right, headers))
-            return True if True in sides else (None if None in sides else False)
-
-
-def _holds(operator: Operator, text: str, value: str) -> bool:
-    match operator:
-        case "equals":
-            return text == value
-        case "startsWith":
-            return text.startswith(value)
-        case "endsWith":
-            return text.endswith(value)
-        case "contains":
-            return value in text
-        case "matches":
-            return re.search(value, text) is not None
 
 
 class _ParseError(Exception):
@@ -148,22 +87,38 @@ class _Token:
 
 
 @dataclass(frozen=True, slots=True)
-class _Header:
+class _Map:
+    """`request.headers`, `request.inputs` or `features`."""
+
+    source: Source | None
+    """None for headers."""
+
+    def __str__(self) -> str:
+        return "features" if self.source == "features" else f"request.{self.source or 'headers'}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """One entry of a map."""
+
+    map: _Map
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class _Texts:
-    values: tuple[str, ...]
+class _Literal:
+    value: Value
+    position: int
 
 
 @dataclass(frozen=True, slots=True)
-class _Headers:
-    pass
+class _List:
+    items: tuple[_Literal, ...]
 
 
+_NODES = (Constant, Present, Test, AttributePresent, AttributeTest, Not, And, Or)
 # What a relation's side may be, before it is known whether it is a test by itself.
-_Operand = Constant | Present | Test | Not | And | Or | _Header | _Texts | _Headers | str
+_Operand = Node | _Map | _Member | _Literal | _List
 
 
 def _tokens(expression: str) -> list[_Token]:
@@ -196,6 +151,7 @@ class _Parser:
         self._tokens = _tokens(expression)
         self._index = 0
         self._depth = 0
+        self._attributes = 0
 
     @property
     def _now(self) -> _Token:
@@ -221,7 +177,7 @@ class _Parser:
         """A part that must be true or false by itself."""
         position = self._now.position
         found = part()
-        if isinstance(found, (Constant, Present, Test, Not, And, Or)):
+        if isinstance(found, _NODES):
             return found
         raise _ParseError("is neither true nor false", position)
 
@@ -257,20 +213,29 @@ class _Parser:
         return found
 
     def _as_rule(self, found: _Operand, position: int) -> Node:
-        if isinstance(found, (Constant, Present, Test, Not, And, Or)):
+        if isinstance(found, _NODES):
             return found
         raise _ParseError("is neither true nor false", position)
 
     def _relation(self) -> _Operand:
         position = self._now.position
         left = self._unary()
-        if not any(self._is(mark) for mark in ("==", "!=", "in")):
+        if not any(self._is(mark) for mark in _RELATIONS):
             return left
-        mark = self._take().text
-        found = _relate(mark, left, self._unary(), position)
-        if any(self._is(mark) for mark in ("==", "!=", "in")):
+        mark, after = self._take().text, self._now.position
+        found = self._counted(
+            _relate(mark, _as_literal(left, position), _as_literal(self._unary(), after), position), position
+        )
+        if any(self._is(mark) for mark in _RELATIONS):
             raise _ParseError("relations do not chain; use &&", self._now.position)
         return found
+
+    def _counted(self, node: Node, position: int) -> Node:
+        inner = node.operand if isinstance(node, Not) else node
+        self._attributes += isinstance(inner, (AttributePresent, AttributeTest))
+        if self._attributes > MAX_ATTRIBUTES:
+            raise _ParseError(f"more than {MAX_ATTRIBUTES} tests of inputs and features", position)
+        return node
 
     def _unary(self) -> _Operand:
         if not self._is("!"):
@@ -288,30 +253,39 @@ class _Parser:
             if self._take().text == "[":
                 name = self._text()
                 self._take("]")
-                if not isinstance(found, _Headers):
-                    raise _ParseError("only request.headers can be indexed", position)
-                if not _HEADER.fullmatch(name):
-                    raise _ParseError(f"{name!r} is no header name", position)
-                found = _Header(name.lower())
+                if not isinstance(found, _Map):
+                    raise _ParseError("only request.headers, request.inputs and features can be indexed", position)
+                found = _Member(found, _name(found, name, position))
                 continue
-            method = self._take()
-            operator = _METHODS.get(method.text) if method.kind == "name" else None
-            if operator is None or not isinstance(found, _Header):
-                known = ", ".join(sorted(_METHODS))
-                raise _ParseError(f"unexpected .{method.text}; a header has {known}", method.position)
-            self._take("(")
-            position = self._now.position
-            value = self._text()
-            self._take(")")
-            if operator == "matches":
-                _check_regex(value, position)
-            found = Test(found.name, operator, (value,))
+            found = self._method(found)
         return found
+
+    def _method(self, found: _Operand) -> Node:
+        method = self._take()
+        operator = _METHODS.get(method.text) if method.kind == "name" else None
+        if operator is None or not isinstance(found, _Member):
+            known = ", ".join(sorted(_METHODS))
+            raise _ParseError(f"unexpected .{method.text}; a header has {known}", method.position)
+        source = found.map.source
+        if source == "features":
+            raise _ParseError(f"unexpected .{method.text}; a feature is a number", method.position)
+        if source is not None and operator == "matches":
+            # Python's engine would run on texts that clients choose; it has no bound on its time.
+            raise _ParseError("unexpected .matches; an input has contains, endsWith, startsWith", method.position)
+        self._take("(")
+        position = self._now.position
+        value = self._text()
+        self._take(")")
+        if operator == "matches":
+            _check_regex(value, position)
+        if source is None:
+            return Test(found.name, operator, (value,))
+        return self._counted(AttributeTest(source, found.name, operator, "text", (value,)), method.position)
 
     def _primary(self) -> _Operand:
         token = self._take()
-        if token.kind == "string":
-            return _unquote(token)
+        if token.kind in {"string", "number"}:
+            return _literal(token)
         match token.text:
             case "(":
                 found = self._or()
@@ -321,37 +295,103 @@ class _Parser:
                 return self._list()
             case "true" | "false":
                 return Constant(token.text == "true")
+            case "features":
+                return _Map("features")
             case "request":
                 self._take(".")
-                self._take("headers")
-                return _Headers()
-        raise _ParseError(f"unexpected {token.shown}; only request.headers is known here", token.position)
+                if self._is("inputs"):
+                    self._take()
+                    return _Map("inputs")
+                if not self._is("headers"):
+                    raise _ParseError(f"expected 'headers' or 'inputs', found {self._now.shown}", self._now.position)
+                self._take()
+                return _Map(None)
+        known = "request.headers, request.inputs and features are"
+        raise _ParseError(f"unexpected {token.shown}; only {known} known here", token.position)
 
-    def _list(self) -> _Texts:
-        items: list[str] = []
+    def _list(self) -> _List:
+        items: list[_Literal] = []
         while not self._is("]"):
-            items.append(self._text())
+            token = self._take()
+            if token.kind not in {"string", "number"} and token.text not in {"true", "false"}:
+                raise _ParseError(f"expected a literal, found {token.shown}", token.position)
+            items.append(_literal(token))
             if not self._is("]"):
                 self._take(",")
         self._take("]")
-        return _Texts(tuple(items))
+        return _List(tuple(items))
+
+
+def _literal(token: _Token) -> _Literal:
+    if token.kind == "string":
+        return _Literal(_unquote(token), token.position)
+    if token.kind == "name":
+        return _Literal(token.text == "true", token.position)
+    whole = re.fullmatch(r"-?[0-9]+", token.text)
+    value = int(token.text) if whole else float(token.text)
+    if whole and not -(2**63) <= value < 2**63:
+        raise _ParseError("is no whole number of 64 bits; write it with a decimal point", token.position)
+    if not math.isfinite(value):
+        raise _ParseError("is too large a number", token.position)
+    return _Literal(value, token.position)
+
+
+def _as_literal(found: _Operand, position: int) -> _Operand:
+    return _Literal(found.value, position) if isinstance(found, Constant) else found
+
+
+def _name(of: _Map, name: str, position: int) -> str:
+    if of.source is None:
+        if not _HEADER.fullmatch(name):
+            raise _ParseError(f"{name!r} is no header name", position)
+        return name.lower()
+    if not 1 <= len(name) <= MAX_NAME:
+        raise _ParseError(f"a name in {of} has 1 to {MAX_NAME} characters", position)
+    return name
 
 
 def _relate(mark: str, left: _Operand, right: _Operand, position: int) -> Node:
     match mark, left, right:
-        case "==" | "!=", _Header(name=name), str(value):
-            test: Node = Test(name, "equals", (value,))
-        case "==" | "!=", str(value), _Header(name=name):
-            test = Test(name, "equals", (value,))
-        case "in", _Header(name=name), _Texts(values=values):
-            test = Test(name, "equals", values)
-        case "in", str(value), _Headers():
-            if not _HEADER.fullmatch(value):
-                raise _ParseError(f"{value!r} is no header name", position)
-            test = Present(value.lower())
+        case "in", _Literal(value=str(value)), _Map() as entries:
+            name = _name(entries, value, position)
+            return Present(name) if entries.source is None else AttributePresent(entries.source, name)
+        case "in", _Member() as member, _List(items=items):
+            return _test(member, "equals", mark, items)
+        case "==" | "!=", _Member() as member, _Literal() as literal:
+            test = _test(member, "equals", mark, (literal,))
+        case "==" | "!=", _Literal() as literal, _Member() as member:
+            test = _test(member, "equals", mark, (literal,))
+        case "<" | "<=" | ">" | ">=", _Member() as member, _Literal() as literal:
+            return _test(member, _ORDER[mark], mark, (literal,))
+        case "<" | "<=" | ">" | ">=", _Literal() as literal, _Member() as member:
+            return _test(member, _ORDER[_FLIPPED[mark]], mark, (literal,))
         case _:
-            raise _ParseError(f"{mark!r} compares a header with a string, or looks into a list of strings", position)
+            known = "compares a header, an input or a feature with a literal, or looks into a list of literals"
+            raise _ParseError(f"{mark!r} {known}", position)
     return Not(test) if mark == "!=" else test
+
+
+def _test(member: _Member, operator: Operator, mark: str, literals: tuple[_Literal, ...]) -> Test | AttributeTest:
+    source = member.map.source
+    kind: Kind = "number" if source == "features" else "text"
+    if source == "inputs" and literals:
+        kind = _kind(literals[0])
+    whose = {None: "a header with text", "features": "a feature with numbers", "inputs": "with one type"}[source]
+    for literal in literals:
+        if (found := _kind(literal)) != kind:
+            raise _ParseError(f"{mark!r} compares {whose}, found a {found}", literal.position)
+        if operator in _ORDER and kind != "number":
+            raise _ParseError(f"{mark!r} compares numbers, found a {found}", literal.position)
+    values = tuple(literal.value for literal in literals)
+    if source is None:
+        return Test(member.name, operator, tuple(str(value) for value in values))
+    return AttributeTest(source, member.name, operator, kind, values)
+
+
+def _kind(literal: _Literal) -> Kind:
+    found = kind_of(literal.value)
+    assert found is not None
+    return found
 
 
 def _check_regex(value: str, position: int) -> None:

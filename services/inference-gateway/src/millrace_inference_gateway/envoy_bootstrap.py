@@ -26,7 +26,9 @@ from envoy.type.matcher.v3 import regex_pb2
 from google.protobuf.message import Message
 from google.protobuf.wrappers_pb2 import BoolValue, UInt32Value
 
+from millrace_inference_gateway import caller_key
 from millrace_inference_gateway.access_log import line_format
+from millrace_inference_gateway.attribute_rules import OUTCOMES_HEADER
 from millrace_inference_gateway.envoy_access import CLIENT_HEADER, GROUPS_HEADER, access_filter
 from millrace_inference_gateway.envoy_actions import LUA_FILTER, header
 from millrace_inference_gateway.envoy_auth import auth_filters
@@ -114,6 +116,9 @@ def _public(settings: GatewaySettings, files: EnvoyFiles) -> listener_pb2.Listen
         sample_max_bytes=log.sample_max_bytes,
         model_header=MODEL_HEADER,
         sampled_header=SAMPLED_HEADER,
+        sticky_header=caller_key.HEADER,
+        sticky_member=caller_key.MEMBER.replace(".", "%."),
+        max_key=caller_key.MAX_KEY,
     )
     lua = lua_pb2.Lua(default_source_code=base_pb2.DataSource(inline_string=source))
     manager.http_filters.insert(0, access_filter())
@@ -132,8 +137,9 @@ def _public(settings: GatewaySettings, files: EnvoyFiles) -> listener_pb2.Listen
 
 
 def _own_headers(settings: GatewaySettings) -> list[mutation_rules_pb2.HeaderMutation]:
-    """What clients may not say of themselves: an id of a prediction (two calls may carry the same one), and who they are."""
-    found = [mutation_rules_pb2.HeaderMutation(remove=name) for name in ("x-request-id", CLIENT_HEADER, GROUPS_HEADER)]
+    """What clients may not say themselves: an id of a prediction (two calls may carry the same one), who they are, what rules found."""
+    dropped = ("x-request-id", CLIENT_HEADER, GROUPS_HEADER, OUTCOMES_HEADER)
+    found = [mutation_rules_pb2.HeaderMutation(remove=name) for name in dropped]
     if settings.public_tls.mode == "mutual":
         # A certificate without such a name says nothing, and the one before stays.
         names = ("%DOWNSTREAM_PEER_URI_SAN%", "%DOWNSTREAM_PEER_DNS_SAN%")

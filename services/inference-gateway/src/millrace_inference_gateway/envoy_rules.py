@@ -2,17 +2,18 @@
 
 Envoy's CEL matcher is not allowed in route tables (1.40: "Route table can only match on request headers"), its tree of header
 predicates is. A predicate knows only yes and no, CEL also knows "error"; so a rule is translated twice, into when it is true and
-when it is false, and an error is when neither holds.
+when it is false, and an error is when neither holds. What a rule asks of inputs and features is answered by Predict, in a header.
 """
 
 import re
 from typing import TypeAlias
 
 from envoy.type.matcher.v3 import http_inputs_pb2
-from millrace_kit.cel_rules import And, Constant, Node, Not, Or, Present, Test
+from millrace_kit.cel_nodes import And, AttributePresent, AttributeTest, Constant, Node, Not, Or, Present, Test
 from xds.core.v3 import extension_pb2
 from xds.type.matcher.v3 import matcher_pb2, regex_pb2, string_pb2
 
+from millrace_inference_gateway.attribute_rules import OUTCOMES_HEADER, outcome_text
 from millrace_inference_gateway.envoy_clusters import packed
 
 Predicate: TypeAlias = matcher_pb2.Matcher.MatcherList.Predicate
@@ -60,6 +61,8 @@ def _true(node: Node) -> Predicate:
             return _present(header)
         case Test():
             return _test(node)
+        case AttributePresent() | AttributeTest():
+            return _outcome(outcome_text(node, holds=True))
         case Not(operand=operand):
             return _false(operand)
         case And(left=left, right=right):
@@ -76,12 +79,19 @@ def _false(node: Node) -> Predicate:
             return _no(_present(header))
         case Test(header=header):
             return both(_present(header), _no(_test(node)))
+        case AttributePresent() | AttributeTest():
+            return _outcome(outcome_text(node, holds=False))
         case Not(operand=operand):
             return _true(operand)
         case And(left=left, right=right):
             return either(_false(left), _false(right))
         case Or(left=left, right=right):
             return both(_false(left), _false(right))
+
+
+def _outcome(text: str) -> Predicate:
+    """Holds when Predict says so; nobody else can."""
+    return _single(OUTCOMES_HEADER, string_pb2.StringMatcher(contains=text))
 
 
 def _test(node: Test) -> Predicate:

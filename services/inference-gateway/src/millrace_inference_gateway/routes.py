@@ -11,10 +11,12 @@ from typing import Literal, TypeAlias
 
 from millrace_api.rollout.v1 import rollout_pb2
 from millrace_kit import check
-from millrace_kit.cel_rules import Node, check_rule
+from millrace_kit.cel_nodes import Node
+from millrace_kit.cel_rules import check_rule
 from millrace_kit.errors import InvalidArgumentError
 from millrace_kit.value_rules import check_rules
 
+from millrace_inference_gateway.attribute_rules import NO_ATTRIBUTES, AttributeRules, attribute_rules
 from millrace_inference_gateway.input_tensors import FP32, VectorTensor, vector_tensor
 from millrace_inference_gateway.predict_steps import NO_PLAN, Plan, checked_plan
 from millrace_inference_gateway.value_checks import NO_CHECKS, Checks
@@ -153,6 +155,8 @@ class Route:
     """What Predict fills; None where it cannot hold the features."""
     may_sleep: bool = False
     """Whether versions without requests are put to sleep, and the rollout controller has to know of all that are made."""
+    attributes: AttributeRules = field(default=NO_ATTRIBUTES, compare=False)
+    """What the rules ask of inputs and features."""
 
     @property
     def asleep(self) -> bool:
@@ -248,6 +252,7 @@ def _check_route(message: rollout_pb2.ModelRoute, where: str) -> Route:
         testers=_check_names(message.testers, f"{where}.testers"),
         tensor=tensor,
         may_sleep=message.may_sleep,
+        attributes=attribute_rules((rule.when for rule in rules), message.feature_names),
     )
 
 
