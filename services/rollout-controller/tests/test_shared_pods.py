@@ -116,7 +116,7 @@ async def only_held(pod: pods.Pod, *versions: str) -> None:
     async def there() -> bool:
         return await pod.held() == dict.fromkeys(versions, (True, ""))
 
-    await until(there, 20, f"{versions} in the server and nothing else")
+    await until(there, 60, f"{versions} in the server and nothing else")
 
 
 async def test_a_canary_in_the_pod_of_stable(world: World, peers: Peers, node: Node, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ async def test_a_canary_in_the_pod_of_stable(world: World, peers: Peers, node: N
 
         # Orders, load, status, route: the candidate is where stable is, under its own number.
         await apply(world, "1.1.0")
-        await world.phase("Paused", "1.0.0", timeout_s=30)
+        await world.phase("Paused", "1.0.0", timeout_s=60)
         await until(lambda: peers.versions() == {"1.0.0": 80, "1.1.0": 20}, what="the weights")
         candidate = arms(peers)["1.1.0"]
         assert candidate.endpoints == stable.endpoints
@@ -147,13 +147,13 @@ async def test_a_canary_in_the_pod_of_stable(world: World, peers: Peers, node: N
 
         # Back: its memory goes, and stable's process is the one it was.
         await world.annotate("abort n1")
-        await world.phase("RolledBack", "1.0.0")
+        await world.phase("RolledBack", "1.0.0", timeout_s=60)
         await only_held(pod, "1.0.0")
         assert pod.stubs() < before
 
         # Other bytes than the registry's version: never loaded, and stable is alone.
         await apply(world, "1.2.0")
-        failed = await world.phase("RolledBack", "1.0.0", timeout_s=30)
+        failed = await world.phase("RolledBack", "1.0.0", timeout_s=60)
         assert any(event["reason"] == "DataLoss" or "DATA_LOSS" in event["message"] for event in failed["events"])
         await only_held(pod, "1.0.0")
 
@@ -164,12 +164,12 @@ async def test_a_canary_in_the_pod_of_stable(world: World, peers: Peers, node: N
             conditions = {one["type"]: one for one in (await world.status()).get("conditions", [])}
             return conditions.get("Progressing", {}).get("reason") == "InsufficientMemory"
 
-        await until(held_back, 20, "the condition says that there is no room")
+        await until(held_back, 60, "the condition says that there is no room")
         assert peers.versions() == {"1.0.0": 100}
         await apply(world, "1.1.0")
-        await world.phase("Paused", "1.0.0", timeout_s=30)
+        await world.phase("Paused", "1.0.0", timeout_s=60)
         await world.annotate("promote n2")
-        await world.phase("Promoted", "1.1.0", timeout_s=30)
+        await world.phase("Promoted", "1.1.0", timeout_s=60)
         await only_held(pod, "1.1.0")
         assert [one["metadata"]["name"] for one in await world.list("pods")] == [name], "one pod all the while"
 
@@ -186,11 +186,11 @@ async def test_a_canary_in_the_pod_of_stable(world: World, peers: Peers, node: N
     await only_held(replaced, "1.1.0")
     async with controlled(world, peers, tmp_path / "two"):
         old = stable.endpoints[0]
-        await until(lambda: arms(peers)["1.1.0"].endpoints not in ([], [old]), 20, "the route has the new pod")
+        await until(lambda: arms(peers)["1.1.0"].endpoints not in ([], [old]), 60, "the route has the new pod")
         await world.cluster.delete(world.path("modeldeployments", "flight-delay"))
 
         async def nothing_is_left() -> bool:
             kinds = ("deployments", "services", "poddisruptionbudgets", "configmaps")
             return not any([await world.get(kind, PLACE) for kind in kinds])
 
-        await until(nothing_is_left, 20, "objects of a deleted deployment")
+        await until(nothing_is_left, 60, "objects of a deleted deployment")
