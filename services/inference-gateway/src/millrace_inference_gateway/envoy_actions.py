@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 from google.protobuf.wrappers_pb2 import UInt32Value
 from google.rpc import error_details_pb2, status_pb2
 
+from millrace_inference_gateway.caller_key import HEADER as STICKY_HEADER
 from millrace_inference_gateway.envoy_access import access_options
 from millrace_inference_gateway.envoy_clusters import LOW_PRIORITY, duration, packed
 from millrace_inference_gateway.envoy_wake import wake_options
@@ -71,8 +72,10 @@ def route_action(
             # A caller's own, shorter deadline (grpc-timeout) counts too.
             action.max_stream_duration.grpc_timeout_header_max.CopyFrom(timeout)
     if route.sticky_header:
-        by_header = route_components_pb2.RouteAction.HashPolicy.Header(header_name=route.sticky_header)
-        action.hash_policy.append(route_components_pb2.RouteAction.HashPolicy(header=by_header))
+        # The key that comes by baggage counts where the call has none of its own.
+        for name in (route.sticky_header, STICKY_HEADER):
+            by_header = route_components_pb2.RouteAction.HashPolicy.Header(header_name=name)
+            action.hash_policy.append(route_components_pb2.RouteAction.HashPolicy(header=by_header, terminal=True))
     return action
 
 

@@ -26,6 +26,7 @@ from envoy.type.matcher.v3 import regex_pb2
 from google.protobuf.message import Message
 from google.protobuf.wrappers_pb2 import BoolValue, UInt32Value
 
+from millrace_inference_gateway import caller_key
 from millrace_inference_gateway.access_log import line_format
 from millrace_inference_gateway.attribute_rules import OUTCOMES_HEADER
 from millrace_inference_gateway.envoy_access import CLIENT_HEADER, GROUPS_HEADER, access_filter
@@ -115,6 +116,9 @@ def _public(settings: GatewaySettings, files: EnvoyFiles) -> listener_pb2.Listen
         sample_max_bytes=log.sample_max_bytes,
         model_header=MODEL_HEADER,
         sampled_header=SAMPLED_HEADER,
+        sticky_header=caller_key.HEADER,
+        sticky_member=caller_key.MEMBER.replace(".", "%."),
+        max_key=caller_key.MAX_KEY,
     )
     lua = lua_pb2.Lua(default_source_code=base_pb2.DataSource(inline_string=source))
     manager.http_filters.insert(0, access_filter())

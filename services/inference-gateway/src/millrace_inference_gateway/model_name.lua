@@ -1,7 +1,8 @@
--- Two jobs, both for V2 calls only:
+-- Three jobs, the first two for V2 calls only:
 -- 1. a client that sends no x-millrace-model metadata has the model's name read from the head of its message
 --    (field 1 of every per-model V2 request), and the route is chosen again;
--- 2. of some calls a small payload is copied into dynamic metadata, from where the access log carries it.
+-- 2. of some calls a small payload is copied into dynamic metadata, from where the access log carries it;
+-- 3. a caller's key that comes by baggage is put where the split looks for it.
 local SAMPLE_RATIO = {sample_ratio}
 local SAMPLES_PER_S = {samples_per_s}
 local SAMPLE_MAX_BYTES = {sample_max_bytes}
@@ -78,8 +79,20 @@ local function copy(handle)
   return table.concat(parts)
 end
 
+-- The key that other services carry by baggage, as `caller_key` reads it: for the split of calls without a key of their own.
+local function take_key(handle, headers)
+  local baggage = headers:get("baggage")
+  local key = baggage and string.match("," .. baggage, ",%s*{sticky_member}%s*=%s*([^,;%s]+)")
+  if key == nil then return end
+  key = string.gsub(key, "%%(%x%x)", function(code) return string.char(tonumber(code, 16)) end)
+  if #key > {max_key} or string.find(key, "[^\32-\126]") then return end
+  headers:replace("{sticky_header}", key)
+  handle:clearRouteCache()
+end
+
 function envoy_on_request(handle)
   local headers = handle:headers()
+  take_key(handle, headers)
   local path = headers:get(":path") or ""
   if string.sub(path, 1, #V2) ~= V2 then
     -- By HTTP the path names the model.

@@ -7,6 +7,7 @@ from millrace_api.events.v1 import events_pb2
 from millrace_api.prediction.v1 import prediction_pb2
 from millrace_kit.telemetry import current_trace_id
 
+from millrace_inference_gateway.caller_key import BAGGAGE, key_of
 from millrace_inference_gateway.envoy_access import CLIENT_HEADER
 from millrace_inference_gateway.graphs import Joined
 from millrace_inference_gateway.predict import Vector
@@ -43,6 +44,11 @@ class Caller:
         """The version it chooses; empty for none."""
         return self.headers.get(_VERSION, b"").decode("ascii", "replace")
 
+    @property
+    def key(self) -> str:
+        """What keeps it on its arm in every model that is called on its behalf; empty for nothing."""
+        return key_of(self.headers[BAGGAGE]) if BAGGAGE in self.headers else ""
+
     def may_share(self, route: Route) -> bool:
         """Whether it may get an answer that was made for somebody else."""
         allowed = not route.callers or ANYBODY in route.callers or self.client in route.callers
@@ -69,7 +75,7 @@ class Row:
     @property
     def sticky(self) -> str:
         """What keeps the caller on one version."""
-        return self.request.sticky_key or self.request.subject
+        return self.request.sticky_key or self.caller.key or self.request.subject
 
 
 def messages(

@@ -12,6 +12,7 @@ from millrace_kit.settings import TlsSettings
 from millrace_kit.telemetry import trace_headers
 
 from millrace_inference_gateway.attribute_rules import OUTCOMES_HEADER
+from millrace_inference_gateway.caller_key import BAGGAGE, with_key
 from millrace_inference_gateway.envoy_mirrors import SAMPLED_HEADER
 from millrace_inference_gateway.model_lines import ModelLines
 from millrace_inference_gateway.routes import Route
@@ -76,7 +77,7 @@ class ModelCaller:
             MillraceError: the model's or Envoy's error, as it came.
         """
         metadata = [
-            *((key.encode(), value) for key, value in trace_headers().items()),
+            *((key.encode(), value) for key, value in trace_headers().items() if key.encode() not in headers),
             (b"x-millrace-model", route.model.encode()),
             (b"x-request-id", prediction_id.encode()),
         ]
@@ -86,6 +87,8 @@ class ModelCaller:
         given = dict(headers)
         if sticky and header:
             given[header] = sticky.encode()
+        if sticky:
+            given[BAGGAGE] = with_key(given.get(BAGGAGE, b""), sticky)
         body, found = await self._lines.call(_MODEL_INFER, [*metadata, *given.items()], request, timeout_s)
         return ModelAnswer(
             body, found.get(b"x-millrace-version", b"").decode(), found.get(b"x-millrace-digest", b"").decode()
@@ -95,7 +98,9 @@ class ModelCaller:
 def passed_on(headers: Headers) -> Headers:
     """Of a caller's headers, those that rules may read and rights go by: they come with the model call too."""
     return {
-        name: value for name, value in headers.items() if name.startswith(b"x-") and not name.startswith(_NOT_PASSED_ON)
+        name: value
+        for name, value in headers.items()
+        if name == BAGGAGE or (name.startswith(b"x-") and not name.startswith(_NOT_PASSED_ON))
     }
 
 
