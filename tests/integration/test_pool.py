@@ -121,7 +121,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
                 register(client, model)
                 client.rollout.apply(manifest(model))
             for model in BIASES:
-                eventually(f"{model} is stable", lambda model=model: client.rollout.get(model).stable_version or None)
+                eventually(f"{model} serves", lambda model=model: client.rollout.get(model).ready or None)
             yield made
     finally:
         supervisor.stop()

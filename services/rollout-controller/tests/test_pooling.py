@@ -3,10 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import pytest
+import yaml
+from millrace_kit.clock import SystemClock
 from millrace_kit.errors import InvalidArgumentError
 from millrace_rollout_controller import pool_look
+from millrace_rollout_controller.deployments import Deployments
 from millrace_rollout_controller.evidence import Evidence
 from millrace_rollout_controller.executor import PoolSeen
 from millrace_rollout_controller.idleness import Quiet
@@ -15,6 +19,7 @@ from millrace_rollout_controller.pool_look import Pooled
 from millrace_rollout_controller.pool_plan import MIB
 from millrace_rollout_controller.pooling import PoolOrders
 from millrace_rollout_controller.sleeping import wake
+from millrace_rollout_controller.sql_store import SqlStore
 
 from . import world as worlds
 from .world import World, spec
@@ -270,6 +275,53 @@ def test_a_candidate_without_room_waits_and_no_deadline_runs() -> None:
     assert (c.phase, c.held_by, c.failed) == ("Preparing", INSUFFICIENT_MEMORY, None)
     assert c.waiting == "needs 100 MiB; the rest of the pool is pinned or part of a rollout"
     assert made.models["c"].running == {"1.0.0": 0}
+
+
+@pytest.mark.parametrize(
+    ("used_mib", "fresh", "placed", "evicted"),
+    [(100, True, {"1.0.0"}, set()), (180, True, set(), {"1.0.0"}), (100, False, set(), set())],
+)
+def test_what_the_server_takes_beyond_what_is_set_aside_is_no_room(
+    used_mib: int, fresh: bool, placed: set[str], evicted: set[str]
+) -> None:
+    made = pool("a")
+    a = made.models["a"]
+    new = Model(pooled_spec(), now=a.now)
+    new.tick()
+    new.tick()
+    seen = PoolSeen({}, used_mib * MIB, 10**12, fresh=fresh)
+    both = [
+        Pooled(name, one.wanted, one.status, one.quiet, one.observed().arms) for name, one in (("a", a), ("b", new))
+    ]
+    found = pool_look.look(both, {"small": seen}, a.now).orders
+    assert (found["b"].place, found["a"].evict) == (placed, evicted)
+
+
+class Anything:
+    """An executor that gives everything."""
+
+    def check(self, wanted: worlds.manifest.Spec) -> None:
+        """There is nothing to refuse."""
+
+
+def test_a_deployment_stays_in_its_pool(tmp_path: Path) -> None:
+    store = SqlStore.open(f"sqlite:///{tmp_path}/rollout.sqlite")
+    deployments = Deployments(store, Anything(), SystemClock(), max_deployments=5)  # type: ignore[arg-type]
+
+    def applied(**server: object) -> str:
+        document = {
+            "apiVersion": "millrace.dev/v1alpha1", "kind": "ModelDeployment", "metadata": {"name": "ant"},
+            "spec": {"model": "ant", "version": "1.0.0", "server": server},
+        }  # fmt: skip
+        return deployments.apply(yaml.safe_dump(document))[1]
+
+    assert applied(pool={"name": "small"}) == "created"
+    assert applied(pool={"name": "small", "pinned": True}) == "configured"
+    for server in ({"pool": {"name": "large"}}, {}):
+        with pytest.raises(InvalidArgumentError) as refused:
+            applied(**server)
+        assert refused.value.metadata["field"] == "spec.server.pool"
+    store.close()
 
 
 @pytest.mark.parametrize(
