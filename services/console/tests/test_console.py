@@ -35,7 +35,11 @@ def answers() -> Answers:
     deployment = rollout_pb2.Deployment(
         name="flight-delay", model="flight-delay", stable_version="1.0.0", candidate_version="1.1.0", candidate_weight=20, step=1, steps=4,
         phase="Progressing", ready=True, arms=arms, gates=[gate], strategy="Canary", waiting=EVIL, previous_version="0.9.0",
-        comparisons=[rollout_pb2.ComparisonResult(metric="errorRate", lower=-0.1, upper=float("nan"), better="undecided")],
+        comparisons=[
+            rollout_pb2.ComparisonResult(
+                metric="errorRate", segment="UA", lower=-0.1, upper=float("nan"), better="undecided", evidence="exact"
+            )
+        ],
     )  # fmt: skip
     buckets = [
         prediction_pb2.LatencyBucket(le_ms=le, count=count) for le, count in ((5, 90), (10, 9), (float("inf"), 1))
@@ -72,7 +76,8 @@ def test_view_model() -> None:
     assert shown["deployments"][0]["step"] == 2
     assert shown["deployments"][0]["gates"][0]["verdict"] == "undecided"
     assert shown["deployments"][0]["strategy"] == "Canary"
-    assert shown["deployments"][0]["comparisons"][0]["upper"] is None
+    compared = shown["deployments"][0]["comparisons"][0]
+    assert (compared["segment"], compared["upper"], compared["evidence"]) == ("UA", None, "exact")
     assert shown["versions"][0]["weight"] == 20
     assert shown["figures"][0]["accuracy"] == 0.8
     assert shown["facts"]["gateway"] == {"predictions": 100, "errors": 1}

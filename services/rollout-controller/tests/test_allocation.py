@@ -111,6 +111,15 @@ def test_chance_by_the_metrics_direction(metric: str, total: float, expected: fl
     assert chance_better(Comparison(), Goal("errorRate")) == 0.5
 
 
+def test_the_chance_of_values_of_any_size_is_by_their_own_variance() -> None:
+    values = Sums(n=1000.0, total=20_000.0, square=410_000.0)
+    known = Comparison(weight=1000.0, square_weight=2000.0, total=450.0, variance=1.0, candidate=values, stable=values)
+    deviations = 450.0 / math.sqrt(2000.0 * 10_000.0 / 999.0)
+    expected = 0.5 * math.erfc(-deviations / math.sqrt(2.0))
+    assert chance_better(known, Goal("business/revenue", "Higher")) == pytest.approx(expected)
+    assert chance_better(known, Goal("outcome/rmse")) == pytest.approx(1.0 - expected)
+
+
 def test_the_reconciler_moves_one_weight_after_the_other_is_in_force_and_time_goes_on() -> None:
     world = World(spec("1.0.0", ROLLOUT), lag=2).served()
     world.apply(spec("1.1.0", ROLLOUT))
