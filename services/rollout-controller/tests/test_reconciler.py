@@ -226,6 +226,24 @@ def test_another_signature_is_refused() -> None:
     assert world.running == {"1.0.0": 2}
 
 
+def test_a_rule_about_a_feature_that_the_model_does_not_have_is_told() -> None:
+    rules = [
+        {"when": f"features['{name}'] > 1 || request.inputs['x'] == 1", "to": "candidate"} for name in ("a", "gone")
+    ]
+    world = World(spec("1.0.0", routing={"rules": rules}))
+    world.registry["1.0.0"] = version_ref("1.0.0", b"x").model_copy(update={"feature_names": ("a", "b")})
+    world.served()
+
+    def told() -> list[str]:
+        return [one.message for one in world.status.events if one.reason == "UnknownFeature"]
+
+    assert told() == ["rules read features that 1.0.0 does not have: gone"]
+    changed = [{"when": "features['never'] > 1", "to": "candidate"}]
+    world.apply(spec("1.0.0", routing={"rules": changed}))
+    world.tick()
+    assert told()[1:] == ["rules read features that 1.0.0 does not have: never"]
+
+
 def test_other_feature_definitions_are_refused_once_declared() -> None:
     world = World(spec("1.0.0"))
     world.registry["1.0.0"] = version_ref("1.0.0", b"x").model_copy(update={"definitions": "a" * 64})

@@ -32,6 +32,14 @@ def test_invalid_names_the_field(path: Path) -> None:
     assert expected(path) in [finding.field for finding in found], [str(finding) for finding in found]
 
 
+def test_a_rule_that_is_no_rule_is_told_with_the_place() -> None:
+    """The API server takes it, and the controller does not."""
+    text = (FOLDER / "valid" / "rules-of-attributes.yaml").read_text(encoding="utf-8")
+    (found,) = lint(text.replace("features['delay_7d'] > 12.5", "features['delay_7d'] > 'much'"), schema.crd())
+    assert found.field == "spec.routing.rules[1].when"
+    assert "found a text at character 49" in found.message
+
+
 def test_samples_are_valid() -> None:
     for path in sorted(ROOT.glob("deploy/**/manifests/*.yaml")):
         assert list(lint(path.read_text(encoding="utf-8"), schema.crd())) == [], path

@@ -1,5 +1,8 @@
 """Which version is on trial: chosen, admitted, sent away. Pure; part of the reconciler."""
 
+from millrace_kit.cel_nodes import attribute_nodes
+from millrace_kit.cel_rules import check_rule
+
 from millrace_rollout_controller.history import record
 from millrace_rollout_controller.plans import Draft, Refusal
 from millrace_rollout_controller.state import Arm, Failed, Retiring, VersionRef
@@ -22,6 +25,9 @@ def accept_spec(d: Draft) -> None:
     s.rollout_key = key
     s.observed_generation = d.item.generation
     s.event(d.now, "Normal", "SpecAccepted", f"generation {d.item.generation} wants version {d.spec.version}")
+    if s.stable is not None:
+        # Every version of the model has the same.
+        _warn_of_features(d, s.stable.ref)
 
 
 def start_trial(d: Draft) -> None:
@@ -85,6 +91,8 @@ def _admit(d: Draft, ref: VersionRef) -> None:
         s.failed = Failed(version=ref.version, reason="DefinitionsChanged", message=message)
         s.event(d.now, "Warning", "DefinitionsChanged", message)
         return
+    if s.stable is None:
+        _warn_of_features(d, ref)
     # One that was on its way out of a pool and is wanted again keeps its place.
     placed = next((gone.placed for gone in s.retiring if gone.ref.version == ref.version), None)
     s.retiring = [gone for gone in s.retiring if gone.ref.version != ref.version]
@@ -95,6 +103,15 @@ def _admit(d: Draft, ref: VersionRef) -> None:
     s.event(
         d.now, "Normal", "CandidateChosen", f"{ref.version} ({ref.digest[:12]}) gets {d.spec.server.replicas} servers"
     )
+
+
+def _warn_of_features(d: Draft, ref: VersionRef) -> None:
+    """Say which features the rules read and the model does not have: such a test never holds."""
+    nodes = (node for rule in d.spec.routing.rules for node in attribute_nodes(check_rule(rule.when, "when")))
+    unknown = {node.name for node in nodes if node.source == "features"} - set(ref.feature_names)
+    if unknown:
+        message = f"rules read features that {ref.version} does not have: {', '.join(sorted(unknown))}"
+        d.status.event(d.now, "Warning", "UnknownFeature", message)
 
 
 def _other_definitions(stable: VersionRef, ref: VersionRef) -> bool:

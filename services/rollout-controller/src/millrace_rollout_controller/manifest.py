@@ -62,6 +62,7 @@ class Rule(Block):
     """Requests for which a CEL expression holds go to one arm."""
 
     when: Annotated[str, Field(min_length=1, max_length=2048)]
+    """CEL over `request.headers['…']`, `request.inputs['…']` and `features['…']`; the latter two of Predict, calls by V2 have neither."""
     to: Literal["stable", "candidate"]
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import yaml
+from millrace_kit.cel_rules import check_rule
+from millrace_kit.errors import InvalidArgumentError
 
 from millrace.kubectl import schema
 from millrace.kubectl.cluster import GROUP, KIND, Cluster, ClusterError
@@ -76,3 +78,19 @@ def _document(document: Any, definition: schema.Schema) -> Iterator[Finding]:
     if "status" in document:
         yield Finding("status", "is the controller's; leave it out")
     yield from schema.findings({key: value for key, value in document.items() if key != "status"}, wanted)
+    yield from _routing_rules(document)
+
+
+def _routing_rules(document: dict[str, Any]) -> Iterator[Finding]:
+    """What the controller would say of the rules' language, of which the CRD knows nothing."""
+    found: Any = document
+    for key in ("spec", "routing", "rules"):
+        found = found.get(key) if isinstance(found, dict) else None
+    for index, rule in enumerate(found if isinstance(found, list) else ()):
+        when = rule.get("when") if isinstance(rule, dict) else None
+        if isinstance(when, str) and when:
+            field = f"spec.routing.rules[{index}].when"
+            try:
+                check_rule(when, field)
+            except InvalidArgumentError as error:
+                yield Finding(field, error.message.removeprefix(f"{field}: "))
