@@ -97,7 +97,7 @@ def test_the_gate_itself_says_what_the_simulation_says(most: int | None) -> None
     required = {"required": "Promotion", "maxSamples": most} if most else {}
     wanted = Gate(metric="outcome/accuracy", compare="notWorseThanStable", margin=0.05, **required)
     claim = Claim(margin=0.05, higher_is_better=True, steps=4, most=most)
-    verdicts = set()
+    every = set()
     for seed, candidate in enumerate((0.6, 0.7, 0.8, 0.85, 0.9)):
         rng = np.random.default_rng(seed)
         plays, state, said = Plays(claim, 1), begin_step(GateState()), {"pass": False, "fail": False}
@@ -113,9 +113,9 @@ def test_the_gate_itself_says_what_the_simulation_says(most: int | None) -> None
             assert plays.failed[0] == said["fail"]
             if not said["fail"] and most is None:
                 assert plays.passed[0] == said["pass"]
-        verdicts |= {verdict for verdict, was in said.items() if was}
+        every |= {verdict for verdict, was in said.items() if was}
         assert plays.passed[0] == said["pass"] or said["fail"] or most is not None
-    assert {"pass", "fail"} <= verdicts
+    assert {"pass", "fail"} <= every
 
 
 def _scores(rng: np.random.Generator, n: int, shift: float) -> dict[str, int]:
