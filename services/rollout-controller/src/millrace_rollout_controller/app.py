@@ -16,7 +16,6 @@ from millrace_rollout_controller.controller import Controller
 from millrace_rollout_controller.deployments import Deployments
 from millrace_rollout_controller.executor import Executor
 from millrace_rollout_controller.hub import Hub, Table
-from millrace_rollout_controller.kubernetes import wiring
 from millrace_rollout_controller.local_executor import LocalExecutor
 from millrace_rollout_controller.peers import Figures, Registry
 from millrace_rollout_controller.plans import Limits
@@ -119,6 +118,9 @@ async def _this_machine(settings: RolloutSettings, registry: Registry, clock: Cl
 
 
 async def _cluster(settings: RolloutSettings, clock: Clock) -> _Place:
+    # A second and 60 MiB of client that one machine has no use for.
+    from millrace_rollout_controller.kubernetes import wiring
+
     assert settings.kubernetes is not None
     hub = Hub(Table(), {}, forget_s=settings.gateway_forget_s, ack_s=settings.gateway_ack_s)
     hub.serving = False
