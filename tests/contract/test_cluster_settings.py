@@ -81,6 +81,7 @@ class Release:
     ports: dict[str, int] = field(default_factory=dict)
     probes: dict[str, int] = field(default_factory=dict)
     public: int = field(default_factory=free_port)
+    reads: int = field(default_factory=free_port)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -127,7 +128,7 @@ class Release:
                     "redis": {"url": f"${{file:{secrets}/redis-url}}", "prefix": f"{uuid4().hex}:"},
                 }
                 lake = {"lake_url": f"{s3}/lake", "training_sets_url": f"{s3}/training-sets", "online_store": online}
-                return {**common, **database, **lake}
+                return {**common, **database, **lake, "reads_listen": f"0.0.0.0:{self.reads}"}
             case "registry":
                 return {**common, **database, "artifacts_url": f"{s3}/artifacts"}
             case "drift-monitor":
@@ -142,6 +143,7 @@ class Release:
                 return {**common, **database, **own, **gateways, **callers}
             case "inference-gateway":
                 own = {k: addresses[k] for k in ("feature_address", "rollout_address")}
+                own["feature_reads_address"] = f"localhost:{self.reads}"
                 listens = {"public_listen": f"0.0.0.0:{self.public}", "envoy_admin_listen": f"127.0.0.1:{free_port()}"}
                 public = {"public_tls": {"mode": "mutual", **self.tls(name)}}
                 # A Unix socket's path has a limit, and pytest's folders are deep.

@@ -67,7 +67,9 @@ def redis_server() -> Iterator[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def feature_service(folder: Path, registry: bytes, redis_port: int) -> Iterator[tuple[str, int, int]]:
+def feature_service(
+    folder: Path, registry: bytes, redis_port: int, reads_listen: str = ""
+) -> Iterator[tuple[str, int, int]]:
     """The service's real process with the definitions applied and the lake filled in; yields (gRPC address, HTTP port, process id)."""
     address, http_port = f"127.0.0.1:{free_port()}", free_port()
     settings = {
@@ -78,6 +80,7 @@ def feature_service(folder: Path, registry: bytes, redis_port: int) -> Iterator[
         "bus": {"path": str(folder / "bus.sqlite")},
         "online_store": {"kind": "redis", "redis": {"url": f"redis://127.0.0.1:{redis_port}/0"}},
         "feast": {"http_listen": f"127.0.0.1:{http_port}"},
+        "reads_listen": reads_listen,
         "telemetry": {"log_level": "WARNING"},
     }
     config = folder / "feature.yaml"

@@ -78,6 +78,9 @@ spec:
           ports:
             - {name: {{ ternary "http" "grpc" (eq .key "console") }}, containerPort: {{ $component.port }}}
             - {name: metrics, containerPort: 9090}
+            {{- if eq .key "feature" }}
+            - {name: reads, containerPort: 7408}
+            {{- end }}
             {{- if and (eq .key "feature") $root.Values.feature.feast.http }}
             - {name: feast-http, containerPort: 6566}
             {{- end }}
@@ -328,6 +331,11 @@ spec:
     - name: metrics
       port: 9090
       targetPort: metrics
+    {{- if eq .key "feature" }}
+    - name: reads
+      port: 7408
+      targetPort: reads
+    {{- end }}
     {{- if and (eq .key "feature") .root.Values.feature.feast.http }}
     - name: feast-http
       port: 6566

@@ -225,10 +225,13 @@ class World:
         await bus.close()
 
     @asynccontextmanager
-    async def serve(self, clock: FakeClock | None = None) -> AsyncIterator[feature_pb2_grpc.FeatureServiceStub]:
-        """The real service on a free port."""
-        service = await build(self.settings, clock=clock or FakeClock())
-        async with running(service, self.settings) as address, open_channel(address, timeout_s=120) as channel:
+    async def serve(
+        self, clock: FakeClock | None = None, **changes: object
+    ) -> AsyncIterator[feature_pb2_grpc.FeatureServiceStub]:
+        """The real service on a free port, with some settings changed."""
+        settings = self.settings.model_copy(update=changes)
+        service = await build(settings, clock=clock or FakeClock())
+        async with running(service, settings) as address, open_channel(address, timeout_s=120) as channel:
             yield feature_pb2_grpc.FeatureServiceStub(channel)
 
 

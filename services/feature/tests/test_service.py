@@ -11,8 +11,10 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from millrace_api.common.v1 import common_pb2
 from millrace_api.feature.v1 import feature_pb2
+from millrace_kit.call_lines import CallLines, Peer, to_port
 from millrace_kit.content import ContentStore
 from millrace_kit.errors import MillraceError
+from parts.server import free_port
 
 # Files of one machine; Redis, PostgreSQL and S3.
 pytestmark = pytest.mark.parametrize(
@@ -20,6 +22,7 @@ pytestmark = pytest.mark.parametrize(
     ["machine", pytest.param("cluster", marks=[pytest.mark.redis, pytest.mark.postgres, pytest.mark.s3])],
 )
 
+READ = b"/millrace_api.feature.v1.FeatureService/GetOnlineFeatures"
 BASE = datetime(2013, 5, 1, 12, 0, tzinfo=UTC)
 EVENTS = pa.schema(
     [("event_id", pa.string()), ("at", pa.timestamp("us", tz="UTC")), ("user", pa.string()), ("shop", pa.int64()),
@@ -145,6 +148,29 @@ async def test_statuses_ttl_and_age(world, small_objects, make_registry, wait_fo
         ] == feature_pb2.FEATURE_STATUS_MISSING  # its row comes a minute later
         assert (await status(300, "by_user__amount_max_60m"))[0] == feature_pb2.FEATURE_STATUS_MISSING
         assert (await status(300, "by_user__amount_count_60m"))[:2] == (feature_pb2.FEATURE_STATUS_PRESENT, 0)
+
+
+async def test_reads_by_the_door_are_those_by_grpc(world, small_objects, make_registry, wait_for_records) -> None:
+    listen = f"127.0.0.1:{free_port()}"
+    lines = CallLines(to_port(listen), Peer("it", "it", "AWAY", "LATE"), 1, 1 << 20)
+    async with world.serve(reads_listen=listen) as stub:
+        await apply(stub, make_registry(small_objects()))
+        await world.publish(world.land("events", FIRST))
+        await wait_for_records(stub, events=4)
+        request = feature_pb2.GetOnlineFeaturesRequest(
+            feature_service="main", rows=[row("bob"), row("nobody")], event_time=stamp(minutes(34)), with_view_ages=True
+        )
+        answer, _headers = await lines.call(READ, [], request.SerializeToString(), 10.0)
+        assert feature_pb2.GetOnlineFeaturesResponse.FromString(answer) == await stub.GetOnlineFeatures(request)
+
+        request.feature_service = "nothing"
+        with pytest.raises(MillraceError) as caught:
+            await lines.call(READ, [], request.SerializeToString(), 10.0)
+        assert caught.value.reason == (await failure(stub.GetOnlineFeatures(request))).reason
+        with pytest.raises(MillraceError) as caught:
+            await lines.call(READ, [], b"\xff\xff", 10.0)
+        assert caught.value.metadata["field"] == "request"
+    await lines.close()
 
 
 async def test_repeats_late_events_and_restart_change_nothing_twice(

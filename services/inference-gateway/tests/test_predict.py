@@ -15,15 +15,20 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from millrace_api.common.v1 import common_pb2
 from millrace_api.events.v1 import events_pb2
+from millrace_api.feature.v1 import feature_pb2
 from millrace_api.prediction.v1 import prediction_pb2
 from millrace_api.rollout.v1 import rollout_pb2
-from millrace_inference_gateway import grpc_http1
 from millrace_inference_gateway.predict_rows import Caller
 from millrace_inference_gateway.predict_steps import checked_plan
 from millrace_inference_gateway.routes import check_routes
+from millrace_kit import grpc_http1
 from millrace_kit.bus import PREDICTIONS, open_bus
+from millrace_kit.call_door import CallDoor, DoorCall
 from millrace_kit.errors import InvalidArgumentError, MillraceError, NotFoundError, ResourceExhaustedError
+from parts.server import free_port
 
+INVALID_ARGUMENT = grpc.StatusCode.INVALID_ARGUMENT
+READ = "/millrace_api.feature.v1.FeatureService/GetOnlineFeatures"
 PREDICT = "/millrace_api.prediction.v1.PredictionService/Predict"
 
 
@@ -50,6 +55,60 @@ async def test_look_ups_share_calls_and_one_wrong_row_is_its_callers_alone() -> 
                 assert answer.code() is grpc.StatusCode.INVALID_ARGUMENT
                 assert "inputs.a: join key" in answer.details()
         assert max(features.rows) > 1
+
+
+async def test_look_ups_by_plain_http_are_those_by_grpc() -> None:
+    features, port, stops = Features(), free_port(), []
+
+    async def read(call: DoorCall) -> bytes:
+        asked = feature_pb2.GetOnlineFeaturesRequest.FromString(call.message)
+        return (await features.GetOnlineFeatures(asked, None)).SerializeToString()
+
+    def start() -> asyncio.Task[None]:
+        door = CallDoor({READ: read}, max_message_bytes=1 << 20, max_concurrent=64)
+        stops.append(asyncio.Event())
+        return asyncio.create_task(door.run_on_port(f"127.0.0.1:{port}", stops[-1], 0, tls=None))
+
+    running = start()
+    reads = {"feature_reads_address": f"localhost:{port}"}
+    async with (
+        gateway(by_grpc := Features(), **reads) as (g, rollout),
+        models.serving(models.Model("1.0.0")) as address,
+    ):
+        await rollout.in_force(rollout.set(route(arm("1.0.0", address))))
+        assert list((await g.predict(a=3.0)).outputs) == [3.0]
+        wanted = [request(a=float(n)) if n % 7 else request(b=1.0) for n in range(40)]
+        features.delay_s = 0.1
+        found = await asyncio.gather(
+            *(g.predictions.Predict(one, timeout=20) for one in wanted), return_exceptions=True
+        )
+        for n, answer in enumerate(found):
+            if n % 7:
+                assert list(answer.outputs) == [float(n)]
+            else:
+                assert (answer.code(), "inputs.a: join key" in answer.details()) == (INVALID_ARGUMENT, True)
+        assert max(features.rows) > 1
+
+        features.delay_s = 3.0
+        with pytest.raises(grpc.aio.AioRpcError, match="the feature service does not answer within"):
+            await g.predictions.Predict(request(a=1.0), timeout=1)
+        features.delay_s = 0.0
+        assert not by_grpc.rows
+
+        # A service that listens for gRPC alone, as one of an earlier release does, is asked by that; and by HTTP as soon as it may be.
+        stops[-1].set()
+        await running
+        assert list((await g.predict(a=4.0)).outputs) == [4.0]
+        assert by_grpc.rows == [1]
+        running, seen = start(), len(features.rows)
+
+        async def by_http() -> bool:
+            assert list((await g.predict(a=5.0)).outputs) == [5.0]
+            return len(features.rows) > seen
+
+        await eventually(by_http, "look-ups by HTTP")
+    stops[-1].set()
+    await running
 
 
 async def test_an_error_comes_with_its_details_and_a_deadline_ends_the_model_call() -> None:

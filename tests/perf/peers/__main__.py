@@ -229,7 +229,8 @@ async def predictions(stack: contextlib.AsyncExitStack, folder: Path, requests: 
         pd.DataFrame(table.to_pandas()).to_parquet(folder / f"rows{number}.parquet")
     shared, _ = definitions(folder)
     redis_port, redis_pid = stack.enter_context(redis_server())
-    features, _, features_pid = stack.enter_context(feature_service(folder, registry(shared), redis_port))
+    reads = f"127.0.0.1:{servers.free_port()}"
+    features, _, features_pid = stack.enter_context(feature_service(folder, registry(shared), redis_port, reads))
     feast_store(folder, shared, tables, redis_port)
     (folder / "wide.onnx").write_bytes(mlp(len(names)))
     env = {
@@ -239,7 +240,7 @@ async def predictions(stack: contextlib.AsyncExitStack, folder: Path, requests: 
     }
     env |= {"FEAST_USAGE": "False"}
     address, server = await stack.enter_async_context(triton(folder, len(names), "wide"))
-    ours, rollout = await stack.enter_async_context(gateway(feature_address=features))
+    ours, rollout = await stack.enter_async_context(gateway(feature_address=features, feature_reads_address=reads))
     wide = route(arm("1.0.0", address), feature_service="wide", feature_names=full, timeout_ms=10_000)
     await rollout.in_force(rollout.set(wide))
     host, _, port = address.rpartition(":")

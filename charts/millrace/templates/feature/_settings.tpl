@@ -15,6 +15,8 @@ online_store:
 set_pins:
   ingestion_address: {{ include "millrace.address" (dict "root" . "key" "ingestion") }}
   keep_days: {{ int .Values.feature.trainingSets.keepVersionsDays }}
+# Where inference gateways ask, for less than gRPC costs.
+reads_listen: 0.0.0.0:7408
 {{- with .Values.feature }}
 feast:
   # Feast's own port.

@@ -49,6 +49,7 @@ kubernetes:
   namespace: {{ .Release.Namespace }}
   prefer_own_zone: {{ .Values.gateway.balancing.preferOwnZone }}
 feature_address: {{ include "millrace.address" (dict "root" . "key" "feature") }}
+feature_reads_address: {{ regexReplaceAll ":[0-9]+$" (include "millrace.address" (dict "root" . "key" "feature")) ":7408" }}
 rollout_address: {{ include "millrace.address" (dict "root" . "key" "rolloutController") }}
 {{- $gateway := .Values.gateway }}
 predict_timeout_s: {{ $gateway.predict.timeoutSeconds }}

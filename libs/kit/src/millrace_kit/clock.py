@@ -5,7 +5,6 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
-from uuid import UUID
 
 
 class Clock(Protocol):
@@ -82,4 +81,5 @@ def uuid7() -> str:
                 _last_ms_counter[1] = 0
         stamp, counter = _last_ms_counter
     tail = int.from_bytes(os.urandom(8)) & ((1 << 62) - 1)
-    return str(UUID(int=(stamp << 80) | (0x7 << 76) | (counter << 64) | (0b10 << 62) | tail))
+    digits = f"{(stamp << 80) | (0x7 << 76) | (counter << 64) | (0b10 << 62) | tail:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"

@@ -44,12 +44,15 @@ def run_service(
     build: Callable[[T], Awaitable[Service]],
     processes: Callable[[T], int] = lambda _settings: 1,
     adapt: Callable[[T], T] = lambda settings: settings,
+    *,
+    new_loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> None:
     """Read the command line, then run the service, in as many processes as `processes` says, until it is told to stop.
 
     `adapt` is for a program that is given another one's settings file, and has addresses of its own.
 
     Exits with 0 after an orderly stop, 1 when a worker failed or what the start needs does not answer, 2 for a wrong settings file.
+    `new_loop` makes another event loop than asyncio's own.
     """
     settings = read_arguments(name, kind)
     if own_number() is None and (count := processes(settings)) > 1:
@@ -62,7 +65,8 @@ def run_service(
         await serve(await build(settings), settings, probes)
 
     try:
-        asyncio.run(run())
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(run())
     except WorkerFailedError as error:
         print(f"millrace-{name}: worker {error} failed", file=sys.stderr)
         raise SystemExit(1) from None

@@ -114,6 +114,16 @@ class CertificateFiles:
         outer.sni_callback = choose
         return outer
 
+    def client_context(self) -> ssl.SSLContext:
+        """For a new connection to a server whose certificate has the name it is called by."""
+        self.current()
+        chain, key, authorities = self._paths
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(chain, key)
+        context.load_verify_locations(authorities)
+        return context
+
     def _context(self) -> ssl.SSLContext:
         chain, key, authorities = self._paths
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

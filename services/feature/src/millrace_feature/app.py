@@ -5,9 +5,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import grpc.aio
+import uvloop
 from millrace_api.feature.v1 import offline_pb2_grpc, search_pb2_grpc, transformers_pb2_grpc, versions_pb2_grpc
 from millrace_api.ingestion.v1.ingestion_pb2_grpc import IngestionServiceStub
 from millrace_kit.bus import Bus, Subscription, TopicPartition, open_bus, records_topic
+from millrace_kit.call_door import CallDoor
 from millrace_kit.client import open_channel
 from millrace_kit.clock import Clock, SystemClock
 from millrace_kit.content import ContentStore
@@ -124,6 +126,25 @@ def feast_http(settings: FeatureSettings, reads: FeastReads, searches: FeastSear
     return HttpServer(edge, settings.feast.http_listen, settings, share_port=own_number() is not None)
 
 
+def reads_worker(settings: FeatureSettings, servicer: FeatureServicer) -> Worker:
+    """What answers online reads at `reads_listen`."""
+    door = CallDoor(
+        {NATIVE_READ: servicer.read},
+        max_message_bytes=settings.max_message_mib << 20,
+        max_concurrent=settings.max_concurrent_rpcs,
+        allowed_clients=settings.allowed_clients,
+        max_connection_age_s=settings.max_connection_age_s,
+        quiet=True,
+        default_deadline_s=settings.default_deadline_s,
+    )
+
+    async def run(stop: asyncio.Event) -> None:
+        share_port = own_number() is not None
+        await door.run_on_port(settings.reads_listen, stop, settings.drain_s, tls=settings.tls, share_port=share_port)
+
+    return Worker("reads", run)
+
+
 async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Service:
     """The feature service, ready to run."""
     clock = clock or SystemClock()
@@ -230,6 +251,8 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
     ]
     if ingestion is not None:
         workers.append(Worker("set-pins", pins.run))
+    if settings.reads_listen:
+        workers.append(reads_worker(settings, servicer))
     if settings.feast.http_listen:
         edge = feast_http(settings, reads, FeastSearches(search, access))
         workers.append(Worker("feast-http", edge.run))
@@ -261,4 +284,4 @@ async def build(settings: FeatureSettings, *, clock: Clock | None = None) -> Ser
 
 def main() -> None:
     """Command `millrace-feature`."""
-    run_service("feature", FeatureSettings, build, lambda settings: settings.processes)
+    run_service("feature", FeatureSettings, build, lambda settings: settings.processes, new_loop=uvloop.new_event_loop)

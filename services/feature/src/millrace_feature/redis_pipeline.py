@@ -11,7 +11,7 @@ import contextlib
 import ssl
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import hiredis
 from redis.connection import parse_url
@@ -42,8 +42,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # a loop's own class need not be asyncio's
 
     def ask(self, commands: Sequence[bytes]) -> "asyncio.Future[list[Any]]":
         """Send packed commands with whatever else is asked in this turn of the loop; the future holds one reply a command."""

@@ -8,6 +8,7 @@ import grpc.aio
 from millrace_api.feature.v1 import feature_pb2, feature_pb2_grpc
 from millrace_kit import check
 from millrace_kit.bus import TopicPartition, records_topic
+from millrace_kit.call_door import DoorCall
 from millrace_kit.clock import Clock
 from millrace_kit.errors import FailedPreconditionError
 
@@ -29,7 +30,7 @@ from millrace_feature.float_parts import VectorTable
 from millrace_feature.metrics import READ_FEATURES, READ_ROWS
 from millrace_feature.serving import MISSING, PRESENT, Serving, Vectors
 from millrace_feature.store import Followed
-from millrace_feature.versioning.access import Access
+from millrace_feature.versioning.access import Access, Caller
 from millrace_feature.versioning.servicer import caller_of
 from millrace_feature.worker import StreamWorker, to_us
 
@@ -100,8 +101,16 @@ class FeatureServicer(feature_pb2_grpc.FeatureServiceServicer):
     async def GetOnlineFeatures(  # type: ignore[override]  # see `add_to`
         self, request: feature_pb2.GetOnlineFeaturesRequest, context: grpc.aio.ServicerContext
     ) -> bytes:
+        return await self._read(request, lambda: caller_of(context))
+
+    async def read(self, call: DoorCall) -> bytes:
+        """`GetOnlineFeatures` for whoever comes by the door; the answer's bytes."""
+        request = feature_pb2.GetOnlineFeaturesRequest.FromString(call.message)
+        return await self._read(request, lambda: Caller(tuple(call.client_names)))
+
+    async def _read(self, request: feature_pb2.GetOnlineFeaturesRequest, caller: Callable[[], Caller]) -> bytes:
         name = check.text(request.feature_service, "feature_service", limit=256)
-        await self._may_read(context, "read_online", name)
+        await self._may_read(caller, "read_online", name)
         rows_in_bounds(request.rows)
         given_us = optional_us(request, "event_time", "event_time")
         at_us = given_us if given_us is not None else to_us(self._clock.now())
@@ -119,14 +128,14 @@ class FeatureServicer(feature_pb2_grpc.FeatureServiceServicer):
         self, request: feature_pb2.BuildTrainingSetRequest, context: grpc.aio.ServicerContext
     ) -> feature_pb2.BuildTrainingSetResponse:
         if request.feature_service:
-            await self._may_read(context, "read_offline", request.feature_service)
+            await self._may_read(lambda: caller_of(context), "read_offline", request.feature_service)
         if request.features and not self._access.is_open:
             await asyncio.to_thread(self._access.check_features, caller_of(context), request.features)
         return feature_pb2.BuildTrainingSetResponse(training_set=await self._builder.build(request))
 
-    async def _may_read(self, context: grpc.aio.ServicerContext, action: str, name: str) -> None:
+    async def _may_read(self, caller: Callable[[], Caller], action: str, name: str) -> None:
         if not self._access.is_open:
-            await asyncio.to_thread(self._access.check, caller_of(context), action, "FeatureService", name)
+            await asyncio.to_thread(self._access.check, caller(), action, "FeatureService", name)
 
     async def GetTrainingSet(
         self, request: feature_pb2.GetTrainingSetRequest, context: grpc.aio.ServicerContext

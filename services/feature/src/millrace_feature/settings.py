@@ -146,6 +146,9 @@ class FeatureSettings(ServiceSettings):
     """Served values beside the lake's."""
     online_cache: OnlineCacheSettings = OnlineCacheSettings()
     """Answers kept for a bounded time; off by default."""
+    reads_listen: str = ""
+    """Address that takes online reads (`GetOnlineFeatures`) as gRPC's messages over plain HTTP/1.1, `host:port`, for inference gateways: a
+    fraction of what a call by gRPC costs both sides. Its TLS, deadline, limits and allowed clients are those of gRPC. Empty serves none."""
     feast: FeastSettings = FeastSettings()
     """Reads by unmodified Feast clients."""
     vector_search: VectorSearchSettings = VectorSearchSettings()
@@ -196,6 +199,8 @@ class FeatureSettings(ServiceSettings):
                 raise ValueError(
                     "processes: more than one needs online_store.kind redis, bus.kind kafka and database_url"
                 )
-            if any(address.endswith(":0") for address in (self.listen, self.feast.http_listen)):
-                raise ValueError("processes: more than one needs ports that are fixed (listen, feast.http_listen)")
+            if any(address.endswith(":0") for address in (self.listen, self.reads_listen, self.feast.http_listen)):
+                raise ValueError(
+                    "processes: more than one needs ports that are fixed (listen, reads_listen, feast.http_listen)"
+                )
         return self

@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 import grpc.aio
+import uvloop
 from envoy.service.discovery.v3 import ads_pb2_grpc
 from millrace_api.prediction.v1 import prediction_pb2_grpc
 from millrace_kit.bus import open_bus
+from millrace_kit.call_door import CallDoor
+from millrace_kit.call_lines import CallLines, to_socket
 from millrace_kit.client import open_channel
 from millrace_kit.clock import Clock, SystemClock, uuid7
 from millrace_kit.entry import run_service
@@ -20,7 +23,6 @@ from millrace_inference_gateway.access_log_reader import AccessLogReader
 from millrace_inference_gateway.activity import Activity, activity
 from millrace_inference_gateway.answers import Answers
 from millrace_inference_gateway.applier import Applier
-from millrace_inference_gateway.call_door import CallDoor
 from millrace_inference_gateway.concurrency_limits import ConcurrencyLimits
 from millrace_inference_gateway.endpoints import EndpointSource, ListedEndpoints, SliceEndpoints
 from millrace_inference_gateway.envoy_admin import EnvoyAdmin
@@ -30,12 +32,12 @@ from millrace_inference_gateway.envoy_end import until_envoy_ends
 from millrace_inference_gateway.envoy_files import envoy_files
 from millrace_inference_gateway.envoy_shedding import write_limits
 from millrace_inference_gateway.envoy_wake import door_calls
+from millrace_inference_gateway.feature_calls import open_feature_calls
 from millrace_inference_gateway.feature_reads import FeatureReads
 from millrace_inference_gateway.figures import Figures
 from millrace_inference_gateway.journal import Journal
 from millrace_inference_gateway.latency_weights import LatencyWeights
 from millrace_inference_gateway.metrics import FiguresCollector, LimitsCollector, RoutesCollector
-from millrace_inference_gateway.model_lines import ModelLines
 from millrace_inference_gateway.oidc import IssuerKeys
 from millrace_inference_gateway.prediction_log import PredictionLog
 from millrace_inference_gateway.predictor import Predictor
@@ -50,11 +52,10 @@ from millrace_inference_gateway.shadow_figures import ShadowFigures
 from millrace_inference_gateway.shadow_pairs import ShadowPairs
 from millrace_inference_gateway.slice_watch import SliceWatch
 from millrace_inference_gateway.store import RouteStore, remembered
-from millrace_inference_gateway.upstream import Channels, ModelCaller
+from millrace_inference_gateway.upstream import ENVOY, ModelCaller
 from millrace_inference_gateway.waker import Waker, wake_methods
 from millrace_inference_gateway.zero_hop import ZeroHopServicer
 
-FEATURE_CHANNELS = 2
 GRPC_SERVICES = (
     "millrace_api.prediction.v1.PredictionService",
     "millrace_api.prediction.v1.GatewayService",
@@ -140,9 +141,9 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
     for collector in collectors:
         REGISTRY.register(collector)
 
-    features = Channels(settings.feature_address, FEATURE_CHANNELS, settings.max_message_mib, settings.tls)
+    features = open_feature_calls(settings)
     max_message_bytes = settings.max_message_mib << 20
-    models = ModelLines(settings.socket, settings.predict_channels, max_message_bytes)
+    models = CallLines(to_socket(settings.socket), ENVOY, settings.predict_channels, max_message_bytes)
     predictor = Predictor(
         settings=settings,
         table=lambda: applier.table,
@@ -231,4 +232,4 @@ def _endpoint_source(
 
 def main() -> None:
     """Run `millrace-inference-gateway`."""
-    run_service("inference-gateway", GatewaySettings, build)
+    run_service("inference-gateway", GatewaySettings, build, new_loop=uvloop.new_event_loop)

@@ -10,18 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
-import grpc.aio
+from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 from millrace_api.common.v1 import common_pb2
 from millrace_api.feature.v1 import feature_pb2
 from millrace_kit.errors import InvalidArgumentError, MillraceError, UnavailableError
+from millrace_kit.telemetry import trace_headers
 
+from millrace_inference_gateway.feature_calls import FeatureCalls, Trace
 from millrace_inference_gateway.predict import Vector, ordered
 from millrace_inference_gateway.routes import Route
-from millrace_inference_gateway.upstream import Channels, trace_metadata
 
-_GET_ONLINE_FEATURES = "/millrace_api.feature.v1.FeatureService/GetOnlineFeatures"
 _ROW = "rows[0].values"
+_MIN_CALL_S = 0.001
 
 Inputs = Mapping[str, common_pb2.Value]
 _Group = tuple[str, bytes, str]
@@ -33,7 +34,7 @@ class _Waiting:
 
     row: Inputs
     until: float
-    metadata: list[tuple[str, str]]
+    trace: Trace
     future: "asyncio.Future[_Found]"
 
 
@@ -48,12 +49,8 @@ class _Found:
 class FeatureReads:
     """The feature service, asked for groups of rows: at most `at_once` calls under way, at most `max_rows` rows in each."""
 
-    def __init__(self, channels: Channels, *, at_once: int, max_rows: int) -> None:
-        self._calls = channels.method(
-            _GET_ONLINE_FEATURES,
-            feature_pb2.GetOnlineFeaturesRequest.SerializeToString,
-            feature_pb2.GetOnlineFeaturesResponse.FromString,
-        )
+    def __init__(self, calls: FeatureCalls, *, at_once: int, max_rows: int) -> None:
+        self._calls = calls
         self._at_once = at_once
         self._max_rows = max_rows
         self._running = 0
@@ -72,26 +69,28 @@ class FeatureReads:
         """
         loop = asyncio.get_running_loop()
         group = (route.feature_service, event_time.SerializeToString() if event_time is not None else b"", definitions)
-        waiting = _Waiting(row, time.monotonic() + timeout_s, trace_metadata(), loop.create_future())
+        waiting = _Waiting(row, time.monotonic() + timeout_s, trace_headers(), loop.create_future())
         self._waiting.setdefault(group, []).append(waiting)
         if self._running < self._at_once:
             self._running += 1
             # One turn of the loop later, so that calls which came in the same turn go together.
             loop.call_soon(self._send)
+        # Instead of `asyncio.timeout`, which costs several times as much.
+        late = loop.call_later(timeout_s, _give_up, waiting)
         try:
-            async with asyncio.timeout(timeout_s):
-                found = await waiting.future
+            found = await waiting.future
         except TimeoutError:
             raise _away(timeout_s, "no answer") from None
-        except grpc.aio.AioRpcError as error:
+        except MillraceError as error:
             raise _feature_error(error, timeout_s) from None
+        finally:
+            late.cancel()
         vector = found.vector
         values = ordered(route, found.names, vector.values)
-        expired = frozenset(
-            name
-            for name, status in zip(found.names, vector.statuses, strict=False)
-            if status == feature_pb2.FEATURE_STATUS_EXPIRED
-        )
+        expired: frozenset[str] = frozenset()
+        if feature_pb2.FEATURE_STATUS_EXPIRED in (statuses := tuple(vector.statuses)):
+            marked = zip(found.names, statuses, strict=False)
+            expired = frozenset(name for name, status in marked if status == feature_pb2.FEATURE_STATUS_EXPIRED)
         ages = [
             common_pb2.FeatureAge(view=view, age_ms=age_ms)
             for view, age_ms in zip(found.views, vector.view_ages_ms, strict=False)
@@ -129,10 +128,9 @@ class FeatureReads:
         request = _request(group, [one.row for one in taken])
         timeout_s = max(one.until for one in taken) - time.monotonic()
         try:
-            call = next(self._calls)
-            response = await call(request, timeout=max(0.001, timeout_s), metadata=taken[0].metadata)  # type: ignore[operator]
-            _check(response, len(request.rows))
-        except (grpc.aio.AioRpcError, MillraceError) as error:
+            answer = await self._calls.read(request, max(_MIN_CALL_S, timeout_s), taken[0].trace)
+            response = _checked(answer, len(taken))
+        except MillraceError as error:
             if len(taken) > 1 and not _is_everybodys(error):
                 # One row is wrong, and only its caller may hear of it: the halves are asked again.
                 middle = len(taken) // 2
@@ -145,7 +143,7 @@ class FeatureReads:
             _settle(one, _Found(response.feature_names, vector, response.definitions_hash, response.view_names))
 
 
-def _request(group: _Group, rows: Sequence[Inputs]) -> feature_pb2.GetOnlineFeaturesRequest:
+def _request(group: _Group, rows: Sequence[Inputs]) -> bytes:
     service, event_time, definitions = group
     request = feature_pb2.GetOnlineFeaturesRequest(
         feature_service=service,
@@ -155,7 +153,11 @@ def _request(group: _Group, rows: Sequence[Inputs]) -> feature_pb2.GetOnlineFeat
     )
     if event_time:
         request.event_time.ParseFromString(event_time)
-    return request
+    return request.SerializeToString()
+
+
+def _give_up(one: _Waiting) -> None:
+    _settle(one, error=TimeoutError())
 
 
 def _settle(one: _Waiting, found: _Found | None = None, error: Exception | None = None) -> None:
@@ -167,17 +169,24 @@ def _settle(one: _Waiting, found: _Found | None = None, error: Exception | None 
         one.future.set_result(found)
 
 
-def _check(response: feature_pb2.GetOnlineFeaturesResponse, rows: int) -> None:
+def _checked(answer: bytes, rows: int) -> feature_pb2.GetOnlineFeaturesResponse:
+    try:
+        response = feature_pb2.GetOnlineFeaturesResponse.FromString(answer)
+    except DecodeError:
+        raise _bad_answer("did not answer a message of its method") from None
     width = len(response.feature_names)
     if len(response.vectors) != rows or any(len(vector.values) != width for vector in response.vectors):
-        text = "the feature service did not answer one whole vector a row"
-        raise MillraceError(grpc.StatusCode.INTERNAL, "BAD_FEATURE_ANSWER", text)
+        raise _bad_answer("did not answer one whole vector a row")
+    return response
 
 
-def _is_everybodys(error: Exception) -> bool:
+def _bad_answer(problem: str) -> MillraceError:
+    return MillraceError(grpc.StatusCode.INTERNAL, "BAD_FEATURE_ANSWER", f"the feature service {problem}")
+
+
+def _is_everybodys(error: MillraceError) -> bool:
     """Whether the error would meet every row alike."""
-    code = error.code() if isinstance(error, grpc.aio.AioRpcError) else getattr(error, "code", None)
-    return code is not grpc.StatusCode.INVALID_ARGUMENT
+    return error.code is not grpc.StatusCode.INVALID_ARGUMENT
 
 
 def _away(timeout_s: float, problem: str) -> UnavailableError:
@@ -185,8 +194,8 @@ def _away(timeout_s: float, problem: str) -> UnavailableError:
     return UnavailableError("FEATURE_SERVICE_UNAVAILABLE", text)
 
 
-def _feature_error(error: grpc.aio.AioRpcError, timeout_s: float) -> MillraceError:
-    found = MillraceError.from_rpc(error)
+def _feature_error(found: MillraceError, timeout_s: float) -> MillraceError:
+    """As this look-up's caller hears of it; `found` may be that of several."""
     if found.code in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}:
         return _away(timeout_s, found.message)
     if found.code is grpc.StatusCode.INVALID_ARGUMENT:
@@ -194,4 +203,4 @@ def _feature_error(error: grpc.aio.AioRpcError, timeout_s: float) -> MillraceErr
         field = found.metadata.get("field", _ROW)
         problem = found.message.removeprefix(f"{field}: ")
         return InvalidArgumentError(field.replace(_ROW, "inputs", 1), problem, found.reason)
-    return found
+    return MillraceError(found.code, found.reason, found.message, found.metadata)

@@ -1,5 +1,6 @@
 """From a feature vector to a V2 request and back: what Predict does between its two calls. Knows no transport."""
 
+import contextlib
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from millrace_inference_gateway.routes import Route
 from millrace_inference_gateway.value_checks import Checks, Problem
 
 MAX_NAME = 256
+_STRUCT_CODES = {"<f4": "f", "<f8": "d"}
 _RAW_INPUT_TAG = b"\x3a"  # field 7, length-delimited
 
 
@@ -33,6 +35,8 @@ class Vector:
 
     def missing(self, names: Sequence[str]) -> list[str]:
         """Names of the features without a value."""
+        if not math.isnan(sum(self.values)):
+            return []
         return [name for name, value in zip(names, self.values, strict=True) if math.isnan(value)]
 
 
@@ -92,9 +96,17 @@ def request_head(route: Route, rows: int) -> bytes:
 def request_bytes(head: bytes, rows: Sequence[Sequence[float]], route: Route) -> bytes:
     """A `ModelInferRequest` with `rows` as little-endian numbers of the route's type."""
     assert route.tensor is not None
-    with np.errstate(over="ignore"):
-        raw = np.asarray(rows, route.tensor.kind).tobytes()
+    raw = _packed(rows, route.tensor.kind)
     return head + _RAW_INPUT_TAG + _varint(len(raw)) + raw
+
+
+def _packed(rows: Sequence[Sequence[float]], kind: "np.dtype[np.generic]") -> bytes:
+    if len(rows) == 1 and (code := _STRUCT_CODES.get(kind.str)) is not None:
+        # What is too large for FP32 is infinite to numpy and an error here.
+        with contextlib.suppress(OverflowError):
+            return struct.pack(f"<{len(rows[0])}{code}", *rows[0])
+    with np.errstate(over="ignore"):
+        return np.asarray(rows, kind).tobytes()
 
 
 def _varint(value: int) -> bytes:
@@ -141,7 +153,8 @@ def _decode(tensor: object, raw: Sequence[bytes], index: int) -> list[float]:
     if kind not in types:
         raise _bad_answer(f"has the type {kind!r}; Predict reads {', '.join(types)}")
     if raw:
-        return [float(value) for value in np.frombuffer(raw[index], types[kind])]
+        found: list[float] = np.frombuffer(raw[index], types[kind]).astype(np.float64).tolist()
+        return found
     contents = tensor.contents  # type: ignore[attr-defined]
     names = {"FP32": "fp32_contents", "FP64": "fp64_contents", "INT64": "int64_contents", "INT32": "int_contents"}
     return [float(value) for value in getattr(contents, names[kind])]

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -27,6 +28,7 @@ from millrace_inference_gateway.upstream import ModelAnswer, ModelCaller
 from millrace_inference_gateway.value_checks import Findings
 
 _MIN_CALL_S = 0.001
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 Table = Callable[[], RouteTable]
 _Answer = prediction_pb2.PredictResponse | MillraceError
 
@@ -56,7 +58,7 @@ class Predictor:
         self._answers = answers
         self._clock = clock
         self._new_id = new_id
-        self._heads: dict[Route, bytes] = {}
+        self._heads: dict[str, tuple[Route, bytes]] = {}
 
     async def predict(self, request: prediction_pb2.PredictRequest, caller: Caller) -> prediction_pb2.PredictResponse:
         """One prediction.
@@ -275,22 +277,21 @@ class Predictor:
 
     def _written(self, prediction: events_pb2.Prediction, request: prediction_pb2.PredictRequest) -> None:
         """Into the log, before the answer goes out: an answered prediction is there whatever happens next."""
-        now = self._clock.now()
-        prediction.predicted_at.FromDatetime(now)
-        if request.HasField("event_time"):
-            prediction.event_time.CopyFrom(request.event_time)
-        else:
-            prediction.event_time.FromDatetime(now)
+        since = self._clock.now() - _EPOCH
+        at = Timestamp(seconds=since.days * 86_400 + since.seconds, nanos=since.microseconds * 1000)
+        prediction.predicted_at.CopyFrom(at)
+        prediction.event_time.CopyFrom(request.event_time if request.HasField("event_time") else at)
         self._log.write(prediction)
 
     def _head(self, route: Route, rows: int) -> bytes:
         if rows != 1:
             return request_head(route, rows)
-        head = self._heads.get(route)
-        if head is None:
-            self._heads = {r: h for r, h in self._heads.items() if self._table().routes.get(r.model) is r}
-            head = self._heads[route] = request_head(route, 1)
-        return head
+        known = self._heads.get(route.model)
+        if known is None or known[0] is not route:
+            routes = self._table().routes
+            self._heads = {model: kept for model, kept in self._heads.items() if routes.get(model) is kept[0]}
+            known = self._heads[route.model] = route, request_head(route, 1)
+        return known[1]
 
 
 def _single(model: str, row: prediction_pb2.PredictRow) -> prediction_pb2.PredictRequest:

@@ -5,12 +5,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import grpc.aio
 from millrace_api.prediction.v1 import prediction_pb2, prediction_pb2_grpc
 from millrace_kit import check
+from millrace_kit.call_door import DoorCall, Method
 from millrace_kit.clock import Clock
 from millrace_kit.errors import InvalidArgumentError
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from millrace_inference_gateway.activity import Activity
-from millrace_inference_gateway.call_door import DoorCall, Method
 from millrace_inference_gateway.convert import figures_response
 from millrace_inference_gateway.figures import Figures
 from millrace_inference_gateway.predict_rows import Caller

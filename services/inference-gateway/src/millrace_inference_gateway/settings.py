@@ -274,6 +274,9 @@ class GatewaySettings(ServiceSettings):
     """Follow EndpointSlices; without it servers are those the routes list."""
     feature_address: str = "127.0.0.1:7402"
     """The feature service."""
+    feature_reads_address: str = ""
+    """Where it takes look-ups as HTTP/1.1 (its `reads_listen`), which costs both sides a fraction of gRPC; empty asks at `feature_address`
+    alone, as is done while nobody listens there. Of a name with several addresses all are used."""
     rollout_address: str = "127.0.0.1:7407"
     """The rollout controller."""
     predict_timeout_s: float = Field(default=5.0, gt=0, le=300)
@@ -346,7 +349,7 @@ class GatewaySettings(ServiceSettings):
     def _addresses(self) -> Self:
         for name in ("public_listen", "envoy_admin_listen", "feature_address", "rollout_address"):
             split_address(str(getattr(self, name)), name)
-        for name in ("advertise_address", "stats_listen"):
+        for name in ("advertise_address", "stats_listen", "feature_reads_address"):
             # An address from the environment is not known yet when a file is only checked.
             if (text := str(getattr(self, name))) and "${" not in text:
                 split_address(text, name)

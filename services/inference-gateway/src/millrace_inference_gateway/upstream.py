@@ -1,20 +1,17 @@
-"""Predict's second call: the answer of the model, through Envoy's inner listener; and the connections of the first.
+"""Predict's second call: the answer of the model, through Envoy's inner listener.
 
-Lean on purpose: raw bytes where nobody needs the message, several connections, the trace passed on by hand.
+Lean on purpose: raw bytes where nobody needs the message, the trace passed on by hand.
 """
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from millrace_kit.client import open_bare_channel, target_options
-from millrace_kit.settings import TlsSettings
+from millrace_kit.call_lines import CallLines, Peer
 from millrace_kit.telemetry import trace_headers
 
 from millrace_inference_gateway.attribute_rules import OUTCOMES_HEADER
 from millrace_inference_gateway.caller_key import BAGGAGE, with_key
 from millrace_inference_gateway.envoy_mirrors import SAMPLED_HEADER
-from millrace_inference_gateway.model_lines import ModelLines
 from millrace_inference_gateway.routes import Route
 
 Headers = Mapping[bytes, bytes]
@@ -29,6 +26,7 @@ _NOT_PASSED_ON = (
     SAMPLED_HEADER.encode(),
     OUTCOMES_HEADER.encode(),
 )
+ENVOY = Peer("Envoy", "the model", "ENVOY_UNAVAILABLE", "MODEL_DEADLINE_EXCEEDED")
 _MODEL_INFER = b"/inference.GRPCInferenceService/ModelInfer"
 
 
@@ -41,31 +39,10 @@ class ModelAnswer:
     digest: str
 
 
-class Channels:
-    """Some connections to one place, used in turn."""
-
-    def __init__(self, target: str, count: int, max_message_mib: int, tls: TlsSettings | None = None) -> None:
-        # A pool of its own each, else gRPC would share one connection among them.
-        options = [*target_options(target, max_message_mib), ("grpc.use_local_subchannel_pool", 1)]
-        self._channels = [open_bare_channel(target, options, tls=tls) for _ in range(count)]
-
-    def method(self, path: str, serialize: object = None, deserialize: object = None) -> "itertools.cycle[object]":
-        """The method's callables, one a connection, in turn forever."""
-        calls = [
-            c.unary_unary(path, request_serializer=serialize, response_deserializer=deserialize) for c in self._channels
-        ]
-        return itertools.cycle(calls)
-
-    async def close(self) -> None:
-        """Disconnect."""
-        for channel in self._channels:
-            await channel.close()
-
-
 class ModelCaller:
     """The models, through Envoy."""
 
-    def __init__(self, lines: ModelLines) -> None:
+    def __init__(self, lines: CallLines) -> None:
         self._lines = lines
 
     async def infer(
@@ -102,8 +79,3 @@ def passed_on(headers: Headers) -> Headers:
         for name, value in headers.items()
         if name == BAGGAGE or (name.startswith(b"x-") and not name.startswith(_NOT_PASSED_ON))
     }
-
-
-def trace_metadata() -> list[tuple[str, str]]:
-    """The trace under way as gRPC metadata."""
-    return [(key, value.decode("ascii")) for key, value in trace_headers().items()]

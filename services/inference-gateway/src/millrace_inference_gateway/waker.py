@@ -13,11 +13,11 @@ from collections.abc import Awaitable, Callable, Mapping
 import grpc
 import grpc.aio
 from millrace_api.rollout.v1 import rollout_pb2, rollout_pb2_grpc
+from millrace_kit.call_door import DoorCall, Method
 from millrace_kit.clock import Clock
 from millrace_kit.errors import UnavailableError
 from prometheus_client import Counter, Gauge, Histogram
 
-from millrace_inference_gateway.call_door import DoorCall, Method
 from millrace_inference_gateway.envoy_control import POLL_S, Servers, servers
 from millrace_inference_gateway.envoy_wake import WAKE_PATH
 from millrace_inference_gateway.routes import RouteTable

@@ -14,6 +14,7 @@ from millrace.endpoints import Endpoints
 METRICS_OFFSET = 100
 VACUUM_RETENTION_H = 168
 """Hours that versions of tables stay without a pin: Delta's own custom."""
+FEATURE_READS_OFFSET = 8
 ENVOY_ADMIN_OFFSET = 9
 CONSOLE_OFFSET = 80
 LATEST_START_S = 60.0
@@ -70,18 +71,25 @@ def process_table(state_dir: Path, port_base: int, lock_file: Path) -> list[Proc
         address = getattr(at, area)
         merged = {**common(name, address, metrics[area]), **settings}
         command = [str(scripts / f"millrace-{name}"), "--config", "{config}"]
-        return Process(name, command, merged, "grpc", address, ports=(_port(address), _port(metrics[area])))
+        ports = [
+            _port(address),
+            _port(metrics[area]),
+            *(_port(str(also)) for also in [settings.get("reads_listen")] if also),
+        ]
+        return Process(name, command, merged, "grpc", address, ports=ports)
 
     def database(name: str) -> str:
         return f"sqlite:///{state_dir / name / f'{name}.sqlite'}"
 
     lake_url = (state_dir / "lake").as_uri()
+    reads = f"127.0.0.1:{port_base + FEATURE_READS_OFFSET}"
     gateway = service(
         "inference-gateway",
         "gateway_admin",
         public_listen=at.gateway,
         envoy_admin_listen=f"127.0.0.1:{port_base + ENVOY_ADMIN_OFFSET}",
         feature_address=at.feature,
+        feature_reads_address=reads,
         rollout_address=at.rollout,
         gateway_id="local",
     )
@@ -107,6 +115,7 @@ def process_table(state_dir: Path, port_base: int, lock_file: Path) -> list[Proc
             "feature",
             lake_url=lake_url,
             training_sets_url=(state_dir / "training-sets").as_uri(),
+            reads_listen=reads,
             set_pins={"ingestion_address": at.ingestion},
         ),
         service(
