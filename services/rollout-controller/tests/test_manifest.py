@@ -87,6 +87,7 @@ def test_defaults_bring_a_version_straight_to_all_traffic() -> None:
         ("spec/server/max_batch_size", 64, "spec.server.max_batch_size"),
         ("spec/routing/sticky/header", "X User", "spec.routing.sticky.header"),
         ("spec/routing/rules/0/when", "request.headers[", "spec.routing.rules[0].when"),
+        ("spec/routing/rules/0/when", "features['a'] == 'much'", "spec.routing.rules[0].when"),
         ("spec/routing/rules/0/to", "nobody", "spec.routing.rules[0].to"),
         ("spec/routing", {"hedgeAfterMs": 0}, "spec.routing.hedgeAfterMs"),
         ("spec/routing", {"callers": []}, "spec.routing.callers"),
