@@ -22,7 +22,10 @@ BUNDLE = json.dumps(
         "decisions": [
             {"at": "t1", "decision": "StepPassed", "weight": 5.0, "message": "enough", "gates": []},
             {"at": "t2", "decision": "Promoted", "weight": 100.0, "message": "all of it",
-             "gates": [{"gate": "errorRate <= 0.05", "verdict": "pass"}]},
+             "gates": [{"gate": "errorRate <= 0.05", "verdict": "pass"}],
+             "comparisons": [
+                 {"metric": "business/revenue", "segment": "UA", "better": "candidate", "lower": 0.5, "upper": 2.0},
+                 {"metric": "business/revenue", "segment": "DL", "better": "undecided", "lower": -0.5, "upper": 1.0}]},
         ],
     }
 ).encode()  # fmt: skip
@@ -85,7 +88,9 @@ def test_a_version_leads_to_the_decisions_of_its_rollouts() -> None:
     rollout = found.links[1]
     assert rollout.identity == "d: Promoted"
     assert rollout.facts["decision 1"] == "t1 StepPassed at 5 %: enough"
-    assert rollout.facts["decision 2"] == "t2 Promoted at 100 %: all of it (errorRate <= 0.05: pass)"
+    assert rollout.facts["decision 2"] == (
+        "t2 Promoted at 100 %: all of it (errorRate <= 0.05: pass; business/revenue of 'UA': candidate is better (+0.5 to +2))"
+    )
 
 
 def test_evidence_that_is_not_what_it_was_is_a_gap() -> None:
