@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import grpc.aio
 import uvloop
@@ -29,7 +30,7 @@ from millrace_inference_gateway.envoy_admin import EnvoyAdmin
 from millrace_inference_gateway.envoy_auth import watch_auth
 from millrace_inference_gateway.envoy_control import EnvoyControl
 from millrace_inference_gateway.envoy_end import until_envoy_ends
-from millrace_inference_gateway.envoy_files import envoy_files
+from millrace_inference_gateway.envoy_files import EnvoyFiles, envoy_files
 from millrace_inference_gateway.envoy_shedding import write_limits
 from millrace_inference_gateway.envoy_wake import door_calls
 from millrace_inference_gateway.feature_calls import open_feature_calls
@@ -38,7 +39,6 @@ from millrace_inference_gateway.figures import Figures
 from millrace_inference_gateway.journal import Journal
 from millrace_inference_gateway.latency_weights import LatencyWeights
 from millrace_inference_gateway.metrics import FiguresCollector, LimitsCollector, RoutesCollector
-from millrace_inference_gateway.oidc import IssuerKeys
 from millrace_inference_gateway.prediction_log import PredictionLog
 from millrace_inference_gateway.predictor import Predictor
 from millrace_inference_gateway.publisher import Publisher
@@ -50,11 +50,13 @@ from millrace_inference_gateway.servicer import GatewayServicer, PredictionServi
 from millrace_inference_gateway.settings import GatewaySettings
 from millrace_inference_gateway.shadow_figures import ShadowFigures
 from millrace_inference_gateway.shadow_pairs import ShadowPairs
-from millrace_inference_gateway.slice_watch import SliceWatch
 from millrace_inference_gateway.store import RouteStore, remembered
 from millrace_inference_gateway.upstream import ENVOY, ModelCaller
 from millrace_inference_gateway.waker import Waker, wake_methods
 from millrace_inference_gateway.zero_hop import ZeroHopServicer
+
+if TYPE_CHECKING:
+    from millrace_inference_gateway.oidc import IssuerKeys
 
 GRPC_SERVICES = (
     "millrace_api.prediction.v1.PredictionService",
@@ -104,7 +106,7 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
         lambda: (applier.in_force or RouteTable()).arms,
         lambda values: write_limits(files, dict(values)),
     )
-    issuer = IssuerKeys(settings.auth.jwt, files, clock) if settings.auth.jwt and settings.auth.jwt.oidc else None
+    issuer = _issuer(settings, files, clock)
     reader = AccessLogReader(
         figures,
         log,
@@ -219,12 +221,24 @@ async def build(settings: GatewaySettings, *, clock: Clock | None = None) -> Ser
     )
 
 
+def _issuer(settings: GatewaySettings, files: EnvoyFiles, clock: Clock) -> "IssuerKeys | None":
+    """Who finds the keys of tokens, where an issuer is to be asked."""
+    if settings.auth.jwt is None or settings.auth.jwt.oidc is None:
+        return None
+    from millrace_inference_gateway.oidc import IssuerKeys
+
+    return IssuerKeys(settings.auth.jwt, files, clock)
+
+
 def _endpoint_source(
     settings: GatewaySettings, store: RouteStore, clock: Clock
 ) -> tuple[EndpointSource, Sequence[Worker]]:
     """Where servers come from, and what has to run for it."""
     if settings.kubernetes is None:
         return ListedEndpoints(), ()
+    # An HTTP client that a gateway of one machine has no use for.
+    from millrace_inference_gateway.slice_watch import SliceWatch
+
     own_pod = settings.gateway_id if settings.kubernetes.prefer_own_zone else ""
     slices = SliceEndpoints(settings.kubernetes.namespace, remembered(store.load().table), own_pod=own_pod)
     return slices, [Worker("endpoint-slices", SliceWatch(settings.kubernetes, slices, clock).run)]

@@ -24,7 +24,7 @@ from millrace_inference_gateway.envoy_access import CLIENT_HEADER
 from millrace_inference_gateway.envoy_clusters import file_source, packed
 from millrace_inference_gateway.envoy_files import EnvoyFiles, write_resources
 from millrace_inference_gateway.envoy_limits import all_clients_limit, each_client_limit
-from millrace_inference_gateway.oidc import kept_keys
+from millrace_inference_gateway.issuer_file import kept_keys
 from millrace_inference_gateway.settings import AuthSettings, JwtSettings
 
 log = logging.getLogger(__name__)

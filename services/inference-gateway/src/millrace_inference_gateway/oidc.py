@@ -11,7 +11,6 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -19,6 +18,7 @@ from millrace_kit.clock import Clock
 from prometheus_client import Counter, Gauge
 
 from millrace_inference_gateway.envoy_files import EnvoyFiles, write_atomically
+from millrace_inference_gateway.issuer_file import kept_path
 from millrace_inference_gateway.settings import JwtSettings, OidcSettings
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 DISCOVERY = "/.well-known/openid-configuration"
 MAX_DOCUMENT_BYTES = 1 << 20
 MAX_KEYS = 100
-KEPT_NAME = "issuer-keys.json"
 # Kinds that prove something with a public part only.
 KINDS = frozenset({"RSA", "EC", "OKP"})
 FETCHED = Gauge(
@@ -37,19 +36,6 @@ FAILURES = Counter("millrace_gateway_issuer_failures_total", "Times the issuer's
 
 class IssuerError(Exception):
     """The issuer does not answer, or not as it should; the message says how."""
-
-
-def kept_keys(files: EnvoyFiles, jwt: JwtSettings, now_s: float) -> str | None:
-    """The issuer's keys as last fetched, a JWK Set; None when there are none, or they are too old to be trusted."""
-    assert jwt.oidc is not None
-    try:
-        kept = json.loads(_kept_path(files).read_text(encoding="utf-8"))
-        age_s = now_s - float(kept["fetched_s"])
-        # A clock that was set back makes nothing younger.
-        usable = kept["issuer"] == jwt.issuer and -jwt.oidc.refresh_s <= age_s <= jwt.oidc.max_age_s
-        return json.dumps(kept["jwks"]) if usable else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 class IssuerKeys:
@@ -97,7 +83,7 @@ class IssuerKeys:
             return False
         now_s = self._clock.now().timestamp()
         kept = {"issuer": self._issuer, "fetched_s": now_s, "jwks": {"keys": keys}}
-        await asyncio.to_thread(write_atomically, _kept_path(self._files), json.dumps(kept).encode())
+        await asyncio.to_thread(write_atomically, kept_path(self._files), json.dumps(kept).encode())
         FETCHED.set(now_s)
         return True
 
@@ -124,10 +110,6 @@ class IssuerKeys:
         connector = aiohttp.TCPConnector(ssl=verify, limit=1)
         async with aiohttp.ClientSession(connector=connector, trust_env=False) as session:
             yield session
-
-
-def _kept_path(files: EnvoyFiles) -> Path:
-    return files.folder / KEPT_NAME
 
 
 async def _get(session: aiohttp.ClientSession, url: str) -> dict[str, Any]:
