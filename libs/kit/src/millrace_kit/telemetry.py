@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from prometheus_client import Counter, Histogram
 
+from millrace_kit.passing_traces import PassingTracers
 from millrace_kit.probes import Probes, serve_probes
 from millrace_kit.references import mask
 from millrace_kit.settings import TelemetrySettings
@@ -133,6 +134,9 @@ def start_telemetry(service: str, settings: TelemetrySettings, probes: Probes | 
     handler.setFormatter(_JsonLog(service))
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     logging.getLogger("kafka").setLevel(logging.WARNING)
+    if not (settings.otlp_endpoint or settings.trace_file):
+        trace.set_tracer_provider(PassingTracers(settings.sample_ratio))
+        return serve_probes(settings.metrics_listen, probes or Probes())
     provider = TracerProvider(
         resource=Resource.create({"service.name": service}), sampler=ParentBasedTraceIdRatio(settings.sample_ratio)
     )

@@ -1,7 +1,8 @@
 """The gRPC edge: check, call, convert."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+import functools
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import grpc
 import grpc.aio
@@ -11,6 +12,7 @@ from millrace_kit.bus import TopicPartition, records_topic
 from millrace_kit.call_door import DoorCall
 from millrace_kit.clock import Clock
 from millrace_kit.errors import FailedPreconditionError
+from prometheus_client import Counter
 
 from millrace_feature.builder import Builder
 from millrace_feature.catalog import Catalog
@@ -178,7 +180,14 @@ def _count(service: str, vectors: Vectors) -> None:
     else:
         rows, total = len(vectors), sum(len(vector.statuses) for vector in vectors)
         present, missing = (sum(vector.statuses.count(mark) for vector in vectors) for mark in (PRESENT, MISSING))
-    READ_ROWS.labels(service).inc(rows)
-    READ_FEATURES.labels(service, "present").inc(present)
-    READ_FEATURES.labels(service, "missing").inc(missing)
-    READ_FEATURES.labels(service, "expired").inc(total - present - missing)
+    counted = _counters(service)
+    for counter, count in zip(counted, (rows, present, missing, total - present - missing), strict=True):
+        if count:
+            counter.inc(count)
+
+
+@functools.lru_cache(maxsize=1024)
+def _counters(service: str) -> Sequence[Counter]:
+    """Rows, then features that are present, missing and expired."""
+    by_status = [READ_FEATURES.labels(service, status) for status in ("present", "missing", "expired")]
+    return [READ_ROWS.labels(service), *by_status]
