@@ -91,6 +91,8 @@ def _cells(answer: Answer) -> tuple[str, str, str, str]:
     notes = [f"{name} had no value" for name in answer.missing_features if name not in answer.defaulted_features]
     notes += [f"{name} has its default" for name in answer.defaulted_features]
     notes += [f"answered before, {answer.cache_age_ms} ms ago"] if answer.cached else []
+    notes += [f"with {part.model} {part.version}" for part in answer.parts]
+    notes += [f"without {model}, which did not answer" for model in answer.left_out_models]
     return ", ".join(shown), answer.version, answer.prediction_id, "; ".join(notes)
 
 
