@@ -240,7 +240,11 @@ async def predictions(stack: contextlib.AsyncExitStack, folder: Path, requests: 
     }
     env |= {"FEAST_USAGE": "False"}
     address, server = await stack.enter_async_context(triton(folder, len(names), "wide"))
-    ours, rollout = await stack.enter_async_context(gateway(feature_address=features, feature_reads_address=reads))
+    # The intervals that are shipped; tests have shorter ones.
+    shipped = {"prediction_log": {"publish_interval_s": 0.2}, "envoy": {"health_interval_s": 1.0}}
+    ours, rollout = await stack.enter_async_context(
+        gateway(feature_address=features, feature_reads_address=reads, **shipped)
+    )
     wide = route(arm("1.0.0", address), feature_service="wide", feature_names=full, timeout_ms=10_000)
     await rollout.in_force(rollout.set(wide))
     host, _, port = address.rpartition(":")
