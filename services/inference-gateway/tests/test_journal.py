@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from gateway import eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from millrace_api.events.v1 import events_pb2
@@ -124,6 +125,32 @@ async def test_a_batch_keeps_its_boundaries_over_failures_and_restarts(tmp_path:
     assert sorted(int(p.prediction_id) for b in by_offset.values() for p in b.predictions) == list(range(12))
     await run(again, log)
     assert log.counts.logged == 12, "nothing is published twice without need"
+
+
+async def test_a_batch_that_arrived_unnoticed_comes_again_whole(tmp_path: Path) -> None:
+    bus = FlakyBus()
+    journal = open_journal(tmp_path, segment_bytes=4096, max_segments=100)
+    log = PredictionLog(journal, 10)
+    for n in range(200):
+        log.write(events_pb2.Prediction(prediction_id=str(n), model="m", subject="s" * 50))
+    assert len(list(tmp_path.glob("*.log"))) > 2
+    publisher = Publisher(journal, bus, log, gateway_id="g", batch_entries=60, interval_s=30)
+    running = asyncio.create_task(publisher.run(tmp_path, asyncio.Event()))
+    await eventually(lambda: asyncio.sleep(0, log.counts.logged == 200), "all entries on the bus")
+    # Killed before it kept that the last batch arrived.
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    again = open_journal(tmp_path)
+    log = PredictionLog(again, 10)
+    for n in range(200, 210):
+        log.write(events_pb2.Prediction(prediction_id=str(n), model="m"))
+    stop = asyncio.Event()
+    stop.set()
+    await Publisher(again, bus, log, gateway_id="g", batch_entries=60, interval_s=30).run(tmp_path, stop)
+    by_offset: dict[int, events_pb2.PredictionsMade] = {}
+    for batch in bus.kept:
+        assert by_offset.setdefault(batch.journal_offset, batch) == batch
+    assert sorted(int(p.prediction_id) for b in by_offset.values() for p in b.predictions) == list(range(210))
 
 
 async def test_damaged_entries_are_counted_and_passed_over(tmp_path: Path) -> None:

@@ -46,13 +46,15 @@ class Publisher:
         self._gateway_id = gateway_id
         self._batch_entries = batch_entries
         self._interval_s = interval_s
+        self._kept = Position(0, 0)
 
     async def run(self, folder: Path, stop: asyncio.Event) -> None:
         """Publish until `stop`; then what is left, once, without waiting for a bus that does not answer."""
         path = folder / "published.json"
         position = self._load(path)
+        self._kept = position
         while True:
-            stopping = stop.is_set()
+            stopping, quiet = stop.is_set(), position.next >= self._journal.end
             try:
                 while position.next < self._journal.end:
                     position = await self._publish_batch(path, position)
@@ -61,9 +63,19 @@ class Publisher:
                 if stopping:
                     return
                 await _wait(stop, RETRY_S)
+            # While more comes, the start of the next batch says that this one arrived; a batch that comes twice is dropped by its offset.
+            if quiet or stopping:
+                await self._keep(path, position)
             if stopping:
                 return
             await _wait(stop, self._interval_s)
+
+    async def _keep(self, path: Path, position: Position) -> None:
+        if position != self._kept:
+            await asyncio.to_thread(_save, path, position)
+            self._kept = position
+            # Not before it is kept: a batch that has to come again has to be whole.
+            self._journal.trim(position.next)
 
     def _load(self, path: Path) -> Position:
         try:
@@ -81,13 +93,10 @@ class Publisher:
         if not entries:
             return await self._skip_damage(path, position)
         after = entries[-1].offset + 1
-        await asyncio.to_thread(_save, path, Position(position.next, after))
+        await self._keep(path, Position(position.next, after))
         await self._bus.publish(self._messages(entries))
         self._log.published(len(entries))
-        position = Position(after, after)
-        await asyncio.to_thread(_save, path, position)
-        self._journal.trim(after)
-        return position
+        return Position(after, after)
 
     def _read(self, start: int, end: int) -> list[Entry]:
         entries = self._reader.read(start, end or min(start + self._batch_entries, self._journal.end))
@@ -105,7 +114,7 @@ class Publisher:
         after = self._journal.next_file(position.next)
         log.error("journal entries %d to %d are damaged", position.next, after - 1)
         self._log.missed(after - position.next)
-        await asyncio.to_thread(_save, path, Position(after, after))
+        await self._keep(path, Position(after, after))
         return Position(after, after)
 
     def _messages(self, entries: list[Entry]) -> list[Outgoing]:
