@@ -55,15 +55,16 @@ class Servers:
             self.address, _process = await self._stack.enter_async_context(triton(self._folder, WIDTH))
         else:
             # As long as it takes until everybody who shall be held is held.
-            await eventually(self._all_held, "calls are held")
+            await eventually(lambda: self.hold(self.held), "calls are held")
         self._rollout.set(route(arm("1.0.0", self.address), may_sleep=True))
 
     held = 0
 
-    async def _all_held(self) -> bool:
+    async def hold(self, calls: int) -> bool:
+        """Whether so many calls are held."""
         found = await self._g.figures()
         assert found is None or all(one.held <= one.running for one in found.activity)
-        return found is not None and sum(one.held for one in found.activity) >= self.held
+        return found is not None and sum(one.held for one in found.activity) >= calls
 
 
 @contextlib.asynccontextmanager
@@ -103,9 +104,7 @@ async def test_calls_of_a_version_that_is_asleep_are_held_and_answered() -> None
         servers.held = HELD_AT_MOST + 1
         await servers.sleep()
         calls = [asyncio.ensure_future(stub.ModelInfer(infer_request(), timeout=60)) for _ in range(HELD_AT_MOST)]
-        servers.held = HELD_AT_MOST
-        await eventually(servers._all_held, "all are held")
-        servers.held = HELD_AT_MOST + 1
+        await eventually(lambda: servers.hold(HELD_AT_MOST), "all are held")
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stub.ModelInfer(infer_request(), timeout=60)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
