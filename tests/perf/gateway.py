@@ -1,4 +1,4 @@
-"""The same real Triton called directly, through the gateway, and by Predict: requests, latency, processor time.
+"""The same real Triton called directly, through the gateway, around it (`xds:///`), and by Predict: requests, latency, processor time.
 
 All contestants run in one go and in turn, several rounds, so that what else the machine does hits all alike; figures are medians over
 the rounds. The load generator is Python (grpc.aio) in a process of its own: it is the ceiling of requests/s on a small machine, the
@@ -9,6 +9,7 @@ figure is the gateway's own.
 import asyncio
 import contextlib
 import json
+import os
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ PREDICT = "/millrace_api.prediction.v1.PredictionService/Predict"
 ENVOY_MS, PREDICT_MS, ADDED_P50_MS = 0.12, 2.0, 0.5
 # And at most this many times what an Envoy costs that does nothing but forward.
 OVER_FORWARDING = 1.2
+ZERO_HOP = 0.95
 
 
 @dataclass
@@ -45,6 +47,8 @@ class Case:
     parts: dict[str, int]
     """Process ids of the serving side by name."""
     concurrency: int = CONCURRENCY
+    environment: dict[str, str] = field(default_factory=dict)
+    """Of the client, beside this process's own."""
     rates: list[float] = field(default_factory=list)
     cpus: list[dict[str, float]] = field(default_factory=list)
     latencies: list[list[float]] = field(default_factory=list)
@@ -76,7 +80,12 @@ async def measure(case: Case) -> None:
         "duration_s": ROUND_S,
     }
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.perf.grpc_load", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        sys.executable,
+        "-m",
+        "tests.perf.grpc_load",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, **case.environment},
     )
     before = {name: cpu_seconds([pid]) for name, pid in case.parts.items()}
     output, _ = await process.communicate(json.dumps(plan).encode())
@@ -95,6 +104,7 @@ async def measure(case: Case) -> None:
 async def main() -> None:
     """Measure and report."""
     from gateway import FEATURES, MODEL, arm, gateway, route
+    from millrace.zero_hop import write_bootstrap
     from real_triton import triton
 
     width = len(FEATURES)
@@ -110,7 +120,9 @@ async def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="perf-")))
         address, server = await stack.enter_async_context(triton(folder, width))
         logged, rollout = await stack.enter_async_context(gateway())
-        bare, bare_rollout = await stack.enter_async_context(gateway(prediction_log={"sample_ratio": 0.0}))
+        bare, bare_rollout = await stack.enter_async_context(
+            gateway(prediction_log={"sample_ratio": 0.0}, max_zero_hop_clients=4 * CHANNELS)
+        )
         await rollout.in_force(rollout.set(route(arm("1.0.0", address))))
         await bare_rollout.in_force(bare_rollout.set(route(arm("1.0.0", address))))
         alone = {"triton": server.pid}
@@ -123,9 +135,11 @@ async def main() -> None:
         plain = Case("V2, unmodified client", bare.public, INFER, body, [], in_bare)
         sampled = Case("V2, payloads logged", logged.public, INFER, body, named_by, in_logged)
         looked_up = Case("Predict", logged.public, PREDICT, predict, [], in_logged)
+        around = Case("Zero-hop, xds:///", f"xds:///{MODEL}", INFER, body, [], in_bare)
+        around.environment["GRPC_XDS_BOOTSTRAP"] = str(write_bootstrap(folder / "xds.json", bare.python_address))
         direct1 = Case("Triton, direct, one at a time", address, INFER, body, [], alone, 1)
         named1 = Case("V2, one at a time", bare.public, INFER, body, named_by, in_bare, 1)
-        cases = [direct, forwarded, named, plain, sampled, looked_up, direct1, named1]
+        cases = [direct, around, forwarded, named, plain, sampled, looked_up, direct1, named1]
         for number in range(ROUNDS):
             for case in cases:
                 print(f"round {number + 1} of {ROUNDS}: {case.name}", file=sys.stderr)
@@ -144,6 +158,7 @@ async def main() -> None:
         Ratio.at_most("Python ms/request, figures and log", named.cpu("python"), ENVOY_MS),
         Ratio.at_most("Python ms/request, Predict", looked_up.cpu("python"), PREDICT_MS),
         Ratio.at_most("added p50 ms, one at a time", named1.p50() - direct1.p50(), ADDED_P50_MS),
+        Ratio.at_least("requests/s, zero-hop over direct", median(around.rates) / median(direct.rates), ZERO_HOP),
         Ratio.at_least("requests/s, V2 over direct", median(named.rates) / median(direct.rates), 0.5),
     ]
     report("gateway", [case.result() for case in cases], ratios)
