@@ -50,6 +50,16 @@ def supervisor(context: Context) -> Supervisor:
     return Supervisor(processes, context.state_path, lambda name, what: click.echo(f"  {name:<21} {what}", err=True))
 
 
+def need_checkout() -> None:
+    """Refuse to start anything elsewhere: training makes its environments from the lock.
+
+    Raises:
+        click.ClickException: this folder is no checkout.
+    """
+    if not Path(LOCK_NAME).is_file():
+        raise click.ClickException(f"{LOCK_NAME} is not in {Path.cwd()}: start Millrace in the folder of its checkout")
+
+
 def interrupt_on_sigterm() -> None:
     """Make SIGTERM end what runs as Ctrl-C does, so that `millrace down` stops a run at any moment in order."""
 
@@ -96,6 +106,7 @@ def stop_quietly(running: Supervisor) -> None:
 def up(context: Context) -> None:
     """Start every service on this machine and stay up until Ctrl-C."""
     running = supervisor(context)
+    need_checkout()
     start_or_exit(running)
     click.echo(
         f"console: http://127.0.0.1:{context.port_base + 80}/   predictions: {context.endpoints.gateway}", err=True
@@ -161,6 +172,7 @@ def status(context: Context) -> None:
 def demo(context: Context, exit_after: bool, sample: str) -> None:
     """Start everything and turn the loop once on the sample's data."""
     running = supervisor(context)
+    need_checkout()
     start_or_exit(running)
     environment = {
         **os.environ,

@@ -40,17 +40,31 @@ OUTPUT = click.Choice(["table", "wide", "json", "yaml", "name"])
 
 
 @click.command()
-@click.option("-f", "--filename", type=click.File("r"), required=True, help="Manifest (YAML); - reads standard input.")
+@click.option(
+    "-f",
+    "--filename",
+    "files",
+    type=click.File("r"),
+    multiple=True,
+    required=True,
+    help="Manifest (YAML); - reads standard input. May be given more than once.",
+)
 @click.pass_obj
-def apply(context: Context, filename: TextIO) -> None:
-    """Create or change the ModelDeployments of a manifest."""
+def apply(context: Context, files: tuple[TextIO, ...]) -> None:
+    """Create or change the ModelDeployments of manifests."""
+    documents = [one for file in files for one in _documents(file)]
     with context.client() as client:
-        for document in yaml.safe_load_all(filename):
-            if document is None:
-                continue
+        for document in documents:
             answer = client.rollout.apply(yaml.safe_dump(document, sort_keys=False))
             click.echo(f"modeldeployment/{answer.deployment.name} {answer.result}")
             click.echo(f"next: millrace get {answer.deployment.name} -w", err=True)
+
+
+def _documents(file: TextIO) -> list[object]:
+    try:
+        return [one for one in yaml.safe_load_all(file) if one is not None]
+    except yaml.YAMLError as error:
+        raise click.ClickException(f"{file.name}: {error}") from None
 
 
 def _print(deployments: list[Deployment], output: str) -> None:
