@@ -17,10 +17,12 @@ import grpc
 import grpc.aio
 import yaml
 from millrace_api.common.v1 import common_pb2
+from millrace_api.events.v1 import events_pb2
 from millrace_api.feature.v1 import feature_pb2, feature_pb2_grpc
 from millrace_api.prediction.v1 import prediction_pb2, prediction_pb2_grpc
 from millrace_api.rollout.v1 import rollout_pb2, rollout_pb2_grpc
 from millrace_inference_gateway.settings import GatewaySettings
+from millrace_kit.bus import PREDICTIONS, open_bus
 from millrace_kit.errors import InvalidArgumentError
 from millrace_kit.server import Service, running
 from millrace_kit.settings import ServiceSettings, TlsSettings, load_settings
@@ -285,6 +287,23 @@ async def gateway(features: Features | None = None, **changes: object) -> AsyncI
             raise
         finally:
             await made.close()
+
+
+async def on_the_bus(g: Gateway, count: int) -> list[events_pb2.Prediction]:
+    """At least so many predictions of the log, as consumers get them."""
+    bus = await open_bus(g.settings.bus)
+    subscription = await bus.subscribe([PREDICTIONS], group="test")
+    found: list[events_pb2.Prediction] = []
+
+    async def ask() -> bool:
+        for message in await subscription.fetch(timeout_s=0.1):
+            found.extend(events_pb2.PredictionsMade.FromString(message.value).predictions)
+        return len(found) >= count
+
+    await eventually(ask, f"{count} predictions on the bus")
+    await subscription.close()
+    await bus.close()
+    return found
 
 
 def route(*arms: rollout_pb2.Arm, **fields: object) -> rollout_pb2.ModelRoute:

@@ -8,15 +8,13 @@ import grpc
 import grpc.aio
 import models
 import pytest
-from gateway import CANDIDATE, Features, arm, eventually, gateway, route
+from gateway import CANDIDATE, Features, arm, gateway, on_the_bus, route
 from google.protobuf import json_format
 from hypothesis import given
 from hypothesis import strategies as st
-from millrace_api.events.v1 import events_pb2
 from millrace_api.prediction.v1 import prediction_pb2
 from millrace_api.rollout.v1 import rollout_pb2
 from millrace_inference_gateway.graphs import Cascade, Ensemble, Part, check_trail, graph_of
-from millrace_kit.bus import PREDICTIONS, open_bus
 from millrace_kit.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from millrace_kit.predict_plan import check_plan
 
@@ -135,22 +133,6 @@ def test_circles_and_long_ways_are_refused() -> None:
         check_trail(("a", "b", "c", "d"), "e")
 
 
-async def on_the_bus(g, count: int) -> dict[str, events_pb2.Prediction]:
-    bus = await open_bus(g.settings.bus)
-    subscription = await bus.subscribe([PREDICTIONS], group="test")
-    found: dict[str, events_pb2.Prediction] = {}
-
-    async def enough() -> bool:
-        for message in await subscription.fetch(timeout_s=0.1):
-            found.update({p.prediction_id: p for p in events_pb2.PredictionsMade.FromString(message.value).predictions})
-        return len(found) >= count
-
-    await eventually(enough, f"{count} predictions on the bus")
-    await subscription.close()
-    await bus.close()
-    return found
-
-
 async def test_parts_are_predictions_of_their_own_with_the_callers_side_kept() -> None:
     async with contextlib.AsyncExitStack() as stack:
         g, rollout = await stack.enter_async_context(gateway(features=Features()))
@@ -193,7 +175,7 @@ async def test_parts_are_predictions_of_their_own_with_the_callers_side_kept() -
         assert all(sides[f"u{n % 8}"] == answer.parts[0].version for n, answer in enumerate(found))
         assert set(sides.values()) == {"1.0.0", "1.1.0"}
 
-        logged = await on_the_bus(g, 49)
+        logged = {p.prediction_id: p for p in await on_the_bus(g, 49)}
         mine = logged[found[0].prediction_id]
         assert (list(mine.outputs), list(mine.answered), mine.parent_id) == ([9.0], [8.0], "")
         by_large = logged[found[0].parts[0].prediction_id]

@@ -13,11 +13,9 @@ from pathlib import Path
 import grpc.aio
 import numpy as np
 import pytest
-from gateway import CANDIDATE, FEATURES, MODEL, arm, eventually, gateway, route
+from gateway import CANDIDATE, FEATURES, MODEL, arm, eventually, gateway, on_the_bus, route
 from load import infer_request
-from millrace_api.events.v1 import events_pb2
 from millrace_api.prediction.v1 import prediction_pb2
-from millrace_kit.bus import PREDICTIONS, open_bus
 from tritonclient.grpc import service_pb2
 
 pytest.importorskip("millrace_rollout_controller", reason="a real Triton is started by the rollout controller's code")
@@ -59,20 +57,6 @@ async def http_ready(g) -> None:
         return (await asyncio.to_thread(http_call, url))[0] == 200
 
     await eventually(ready, "the model is ready by HTTP")
-
-
-async def logged(g, count: int) -> list[events_pb2.Prediction]:
-    async def enough() -> bool:
-        figures = await g.figures()
-        return figures is not None and figures.logged >= count
-
-    await eventually(enough, f"{count} predictions on the bus")
-    bus = await open_bus(g.settings.bus)
-    subscription = await bus.subscribe([PREDICTIONS], group="test")
-    batches = [events_pb2.PredictionsMade.FromString(m.value) for m in await subscription.fetch()]
-    await subscription.close()
-    await bus.close()
-    return [prediction for batch in batches for prediction in batch.predictions]
 
 
 def use_http_client(url: str) -> dict[str, object]:
@@ -131,7 +115,7 @@ async def test_unmodified_http_client() -> None:
         assert found["unknown"].startswith("404 unknown model")
         assert found["load"].startswith("404 ")
         # Three calls of two rows each, whatever form they had.
-        rows = await logged(g, 6)
+        rows = await on_the_bus(g, 6)
         assert [
             list(r.features) for r in sorted(rows, key=lambda r: (r.prediction_id.endswith(".1"), r.prediction_id))
         ] == [[1.0, 2.0, 3.0]] * 3 + [[4.0, 5.0, 6.0]] * 3

@@ -9,12 +9,11 @@ import grpc
 import grpc.aio
 import models
 import pytest
-from gateway import CANDIDATE, MODEL, STABLE, Features, Gateway, arm, eventually, gateway, route
+from gateway import CANDIDATE, MODEL, STABLE, Features, arm, eventually, gateway, on_the_bus, route
 from google.protobuf import json_format
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from millrace_api.common.v1 import common_pb2
-from millrace_api.events.v1 import events_pb2
 from millrace_api.feature.v1 import feature_pb2
 from millrace_api.prediction.v1 import prediction_pb2
 from millrace_api.rollout.v1 import rollout_pb2
@@ -22,7 +21,6 @@ from millrace_inference_gateway.predict_rows import Caller
 from millrace_inference_gateway.predict_steps import checked_plan
 from millrace_inference_gateway.routes import check_routes
 from millrace_kit import grpc_http1
-from millrace_kit.bus import PREDICTIONS, open_bus
 from millrace_kit.call_door import CallDoor, DoorCall
 from millrace_kit.errors import InvalidArgumentError, MillraceError, NotFoundError, ResourceExhaustedError
 from parts.server import free_port
@@ -278,22 +276,6 @@ def error_info(error: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo:
     info = error_details_pb2.ErrorInfo()
     assert rpc_status.from_call(error).details[0].Unpack(info)
     return info
-
-
-async def on_the_bus(g: Gateway, count: int) -> list[events_pb2.Prediction]:
-    bus = await open_bus(g.settings.bus)
-    subscription = await bus.subscribe([PREDICTIONS], group="test")
-    found: list[events_pb2.Prediction] = []
-
-    async def ask() -> bool:
-        for message in await subscription.fetch(timeout_s=0.1):
-            found.extend(events_pb2.PredictionsMade.FromString(message.value).predictions)
-        return len(found) >= count
-
-    await eventually(ask, f"{count} predictions on the bus")
-    await subscription.close()
-    await bus.close()
-    return found
 
 
 async def test_a_batch_has_an_answer_or_an_error_for_each_row_and_few_model_calls() -> None:

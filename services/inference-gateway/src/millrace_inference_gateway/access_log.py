@@ -13,13 +13,15 @@ from functools import lru_cache
 
 import msgspec
 
+from millrace_inference_gateway.envoy_access import CLIENT_HEADER
+from millrace_inference_gateway.envoy_actions import PINNED, PRIORITY_HEADER
+from millrace_inference_gateway.envoy_mirrors import MODEL_HEADER
 from millrace_inference_gateway.routes import cluster_arm
 from millrace_inference_gateway.v2_bodies import HttpForm, HttpForms
 
 UNKNOWN, UNAVAILABLE, OK = 2, 14, 0
 CANCELLED, INVALID_ARGUMENT, DEADLINE_EXCEEDED = 1, 3, 4
 NAMESPACE = "millrace"
-MODEL_HEADER = "x-millrace-model"
 VERSION_HEADER = "x-millrace-version"
 REFUSED_HEADER = "x-millrace-refused"
 """In which Envoy's scripts say why they turn a call away."""
@@ -131,8 +133,8 @@ _OPERATORS = {
     "subject": _request("x-millrace-subject"),
     "event_time": _request("x-millrace-event-time"),
     "model": _request(MODEL_HEADER),
-    "client": _request("x-millrace-client"),
-    "priority": _request("x-millrace-priority"),
+    "client": _request(CLIENT_HEADER),
+    "priority": _request(PRIORITY_HEADER),
     "traceparent": _request("traceparent"),
     "request_json_bytes": _request(JSON_BYTES_HEADER),
     "request_encoding": _request("content-encoding"),
@@ -230,7 +232,7 @@ def read_call(line: Line) -> InferenceCall | None:
         sampled=bool(line.sampled),
         server=_server(line.cluster or "", line.server) if line.server else None,
         client=line.client[:MAX_CLIENT] if line.client else "",
-        pinned="/pinned/" in route and route.partition("/")[2].startswith("pinned/"),
+        pinned=route.partition("/")[2].startswith(f"{PINNED}/"),
         unary=not route.endswith("stream"),
         http=_forms(line) if line.is_http else None,
     )

@@ -13,7 +13,13 @@ HEADER = "x-millrace-sticky"
 BAGGAGE = b"baggage"
 MAX_KEY = 256
 MAX_BAGGAGE_BYTES = 8192
+# What a metadata value may hold, printable ASCII.
 _PRINTABLE = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
+
+
+def is_key(text: str) -> bool:
+    """Whether `text` may keep a caller on its arm: as a header's value may be, and not too long."""
+    return len(text) <= MAX_KEY and _PRINTABLE.fullmatch(text) is not None
 
 
 def key_of(baggage: bytes) -> str:
@@ -22,7 +28,7 @@ def key_of(baggage: bytes) -> str:
         name, _, value = member.partition("=")
         if name.strip() == MEMBER:
             key = unquote(value.partition(";")[0].strip())
-            return key if len(key) <= MAX_KEY and _PRINTABLE.fullmatch(key) else ""
+            return key if is_key(key) else ""
     return ""
 
 

@@ -1,19 +1,15 @@
 """What a Predict may ask."""
 
 import math
-import re
 
 from millrace_api.prediction.v1 import prediction_pb2
 from millrace_kit import check
 from millrace_kit.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 
+from millrace_inference_gateway.caller_key import MAX_KEY, is_key
 from millrace_inference_gateway.predict import MAX_NAME
 from millrace_inference_gateway.routes import Route, RouteTable
 from millrace_inference_gateway.value_checks import Checks, Findings
-
-MAX_STICKY = 256
-# What a metadata value may hold, printable ASCII.
-_PRINTABLE = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
 
 
 def route_of(model: str, table: RouteTable) -> Route:
@@ -56,8 +52,8 @@ def check_row(request: prediction_pb2.PredictRequest, max_inputs: int, checks: C
             odd.append((name, value.double_value))
     for field in ("subject", "sticky_key"):
         text: str = getattr(request, field)
-        if len(text) > MAX_STICKY or (text and not _PRINTABLE.fullmatch(text)):
-            raise InvalidArgumentError(field, f"needs at most {MAX_STICKY} printable ASCII characters")
+        if text and not is_key(text):
+            raise InvalidArgumentError(field, f"needs at most {MAX_KEY} printable ASCII characters")
     if request.HasField("event_time"):
         check.timestamp(request.event_time, "event_time")
     return checks.inputs(request.inputs, odd)
