@@ -17,7 +17,6 @@ from google.rpc import error_details_pb2, status_pb2
 
 from millrace_kit.errors import InvalidArgumentError, MillraceError, ResourceExhaustedError
 
-CONTENT_TYPE = b"application/grpc"
 _PREFIX = struct.Struct(">BI")
 _UNITS_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _MAX_TIMEOUT_DIGITS = 8

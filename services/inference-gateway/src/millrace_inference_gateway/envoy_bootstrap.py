@@ -67,12 +67,11 @@ CONNECTION_BUFFER_BYTES = 1 << 20
 MAX_REGEX_SIZE = 1000
 
 
-def bootstrap(settings: GatewaySettings, files: EnvoyFiles, instance: str) -> bootstrap_pb2.Bootstrap:
-    """Envoy's bootstrap; `instance` names this start of Envoy."""
+def bootstrap(settings: GatewaySettings, files: EnvoyFiles) -> bootstrap_pb2.Bootstrap:
+    """Envoy's bootstrap."""
     admin_host, admin_port = split_address(settings.envoy_admin_listen, "envoy_admin_listen")
     message = bootstrap_pb2.Bootstrap()
-    message.node.id = instance
-    message.node.cluster = settings.gateway_id
+    message.node.id = message.node.cluster = settings.gateway_id
     message.admin.address.CopyFrom(address(admin_host, admin_port))
     layer = message.layered_runtime.layers.add(name="limits")
     layer.static_layer.update({"re2.max_program_size.error_level": MAX_REGEX_SIZE})

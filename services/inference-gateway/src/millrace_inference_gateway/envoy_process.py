@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from google.protobuf.json_format import MessageToJson
-from millrace_kit.clock import uuid7
 from millrace_kit.settings import SettingsError, load_settings
 
 from millrace_inference_gateway.envoy_auth import AuthFileError, write_auth
@@ -61,7 +60,7 @@ def prepare(settings: GatewaySettings) -> EnvoyFiles:
         write_limits(files, {})
     write_secrets(files, settings.public_tls)
     write_auth(files, settings.auth)
-    message = bootstrap(settings, files, uuid7())
+    message = bootstrap(settings, files)
     write_atomically(files.bootstrap, MessageToJson(message, preserving_proto_field_name=True, indent=1).encode())
     # What a killed Envoy left; a listener cannot bind to it.
     settings.socket.unlink(missing_ok=True)
